@@ -1,0 +1,29 @@
+"""The extension: collects the node families, one at a time.
+
+A family whose dependency is missing costs that family and one log line; the others still load. Only a missing
+module is forgiven: a mistake of our own must fail loudly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+FAMILIES = ("wan", "tryon", "masks", "plan")
+
+
+class FrugalExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        found: list[type[io.ComfyNode]] = []
+        for family in FAMILIES:
+            try:
+                module = importlib.import_module(f".{family}.nodes", __package__)
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith(__package__ or "frugal"):
+                    raise
+                logging.warning("[Frugal] the %s nodes are off: install '%s' to get them.", family, error.name)
+                continue
+            found.extend(module.NODES)
+        return found

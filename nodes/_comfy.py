@@ -1,0 +1,29 @@
+"""What the families share of ComfyUI: feature detection and messages on a node.
+
+Features are looked for, versions are never compared: an argument that the running ComfyUI does not know is left
+out, so one source serves 0.3.75 and newer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+CATEGORY = "Frugal"
+REPORT_KEY = "frugal.load_report"
+
+
+def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """The given arguments that `target` accepts; used as `io.Schema(..., **known(io.Schema, search_aliases=[...]))`."""
+    accepted = inspect.signature(target).parameters
+    return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Show plain text on a node while it runs; silent outside a server."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id:
+        server.send_progress_text(text, str(node_id))
