@@ -1,0 +1,96 @@
+"""What every test gets: the pack as `frugal`, one ComfyUI to import from, one server on demand.
+
+`FRUGAL_COMFYUI_TREE` names the ComfyUI folder; set but empty means none, which is how the kernel
+tests prove that kernels/ needs no ComfyUI; unset means the oldest tree in dev.py's cache folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path.home() / ".cache" / "comfyui-frugal"
+NEEDS_COMFYUI = ("nodes", "workflows", "browser")
+
+
+def register_pack() -> None:
+    """Make the checkout importable as `frugal`, whatever its folder is called."""
+    if "frugal" in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(
+        "frugal", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["frugal"] = module
+    spec.loader.exec_module(module)
+
+
+def chosen_tree() -> Path | None:
+    named = os.environ.get("FRUGAL_COMFYUI_TREE")
+    if named is not None:
+        if named and not (Path(named) / "main.py").is_file():
+            raise pytest.UsageError(f"FRUGAL_COMFYUI_TREE={named}: no main.py in that folder.")
+        return Path(named) if named else None
+    trees = [path.parent for path in CACHE.glob("*/main.py")]
+    return min(trees, key=_version, default=None)
+
+
+def _version(tree: Path) -> list[int]:
+    return [int(part) for part in tree.name.rpartition("-")[2].split(".") if part.isdigit()]
+
+
+def enter_tree(tree: Path) -> None:
+    """Put ComfyUI on the import path in CPU mode, with a throw-away base directory.
+
+    ComfyUI reads its options at the first import, so this has to come before any of its modules.
+    """
+    # One test process, one ComfyUI: `nodes`, `utils` and others are top-level names there.
+    sys.path.insert(0, str(tree))
+    base = tempfile.mkdtemp(prefix="frugal-base-")
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.base_directory = base
+
+
+register_pack()
+TREE = chosen_tree()
+if TREE is not None:
+    enter_tree(TREE)
+collect_ignore = [] if TREE else list(NEEDS_COMFYUI)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if TREE is None:
+        return f"ComfyUI: none, so these folders are left out: {', '.join(collect_ignore)}"
+    return f"ComfyUI: {TREE}"
+
+
+@pytest.fixture(scope="session")
+def comfy_tree() -> Path:
+    """The ComfyUI folder under test."""
+    if TREE is None:
+        pytest.skip("no ComfyUI folder: run `python dev.py test`, or set FRUGAL_COMFYUI_TREE")
+    return TREE
+
+
+@pytest.fixture(scope="session")
+def server(comfy_tree: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One real ComfyUI server with the pack for the whole run; see demo/comfy_server.py."""
+    from frugal.demo.comfy_server import ComfyServer
+
+    with ComfyServer(comfy_tree, tmp_path_factory.mktemp("comfy")) as running:
+        yield running
