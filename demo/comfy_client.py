@@ -84,6 +84,7 @@ class ComfyClient:
         Raises ServerError when the server refuses any part of the graph, dies, or `timeout` seconds
         pass. A node that fails does not raise: see Result.status and Result.errors.
         """
+        self.check()
         return asyncio.run(self._follow(prompt, on_progress, timeout))
 
     async def _follow(

