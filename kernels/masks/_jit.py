@@ -1,0 +1,82 @@
+"""The pack's `njit`: nogil, and a compile cache that survives moving the pack.
+
+Numba keys its cache files by module name. Under ComfyUI that name is the full path of the pack, so a moved folder, or
+a second name for the same checkout, would load code that asks for a module that is gone. The cache folder is therefore
+named by the module name and by the kernel sources: Numba looks at the time stamp of one file only, and would keep
+code compiled from an older version of a function imported from another file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CACHE_VARIABLE = "FRUGAL_CACHE_DIR"
+_decorating = threading.Lock()
+
+
+def cache_root() -> Path:
+    """Folder of the user's compile caches; the environment variable FRUGAL_CACHE_DIR replaces it."""
+    if chosen := os.environ.get(CACHE_VARIABLE) or os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "comfyui-frugal" / "numba"
+
+
+@functools.cache
+def _source_digest(folder: str) -> bytes:
+    digest = hashlib.sha1(usedforsecurity=False)
+    for path in sorted(Path(folder).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.digest()
+
+
+@functools.cache
+def cache_folder(module: str, source: str) -> str | None:
+    """A writable folder for the kernels of `module` (defined in file `source`), or None if there is none."""
+    try:
+        key = hashlib.sha1(module.encode(), usedforsecurity=False)
+        key.update(_source_digest(os.path.dirname(source)))
+        folder = cache_root() / key.hexdigest()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        return None
+
+
+def njit(function: Callable[..., Any]) -> Any:
+    """Compile `function` lazily with Numba: no GIL held, no parallel layer, NumPy error model.
+
+    `parallel=True` is never used: two Python threads inside Numba's workqueue layer abort the process, and the pack
+    shares that process with others. Raises ImportError (or SystemError, from an old Numba on a new NumPy) when Numba
+    cannot be used; `driver` then takes the reference.
+    """
+    import numba
+
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    folder = cache_folder(function.__module__, function.__code__.co_filename)
+    if folder is None:
+        return numba.njit(**options)(function)
+    with _decorating:
+        config = numba.core.config
+        before = config.CACHE_DIR
+        config.CACHE_DIR = folder
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except (RuntimeError, OSError):
+            return numba.njit(**options)(function)
+        finally:
+            config.CACHE_DIR = before

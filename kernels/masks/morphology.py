@@ -1,0 +1,148 @@
+"""Dilation and erosion by a disk, diamond or square: on bit planes and on grey values.
+
+A structuring element is its column profile: int64 [R + 1], profile[d] = half height at column offset d, falling or
+level in d. Disk: isqrt(R^2 - d^2), which is "Euclidean distance <= R" exactly. Diamond: R - d. Square: R.
+Everything outside the picture is left out, for erosion too (SciPy's and ComfyUI's rule).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ._jit import njit
+from .bits import ONE, valid_bits
+
+
+def profile(shape: str, radius: int) -> np.ndarray:
+    """Column profile, int64 [radius + 1], of a "disk", "diamond" or "square" of `radius` px."""
+    if shape == "disk":
+        heights = [math.isqrt(radius * radius - d * d) for d in range(radius + 1)]
+    elif shape == "diamond":
+        heights = [radius - d for d in range(radius + 1)]
+    else:
+        heights = [radius] * (radius + 1)
+    return np.array(heights, np.int64)
+
+
+@njit
+def or_shifted(out, v, d, radius, x0, x1):
+    """OR `v` moved by d columns to both sides into out[x0:x1]; `v` carries `radius` empty columns on each side."""
+    left = v[radius - d + x0 : radius - d + x1]
+    right = v[radius + d + x0 : radius + d + x1]
+    target = out[x0:x1]
+    for x in range(target.shape[0]):
+        target[x] |= left[x] | right[x]
+
+
+@njit
+def widen(v, source, k, n, radius, x0, x1):
+    """OR word row k of `source` moved by n rows up and down into `v`: a funnel shift over neighbouring words."""
+    q, s = n >> 6, np.uint64(n & 63)
+    target = v[radius + x0 : radius + x1]
+    above, below = source[k - q, x0:x1], source[k + q, x0:x1]
+    if s == np.uint64(0):  # a shift by 64 is undefined, so whole words move apart from the rest
+        for x in range(target.shape[0]):
+            target[x] |= above[x] | below[x]
+    else:
+        back = np.uint64(64) - s
+        above2, below2 = source[k - q - 1, x0:x1], source[k + q + 1, x0:x1]
+        for x in range(target.shape[0]):
+            target[x] |= (above[x] << s) | (above2[x] >> back) | (below[x] >> s) | (below2[x] << back)
+
+
+@njit
+def dilate_bits(source, heights, ends, v, out, height, k0, k1):
+    """Dilate bit planes by the element `heights` (radius R = len - 1): word rows k0..k1 of `out`, uint64 [K, W].
+
+    source: uint64 [K + 2 P, W] with P = 2 + R // 64 zero word rows above and below. ends: int64 [K + 2 P, 2], its
+    `bits.extent`. v: scratch, uint64 [W + 2 R].
+    """
+    radius = heights.shape[0] - 1
+    width = out.shape[1]
+    pad = 2 + radius // 64
+    reach = (heights[0] >> 6) + 1
+    for k in range(k0, k1):
+        row = out[k]
+        for x in range(width):
+            row[x] = np.uint64(0)
+        centre = k + pad
+        xa, xb = width, 0
+        for n in range(centre - reach, centre + reach + 1):
+            xa, xb = min(xa, ends[n, 0]), max(xb, ends[n, 1])
+        if xb <= xa:
+            continue
+        for x in range(v.shape[0]):
+            v[x] = np.uint64(0)
+        v[radius + xa : radius + xb] = source[centre, xa:xb]
+        d = radius
+        h = 0
+        while True:
+            while d >= 0 and heights[d] == h:
+                or_shifted(row, v, d, radius, max(0, xa - d), min(width, xb + d))
+                d -= 1
+            if d < 0:
+                break
+            h += 1
+            widen(v, source, centre, h, radius, xa, xb)
+    if k1 == out.shape[0]:
+        keep = valid_bits(k1 - 1, height)
+        row = out[k1 - 1]
+        for x in range(width):
+            row[x] &= keep
+
+
+@njit
+def window_maxima(image, sign, y, level, radius):
+    """Row y of `sign * image` and its maxima over windows of 1, 2, 4, .. columns into float32 [levels, W + 2 R]."""
+    width = image.shape[1]
+    lowest = np.float32(-np.inf)
+    base = level[0]
+    for x in range(radius):
+        base[x] = lowest
+        base[radius + width + x] = lowest
+    row = image[y]
+    for x in range(width):
+        base[radius + x] = sign * row[x]
+    span = 1
+    for p in range(1, level.shape[0]):
+        finer, coarser = level[p - 1], level[p]
+        last = base.shape[0] - 2 * span + 1
+        for x in range(last):
+            a, b = finer[x], finer[x + span]
+            coarser[x] = a if a > b else b
+        span *= 2
+
+
+@njit
+def dilate_grey(image, heights, sign, ring, out):
+    """Grey dilation (sign 1) or erosion (sign -1) of float32 [H, W] by the element `heights`; exact, no rounding.
+
+    ring: scratch, float32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the rows in reach. Each
+    output row takes, for every row offset, the maximum of two overlapping power-of-two windows.
+    """
+    height, width = image.shape
+    radius = heights.shape[0] - 1
+    slots = ring.shape[0]
+    ready = 0
+    for y in range(height):
+        while ready < min(height, y + radius + 1):
+            window_maxima(image, sign, ready, ring[ready % slots], radius)
+            ready += 1
+        row = out[y]
+        for x in range(width):
+            row[x] = np.float32(-np.inf)
+        for n in range(max(0, y - radius), min(height, y + radius + 1)):
+            half = heights[abs(n - y)]
+            p, span = 0, 1
+            while 2 * span <= 2 * half + 1:
+                p, span = p + 1, 2 * span
+            level = ring[n % slots, p]
+            left = level[radius - half : radius - half + width]
+            right = level[radius + half + 1 - span : radius + half + 1 - span + width]
+            for x in range(width):
+                a = left[x] if left[x] > right[x] else right[x]
+                row[x] = a if a > row[x] else row[x]
+        for x in range(width):
+            row[x] = sign * row[x]

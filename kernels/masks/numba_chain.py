@@ -1,0 +1,245 @@
+"""The chain on Numba kernels. Importing this module imports Numba; `driver` does it on first use.
+
+One frame runs on one thread, or, split into word rows and row bands, on several: both ways give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import bits, boxblur, components, morphology, ramp, temporal
+from .settings import RefineSettings, ramp_table
+
+Run = Callable[[Sequence[Callable[["Scratch"], None]]], None]
+BAND = 256
+
+
+class Scratch:
+    """Work arrays of one thread by name; they grow when needed and go when the call ends."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, type], np.ndarray] = {}
+
+    def flat(self, name: str, size: int, dtype: type) -> np.ndarray:
+        """An uninitialised 1-D array of exactly `size` cells."""
+        held = self._arrays.get((name, dtype))
+        if held is None or held.size < size:
+            held = self._arrays[name, dtype] = np.empty(size, dtype)
+        return held[:size]
+
+    def plane(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """An uninitialised C-contiguous array."""
+        return self.flat(name, int(np.prod(shape)), dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings with everything that does not depend on the picture."""
+
+    settings: RefineSettings
+    heights: np.ndarray
+    reach: int
+    tables: tuple[np.ndarray, np.ndarray] | None
+
+    @classmethod
+    def of(cls, settings: RefineSettings) -> Plan:
+        tables, reach = None, 0
+        if settings.feather and settings.feather_mode == "gaussian":
+            reach = sum(settings.widths) // 2
+        elif settings.feather:
+            tables = ramp_table(settings.feather, settings.feather_mode)
+            reach = round((len(tables[0]) - 1) ** 0.5)
+        return cls(settings, morphology.profile(settings.grow_shape, abs(settings.grow)), reach, tables)
+
+
+def ranges(size: int, parts: int) -> list[tuple[int, int]]:
+    """At most `parts` contiguous ranges that cover 0..size."""
+    step = max(1, -(-size // max(1, parts)))
+    return [(a, min(a + step, size)) for a in range(0, size, step)]
+
+
+def refine_frame(
+    frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch, parts: int, run: Run
+) -> None:
+    """All steps after temporal smoothing for one frame: float32 [H, W] into float32 [H, W] `out` (may be `frame`).
+
+    `run` executes a list of tasks, on as many threads as it likes; `parts` says into how many to split.
+    """
+    s = plan.settings
+    if s.soft:
+        _soft_frame(frame, plan, out, scratch)
+        return
+    height, width = frame.shape
+    count = -(-height // 64)
+    words = scratch.plane("words", (count, width), np.uint64)
+    threshold = np.float32(s.threshold)
+
+    def pack(k0: int, k1: int) -> Callable[[Scratch], None]:
+        return lambda own: bits.pack(frame, threshold, words, own.flat("row", width, np.uint8), k0, k1)
+
+    run([pack(*span) for span in ranges(count, parts)])
+    if s.fill_holes or s.cleans_islands:
+        components.clean(words, height, s.fill_holes, s.drop_islands, s.keep_largest)
+    if s.grow:
+        _grow(words, height, plan, scratch, parts, run)
+    _feather(words, plan, out, scratch, parts, run)
+
+
+def _grow(
+    words: np.ndarray, height: int, plan: Plan, scratch: Scratch, parts: int, run: Run
+) -> None:
+    count, width = words.shape
+    radius = len(plan.heights) - 1
+    pad = 2 + radius // 64
+    source = scratch.plane("source", (count + 2 * pad, width), np.uint64)
+    ends = scratch.plane("ends", (count + 2 * pad, 2), np.int64)
+    source[:pad] = 0
+    source[-pad:] = 0
+    source[pad:-pad] = words
+    if plan.settings.grow < 0:
+        bits.complement(source[pad:-pad], height)
+    bits.extent(source, ends)
+
+    def dilate(k0: int, k1: int) -> Callable[[Scratch], None]:
+        def task(own: Scratch) -> None:
+            v = own.flat("v", width + 2 * radius, np.uint64)
+            morphology.dilate_bits(source, plan.heights, ends, v, words, height, k0, k1)
+
+        return task
+
+    run([dilate(*span) for span in ranges(count, parts)])
+    if plan.settings.grow < 0:
+        bits.complement(words, height)
+
+
+def _feather(
+    words: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch, parts: int, run: Run
+) -> None:
+    """Write the bits, with their soft edge, into `out`; only the box of set pixels and its margin is computed."""
+    height, width = out.shape
+    ends = scratch.plane("ends", (len(words), 2), np.int64)
+    bits.extent(words, ends)
+    filled = np.flatnonzero(ends[:, 1])
+    if not filled.size:
+        out[:] = 0
+        return
+    reach = plan.reach
+    x0 = max(0, int(ends[filled, 0].min()) - reach)
+    x1 = min(width, int(ends[filled, 1].max()) + reach)
+    k0 = max(0, 64 * int(filled[0]) - reach) >> 6
+    k1 = -(-min(height, 64 * (int(filled[-1]) + 1) + reach) // 64)
+    box = np.ascontiguousarray(words[k0:k1, x0:x1])
+    y0, y1 = 64 * k0, min(height, 64 * k1)
+    out[:y0] = 0
+    out[y1:] = 0
+    out[y0:y1, :x0] = 0
+    out[y0:y1, x1:] = 0
+    step = y1 - y0 if parts == 1 else min(BAND, -(-(y1 - y0) // parts))
+    run([_band(box, plan, out, y0, x0, a, min(a + step, y1 - y0)) for a in range(0, y1 - y0, step)])
+
+
+def _band(
+    box: np.ndarray, plan: Plan, out: np.ndarray, oy: int, ox: int, a: int, b: int
+) -> Callable[[Scratch], None]:
+    """Rows a..b of the bit planes `box` into `out` at (oy, ox)."""
+    s, reach = plan.settings, plan.reach
+    width = box.shape[1]
+    height = min(64 * len(box), out.shape[0] - oy)
+    cells = (b - a + 2 * reach) * width
+
+    def task(own: Scratch) -> None:
+        row = own.flat("row", width, np.uint8)
+        if not s.feather:
+            bits.unpack_float(box, out, row, a, b, oy, ox)
+        elif s.feather_mode == "gaussian":
+            narrow, medium, wide = boxblur.exact_dtypes(s.widths)
+            radii = tuple(w // 2 for w in s.widths)
+            boxblur.triple_box(
+                box,
+                height,
+                a,
+                b,
+                radii,
+                boxblur.unit_scale(s.widths),
+                own.flat("narrow", 2 * cells, narrow),
+                own.flat("medium", 2 * cells, medium),
+                own.flat("values", width, wide),
+                own.flat("total", width + 2 * max(radii) + 1, wide),
+                row,
+                out,
+                oy,
+                ox,
+            )
+        else:
+            dtype = np.uint8 if reach <= 15 else np.uint16
+            scratch = (
+                own.flat("plane", cells, np.uint8),
+                own.flat("g", cells, dtype),
+                own.flat("q", width + 2 * reach, dtype),
+                own.flat("acc", width, dtype),
+                row,
+            )
+            outside, inside = plan.tables
+            if s.feather_mode != "ramp_in":
+                ramp.ramp(box, height, a, b, reach, False, outside, False, *scratch, out, oy, ox)
+            if s.feather_mode != "ramp_out":
+                keep = s.feather_mode == "ramp_center"
+                ramp.ramp(box, height, a, b, reach, True, inside, keep, *scratch, out, oy, ox)
+
+    return task
+
+
+def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch) -> None:
+    s = plan.settings
+    height, width = frame.shape
+    value = scratch.plane("value", (height, width), np.float32)
+    value[:] = frame
+    np.nan_to_num(value, copy=False, nan=0.0, posinf=np.inf, neginf=-np.inf)
+    words = scratch.plane("words", (-(-height // 64), width), np.uint64)
+    row = scratch.flat("row", width, np.uint8)
+    if s.fill_holes:
+        bits.pack(value, s.SOFT_FULL, words, row, 0, len(words))
+        before = words.copy()
+        components.clean(words, height, s.fill_holes, 0, 0)
+        bits.paint(before, words, np.float32(1), value)
+    if s.cleans_islands:
+        bits.pack(value, s.SOFT_EMPTY, words, row, 0, len(words))
+        before = words.copy()
+        components.clean(words, height, 0, s.drop_islands, s.keep_largest)
+        bits.paint(before, words, np.float32(0), value)
+    if s.grow:
+        radius = len(plan.heights) - 1
+        levels = (2 * radius + 1).bit_length()
+        ring = scratch.plane("ring", (2 * radius + 1, levels, width + 2 * radius), np.float32)
+        sign = np.float32(1 if s.grow > 0 else -1)
+        morphology.dilate_grey(value, plan.heights, sign, ring, out)
+    else:
+        out[:] = value
+    if s.feather:
+        radii = tuple(w // 2 for w in s.widths)
+        boxblur.soft_triple_box(
+            out,
+            radii,
+            value,
+            scratch.flat("values", width, np.float64),
+            scratch.flat("total", width + 2 * max(radii) + 1, np.float64),
+            scratch.flat("sums", width, np.float64),
+        )
+
+
+def smooth(frames: np.ndarray, mode: str, keep: float, out: np.ndarray, n0: int, n1: int) -> None:
+    """Temporal smoothing of pixels n0..n1 of float32 [B, N] `frames` into `out`."""
+    if mode == "ema":
+        temporal.ema(frames, np.float32(keep), out, n0, n1)
+    elif mode == "union":
+        temporal.union(frames, out, n0, n1)
+    else:
+        temporal.median(frames, 1 if mode == "median3" else 2, out, n0, n1)
+
+
+def bounds(frame: np.ndarray, columns: np.ndarray) -> tuple[int, int]:
+    """OR the columns with a value above 0 into uint8 [W] `columns`; first and one-past-last such row."""
+    return bits.flag_positive(frame, columns, 0, frame.shape[0])

@@ -1,0 +1,156 @@
+"""The chain in NumPy and SciPy: what runs when Numba is missing, and what the Numba kernels are tested against.
+
+Every function takes and returns one frame, float32 or bool [H, W], unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage
+
+if TYPE_CHECKING:
+    from .settings import RefineSettings
+
+EIGHT = np.ones((3, 3), bool)
+CROSS = ndimage.generate_binary_structure(2, 1)
+
+
+def fill_holes(bits: np.ndarray, max_hole: int) -> np.ndarray:
+    """Fill 4-connected background regions that do not touch the border and hold at most `max_hole` px (-1: any)."""
+    labels, count = ndimage.label(~bits, CROSS)
+    area = np.bincount(labels.ravel(), minlength=count + 1)
+    hole = np.ones(count + 1, bool) if max_hole < 0 else area <= max_hole
+    hole[np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))] = False
+    hole[0] = False
+    return bits | hole[labels]
+
+
+def drop_islands(bits: np.ndarray, min_island: int, keep: int) -> np.ndarray:
+    """Clear 8-connected regions below `min_island` px, then all but the `keep` largest (0: all stay).
+
+    Among equal areas the region whose first pixel comes first, column by column, is kept.
+    """
+    labels, count = ndimage.label(bits, EIGHT)
+    area = np.bincount(labels.ravel(), minlength=count + 1)
+    stays = area >= min_island
+    stays[0] = False
+    if keep > 0:
+        found, first = np.unique(labels.T, return_index=True)
+        order = sorted((-area[n], at, n) for n, at in zip(found, first, strict=True) if stays[n])
+        stays[:] = False
+        stays[[n for _, _, n in order[:keep]]] = True
+    return stays[labels]
+
+
+def element(shape: str, radius: int) -> np.ndarray:
+    """Structuring element of "disk", "diamond" or "square", bool [2 radius + 1, 2 radius + 1]."""
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    if shape == "disk":
+        return y * y + x * x <= radius * radius
+    if shape == "diamond":
+        return abs(y) + abs(x) <= radius
+    return np.ones((2 * radius + 1, 2 * radius + 1), bool)
+
+
+def squared_distance(target: np.ndarray) -> np.ndarray:
+    """Exact squared Euclidean distance (int64) of every pixel to the nearest True; huge where there is none."""
+    if not target.any():
+        return np.full(target.shape, np.iinfo(np.int64).max // 2)
+    y, x = ndimage.distance_transform_edt(~target, return_distances=False, return_indices=True)
+    rows, columns = np.indices(target.shape)
+    return (y - rows).astype(np.int64) ** 2 + (x - columns).astype(np.int64) ** 2
+
+
+def grow_bits(bits: np.ndarray, shape: str, grow: int) -> np.ndarray:
+    """Dilate (grow > 0) or erode (grow < 0) by |grow| px; outside the picture is left out."""
+    if grow < 0:
+        return ~grow_bits(~bits, shape, -grow)
+    if shape == "disk":
+        return squared_distance(bits) <= grow * grow
+    if shape == "square":
+        return ndimage.maximum_filter(bits, 2 * grow + 1, mode="constant", cval=False)
+    return ndimage.binary_dilation(bits, CROSS, iterations=grow) if grow else bits.copy()
+
+
+def grow_soft(mask: np.ndarray, shape: str, grow: int) -> np.ndarray:
+    """Grey dilation or erosion of float32 values by |grow| px; outside the picture is left out."""
+    if grow < 0:
+        return -grow_soft(-mask, shape, -grow)
+    if shape == "square":
+        return ndimage.maximum_filter(mask, 2 * grow + 1, mode="constant", cval=-np.inf)
+    if shape == "diamond":
+        for _ in range(grow):
+            mask = ndimage.grey_dilation(mask, footprint=CROSS)
+        return mask
+    return ndimage.maximum_filter(mask, footprint=element(shape, grow), mode="constant", cval=-np.inf)
+
+
+def ramp(bits: np.ndarray, feather: float, mode: str) -> np.ndarray:
+    """Distance ramp, float32; the formulas are in `settings.ramp_table`."""
+    outside, inside = np.sqrt(squared_distance(bits)), np.sqrt(squared_distance(~bits))
+    if mode == "ramp_out":
+        value = np.where(bits, 1, 1 - outside / feather)
+    elif mode == "ramp_in":
+        value = np.where(bits, inside / feather, 0)
+    else:
+        value = 0.5 + np.where(bits, inside - 0.5, 0.5 - outside) / feather
+    return np.clip(value, 0, 1).astype(np.float32)
+
+
+def triple_box(mask: np.ndarray, widths: tuple[int, int, int]) -> np.ndarray:
+    """Three box filters of the given odd widths with edge values repeated, accumulated in float64, float32 out."""
+    value = mask.astype(np.float64)
+    for width in widths:
+        value = ndimage.uniform_filter(value, width, mode="nearest")
+    return np.clip(value, 0, 1).astype(np.float32)
+
+
+def smooth(frames: np.ndarray, mode: str, keep: float) -> np.ndarray:
+    """Temporal smoothing of float32 [B, H, W] without NaN; modes of `settings.TEMPORAL` other than "off"."""
+    if mode == "union":
+        return np.broadcast_to(frames.max(axis=0), frames.shape).copy()
+    if mode == "ema":
+        out, kept = frames.copy(), np.float32(keep)
+        for t in range(1, len(out)):
+            out[t] = kept * out[t - 1] + (np.float32(1) - kept) * frames[t]
+        return out
+    size = 3 if mode == "median3" else 5
+    return ndimage.median_filter(frames, (size, 1, 1), mode="nearest")
+
+
+def refine_frame(frame: np.ndarray, settings: RefineSettings, out: np.ndarray) -> None:
+    """All steps after temporal smoothing, for one frame without NaN, into float32 [H, W] `out`."""
+    s = settings
+    if s.soft:
+        value = frame.copy()
+        if s.fill_holes:
+            solid = value >= s.SOFT_FULL
+            value[fill_holes(solid, s.fill_holes) & ~solid] = 1
+        if s.cleans_islands:
+            visible = value > s.SOFT_EMPTY
+            value[visible & ~drop_islands(visible, s.drop_islands, s.keep_largest)] = 0
+        if s.grow:
+            value = grow_soft(value, s.grow_shape, s.grow)
+        out[:] = triple_box(value, s.widths) if s.feather else value
+        return
+    bits = frame > np.float32(s.threshold)
+    if s.fill_holes:
+        bits = fill_holes(bits, s.fill_holes)
+    if s.cleans_islands:
+        bits = drop_islands(bits, s.drop_islands, s.keep_largest)
+    if s.grow:
+        bits = grow_bits(bits, s.grow_shape, s.grow)
+    if not s.feather:
+        out[:] = bits
+    elif s.feather_mode == "gaussian":
+        out[:] = triple_box(bits, s.widths)
+    else:
+        out[:] = ramp(bits, s.feather, s.feather_mode)
+
+
+def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and rows that hold a value above 0 in any frame of [B, H, W]: bool [W], bool [H]."""
+    seen = (mask > 0).any(axis=0)
+    return seen.any(axis=0), seen.any(axis=1)
