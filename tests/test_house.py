@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
     ".ci", ".comfyignore", ".gitignore", "LICENSE", "README.md", "__init__.py", "bench", "demo",
-    "dev.py", "docs", "kernels", "nodes", "pyproject.toml", "requirements.txt", "tests", "workflows",
+    "dev.py", "docs", "kernels", "nodes", "pyproject.toml", "requirements.txt", "tests",
+    "workflows",
 }  # fmt: skip
 COMFYUI_MODULES = {
     "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",
@@ -93,21 +95,38 @@ def test_kernels_know_no_comfyui():
                 assert top not in COMFYUI_MODULES, f"{name(path)}:{node.lineno} imports {module}"
 
 
-def test_kernels_import_without_comfyui_or_numba():
-    """Each kernel module by itself, with ComfyUI's names and numba made unimportable."""
-    blocked = sorted(COMFYUI_MODULES | {"numba"})
+def test_kernels_import_without_comfyui():
+    """Every kernel module loads by itself when ComfyUI's names cannot be imported."""
+    assert import_kernels(COMFYUI_MODULES) == []
+
+
+def test_only_numba_files_need_numba():
+    """Without numba a package's front door still opens; only the files of jitted leaves do not."""
+    failed = import_kernels({"numba"})
+    assert all("numba" in reason for _, reason in failed), failed
+    doors = [m for m, _ in failed if (ROOT / m.replace(".", "/") / "__init__.py").is_file()]
+    assert not doors, f"these packages import numba at once: {doors}"
+
+
+def import_kernels(blocked: set[str]) -> list[list[str]]:
+    """Import every kernel module in a fresh process; returns [module, message] of each failure."""
     modules = [name(path)[:-3].replace("/", ".") for path in sources("kernels")]
     modules = [module.removesuffix(".__init__") for module in modules]
     code = (
-        "import importlib, importlib.util, sys\n"
-        f"for name in {blocked}: sys.modules[name] = None\n"
+        "import importlib, importlib.util, json, sys\n"
+        f"for name in {sorted(blocked)}: sys.modules[name] = None\n"
         f"spec = importlib.util.spec_from_file_location('frugal', {str(ROOT / '__init__.py')!r},"
         f" submodule_search_locations=[{str(ROOT)!r}])\n"
         "sys.modules['frugal'] = importlib.util.module_from_spec(spec)\n"
-        f"for name in {modules}: importlib.import_module('frugal.' + name)\n"
+        "failed = []\n"
+        f"for name in {modules}:\n"
+        "    try: importlib.import_module('frugal.' + name)\n"
+        "    except ImportError as error: failed.append([name, str(error)])\n"
+        "print(json.dumps(failed))\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
 
 def test_entry_point_loads_nothing():
@@ -153,7 +172,7 @@ def test_relative_imports_only():
 
 
 def test_nodes_are_visible_to_the_manager():
-    """A direct base written ComfyNode and a literal id: the Manager's scanner reads nothing else."""
+    """A direct base written ComfyNode and a literal id: its scanner reads nothing else."""
     for path, cls, call in schemas():
         where = f"{name(path)}:{cls.lineno} {cls.name}"
         assert [last_part(base) for base in cls.bases] == ["ComfyNode"], where
@@ -208,8 +227,6 @@ def test_packaging_lists_every_package():
 
 def test_workflows_are_saved_graphs_with_pictures():
     """The web page's form, not the API's: that is what a person can open."""
-    import json
-
     graphs = sorted((ROOT / "workflows").glob("*.json"))
     pictures = {path.stem for path in (ROOT / "workflows").glob("*.jpg")}
     assert {path.stem for path in graphs} == pictures

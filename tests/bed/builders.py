@@ -1,7 +1,7 @@
 """Tiny seeded model files for tests: small enough for a CPU, laid out like the real ones.
 
-Wan files come from the shape tables in demo/tiny_wan.py, which need no ComfyUI; the try-on UNet from
-diffusers, whose naming it keeps. Every function writes safetensors and returns the path.
+Wan files come from the shape tables in demo/tiny_wan.py, which need no ComfyUI; the try-on UNet
+from diffusers, whose naming it keeps. Every function writes safetensors and returns the path.
 """
 
 from __future__ import annotations
