@@ -1,0 +1,64 @@
+"""The stacked latent of CatVTON: person above, garment below, twice the canvas's latent height.
+
+Latents are float [B, C, h, w] with h = H / factor, w = W / factor of the canvas (H, W); factor is
+8 for SD 1.5. Stacking along the height and the nearest mask follow CatVTON (arXiv 2407.15886).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..errors import FrugalError
+
+
+def check_canvas(
+    person: tuple[int, int], garment: tuple[int, int], mask: tuple[int, ...], factor: int
+) -> None:
+    """Raise FrugalError unless person and garment (H, W) and mask (B, H, W) share a canvas."""
+    if garment != person or mask[1:] != person:
+        raise FrugalError(
+            f"person {_text(person)}, garment {_text(garment)} and mask {_text(mask[1:])} differ",
+            "three canvases of one size",
+            "take all three from one 'Prepare Try-On' node",
+        )
+    if person[0] % factor or person[1] % factor:
+        raise FrugalError(
+            f"the canvas has {_text(person)}",
+            f"multiples of {factor} px",
+            "change width and height",
+        )
+
+
+def latent_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
+    """Nearest sample of a mask [B, H, W] at latent size: [B, 1, H / factor, W / factor] of 0 and
+    1.
+
+    One cell takes its top left pixel, as torch's "nearest" does; a bilinear mask would differ from
+    what the model was trained on.
+    """
+    size = (mask.shape[1] // factor, mask.shape[2] // factor)
+    return F.interpolate((mask >= 0.5).float()[:, None], size=size, mode="nearest")
+
+
+def stack(person: torch.Tensor, garment: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] twice -> [B, C, 2h, w], person above."""
+    return torch.cat([person, garment], dim=2)
+
+
+def person_half(samples: torch.Tensor, size: tuple[int, int], factor: int) -> torch.Tensor:
+    """Upper half of a stacked latent; raises FrugalError when it is not twice the canvas (H, W)
+    high.
+    """
+    want = (2 * (size[0] // factor), size[1] // factor)
+    if samples.ndim != 4 or tuple(samples.shape[2:]) != want:
+        raise FrugalError(
+            f"the LATENT has the shape {tuple(samples.shape)}",
+            f"[batch, 4, {want[0]}, {want[1]}], person over garment for a canvas of {_text(size)}",
+            "sample the LATENT of the 'Try-On Conditioning' node",
+        )
+    return samples[:, :, : want[0] // 2]
+
+
+def _text(size: tuple[int, ...]) -> str:
+    return f"{size[1]} x {size[0]} px" if len(size) == 2 else f"of shape {size}"

@@ -1,0 +1,124 @@
+"""Checks and resampling of pictures and masks in ComfyUI's layout.
+
+A picture is float [B, H, W, C] in 0..1, a mask float [B, H, W] in 0..1. Resampling is torch's
+bicubic (pictures) and bilinear (masks) interpolation with antialiasing, half-pixel centres; equal
+sizes pass through untouched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..errors import FrugalError
+
+SMALLEST_SIDE = 16  # px; below that there is no picture to work on
+
+
+def as_rgb(picture: torch.Tensor, name: str, alpha_on_white: bool = False) -> torch.Tensor:
+    """[B, H, W, 3] of a grey, grey + alpha, RGB or RGBA picture; `name` is for the message.
+
+    alpha_on_white: lay a transparent picture on white; else the alpha channel is dropped. Raises
+    FrugalError for another layout or a side below 16 px.
+    """
+    if picture.ndim != 4 or picture.shape[-1] not in (1, 2, 3, 4):
+        raise FrugalError(
+            f"the {name} has the shape {tuple(picture.shape)}",
+            "IMAGE [batch, height, width, 1 to 4 channels]",
+            "connect an image",
+        )
+    _check_side(picture, name)
+    channels = picture.shape[-1]
+    colour = picture[..., : 3 if channels >= 3 else 1].expand(*picture.shape[:3], 3)
+    if channels in (2, 4) and alpha_on_white:
+        alpha = picture[..., -1:].clamp(0, 1)
+        colour = colour * alpha + (1 - alpha)
+    return colour
+
+
+def as_mask(mask: torch.Tensor, size: tuple[int, int], threshold: float) -> torch.Tensor:
+    """Binary mask [B, H, W] of the photo's size (H, W); 1 = repaint, where the value >= threshold.
+
+    A mask of another size but the same aspect within 1 % is resized to the nearest pixel. Raises
+    FrugalError for any other.
+    """
+    if mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if mask.ndim != 3:
+        raise FrugalError(
+            f"the mask has the shape {tuple(mask.shape)}",
+            "MASK [batch, height, width]",
+            "connect a mask",
+        )
+    H, W = size
+    h, w = mask.shape[1:]
+    if (h, w) != (H, W):
+        if abs(w * H - h * W) > 0.01 * h * W:
+            raise FrugalError(
+                f"the mask has {w} x {h} px and the photo {W} x {H} px",
+                "the same size, or the same aspect within 1 %",
+                "make the mask from this photo",
+            )
+        mask = F.interpolate(mask[:, None].float(), size=(H, W), mode="nearest-exact")[:, 0]
+    return (mask >= threshold).to(torch.float32)
+
+
+def common_batch(**batches: int) -> int:
+    """The batch size of inputs by name: one picture serves all, else the numbers must be equal."""
+    sizes = {size for size in batches.values() if size != 1}
+    if len(sizes) > 1 or 0 in sizes:
+        raise FrugalError(
+            f"the batches are {', '.join(f'{name} {size}' for name, size in batches.items())}",
+            "equal numbers, or 1 for all",
+            "repeat or cut the shorter batch",
+        )
+    return sizes.pop() if sizes else 1
+
+
+def resize_picture(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bicubic, antialiased, clamped to 0..1; [B, H, W, C] -> [B, height, width, C], float32."""
+    if picture.shape[1:3] == (height, width):
+        return picture
+    moved = F.interpolate(
+        picture.movedim(-1, 1).float(), size=(height, width), mode="bicubic", antialias=True
+    )
+    return moved.clamp(0, 1).movedim(1, -1)
+
+
+def resize_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Coverage by antialiased bilinear resampling, cut at one half; [B, H, W] -> [B, height,
+    width].
+    """
+    if mask.shape[1:] == (height, width):
+        return mask
+    moved = F.interpolate(mask[:, None], size=(height, width), mode="bilinear", antialias=True)
+    return (moved[:, 0] >= 0.5).to(mask.dtype)
+
+
+def blur_mask(mask: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian of standard deviation `sigma` px, cut at 3 sigma, borders continued; [B, H, W].
+
+    Exactly 0 further than ceil(3 sigma) px from the mask, along rows and columns.
+    """
+    if sigma <= 0:
+        return mask
+    radius = int(-(-3 * sigma // 1))
+    steps = torch.arange(-radius, radius + 1, dtype=torch.float32, device=mask.device)
+    kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    moved = mask[:, None].float()
+    moved = F.conv2d(F.pad(moved, (radius, radius, 0, 0), "replicate"), kernel[None, None, None, :])
+    moved = F.conv2d(F.pad(moved, (0, 0, radius, radius), "replicate"), kernel[None, None, :, None])
+    return moved[:, 0].clamp(0, 1)
+
+
+def _check_side(picture: torch.Tensor, name: str) -> None:
+    h, w = picture.shape[1:3]
+    if min(h, w) < SMALLEST_SIDE:
+        raise FrugalError(
+            f"the {name} has {w} x {h} px",
+            f"at least {SMALLEST_SIDE} px a side",
+            "connect a real picture",
+        )

@@ -1,0 +1,321 @@
+"""From files to ComfyUI's MODEL and VAE: the part of the try-on family that builds models."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.model_base import ModelType
+from comfy.model_detection import detect_unet_config
+
+from ...kernels.checkpoints import autoencoder_kl, catvton
+from ...kernels.errors import FrugalError
+from ...kernels.report import LoadReport
+from .._comfy import REPORT_KEY, known
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHTS_LICENCE = "CatVTON weights: CC BY-NC-SA 4.0, non-commercial"
+SD15_WIDTH, SD15_CONTEXT = 320, 768
+
+
+class SkipCrossAttention(torch.nn.Module):
+    """Stands for `attn2`: returns its input, so that the block computes x + norm2(x).
+
+    CatVTON skips cross-attention this way; deleting the module would add self-attention twice.
+    """
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return x
+
+
+class CatVTONConfig(comfy.supported_models.SD15):
+    """Core's SD 1.5 without cross-attention; `prediction` is set per instance."""
+
+    prediction = ModelType.EPS
+
+    def model_type(self, state_dict, prefix=""):
+        return self.prediction
+
+    def get_model(self, state_dict, prefix="", device=None):
+        model = super().get_model(state_dict, prefix, device)
+        for name in cross_attention_modules(model.diffusion_model):
+            comfy.utils.set_attr(model.diffusion_model, name, SkipCrossAttention())
+        return model
+
+
+def cross_attention_modules(unet: torch.nn.Module) -> list[str]:
+    """Names of every `attn2` of a UNet."""
+    return [
+        name
+        for name, module in unet.named_modules()
+        if name.rpartition(".")[2] == "attn2" and module is not None
+    ]
+
+
+def apply_skip_cross_attention(patcher):
+    """Clone of a loaded MODEL whose cross-attention is skipped by object patches; undone on
+    unpatch.
+    """
+    patcher = patcher.clone()
+    names = cross_attention_modules(patcher.model.diffusion_model)
+    if not names:
+        raise FrugalError(
+            "the model has 0 cross-attention blocks", "an SD 1.5 UNet", "connect such a MODEL"
+        )
+    for name in names:
+        patcher.add_object_patch(f"diffusion_model.{name}", SkipCrossAttention())
+    return patcher
+
+
+def read_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (views of the mapped file, never to be written to) and safetensors metadata."""
+    tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    strays = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if strays:
+        raise FrugalError(
+            f"{os.path.basename(path)} has '{strays[0]}', which is no tensor",
+            "a state dict",
+            "convert the file to safetensors",
+        )
+    return tensors, metadata or {}
+
+
+def read_base(path: str) -> tuple[str, dict[str, torch.Tensor], dict[str, str]]:
+    """(weights file, tensors, metadata) of a base: one file, or a diffusers folder with `unet/`.
+
+    A folder's JSON files stand in for metadata: number of heads (`attention_head_dim`, which
+    diffusers uses under that name for SD 1.5) and prediction type; keys inside the file win.
+    """
+    if not os.path.isdir(path):
+        return path, *read_file(path)
+    file = diffusers_weights(path)
+    tensors, metadata = read_file(file)
+    heads = _read_json(os.path.join(path, "unet", "config.json")).get("attention_head_dim", 8)
+    scheduler = _read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
+    beside = {
+        "num_heads": str(heads),
+        "modelspec.prediction_type": scheduler.get("prediction_type", "epsilon"),
+    }
+    return file, tensors, beside | metadata
+
+
+DIFFUSERS_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+
+
+def diffusers_weights(folder: str) -> str:
+    """The UNet weights file of a diffusers folder; raises FrugalError when there is none."""
+    for name in DIFFUSERS_WEIGHTS:
+        path = os.path.join(folder, "unet", name)
+        if os.path.isfile(path):
+            return path
+    raise FrugalError(
+        f"the folder {os.path.basename(folder)} has no UNet weights under unet/",
+        " or ".join(DIFFUSERS_WEIGHTS),
+        "copy the unet folder of stable-diffusion-inpainting there",
+    )
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def canonical_unet(
+    tensors: Mapping[str, torch.Tensor], file: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors in LDM names without cross-attention, UNetModel arguments) of a 9-channel UNet."""
+    naming, names = catvton.unet_names(tensors, file)
+    unet = {new: tensors[old] for old, new in names.items()}
+    first = unet["input_blocks.0.0.weight" if naming == "ldm" else "conv_in.weight"]
+    catvton.require_inpainting(first.shape[1], file)
+    if naming == "diffusers":
+        table = comfy.utils.unet_to_diffusers(catvton.unet_config(shapes_of(unet), file))
+        unknown = sorted(unet.keys() - table.keys())
+        if unknown:
+            raise FrugalError(
+                f"{file} has {len(unknown)} unknown tensors, the first '{unknown[0]}'",
+                "a diffusers UNet of SD 1.5",
+                catvton.GET_BASE,
+            )
+        unet = {table[name]: tensor for name, tensor in unet.items()}
+    config = detect_unet_config(with_context_width(unet), "")
+    # These two tell SD 1.5 from SDXL and SD 2, whose head counts and text widths differ.
+    if config.get("adm_in_channels") is not None or config["use_linear_in_transformer"]:
+        raise FrugalError(
+            f"{file} is an inpainting UNet of SDXL or SD 2 (width {config['model_channels']})",
+            "one of SD 1.5",
+            catvton.GET_BASE,
+        )
+    return {name: t for name, t in unet.items() if ".attn2." not in name}, config
+
+
+def with_context_width(unet: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors plus empty `attn2.to_k` where there are none: core's detection reads their
+    width.
+    """
+    complete = dict(unet)
+    for name, tensor in unet.items():
+        key = name.replace(".attn1.to_q.weight", ".attn2.to_k.weight")
+        if key not in unet:
+            complete[key] = torch.empty((tensor.shape[0], SD15_CONTEXT), device="meta")
+    return complete
+
+
+def merge_attention(
+    unet: dict[str, torch.Tensor],
+    config: Mapping[str, Any],
+    attention: Mapping[str, torch.Tensor],
+    file: str,
+) -> dict[str, torch.Tensor]:
+    """The UNet with its self-attention replaced by the attention file's; nothing is copied."""
+    order = catvton.attention_order(comfy.utils.unet_to_diffusers(dict(config)))
+    table = catvton.attention_map(shapes_of(attention), shapes_of(unet), order, file)
+    return unet | {table[name]: tensor for name, tensor in attention.items()}
+
+
+def build(
+    state_dict, config, heads: int, prediction: str, weight_dtype: str, disable_dynamic, file
+):
+    """A ModelPatcher from canonical tensors; every tensor must land and none may be left over."""
+    model_config = CatVTONConfig(config)
+    model_config.unet_config["num_heads"] = heads
+    model_config.prediction = ModelType.V_PREDICTION if prediction == "v" else ModelType.EPS
+    management = comfy.model_management
+    load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    dtypes = list(model_config.supported_inference_dtypes)
+    dtype = DTYPES.get(weight_dtype) or management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state_dict),
+        supported_dtypes=dtypes,
+        weight_dtype=comfy.utils.weight_dtype(state_dict),
+    )
+    cast = management.unet_manual_cast(dtype, load_device, dtypes)
+    place = known(model_config.set_inference_dtype, device=load_device)
+    model_config.set_inference_dtype(dtype, cast, **place)
+    model = model_config.get_model(state_dict, "")
+    plain = comfy.model_patcher.ModelPatcher
+    kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+    patcher = kind(model, load_device=load_device, offload_device=offload_device)
+    if not management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+    try:
+        missing, unexpected = model.diffusion_model.load_state_dict(
+            state_dict, strict=False, assign=dynamic
+        )
+    except RuntimeError as error:
+        raise FrugalError(
+            f"{file} contradicts its own structure ({str(error).splitlines()[-1].strip()})",
+            "consistent shapes",
+            catvton.GET_BASE,
+        ) from error
+    if missing or unexpected:
+        wrong = [f"lacks {len(missing)} tensors ('{missing[0]}')"] if missing else []
+        wrong += [f"has {len(unexpected)} unknown ones ('{unexpected[0]}')"] if unexpected else []
+        raise FrugalError(
+            f"{file} {' and '.join(wrong)}",
+            "an unquantised SD 1.5 inpainting UNet, complete",
+            catvton.GET_BASE,
+        )
+    return patcher
+
+
+def load_catvton(
+    base: str, attention: str | None, weight_dtype: str = "auto", disable_dynamic: bool = False
+):
+    """ModelPatcher of a try-on UNet from paths, with its LoadReport attached under REPORT_KEY.
+
+    base: safetensors or checkpoint file, or diffusers folder. attention: CatVTON attention file,
+    None when the base is already merged. weight_dtype: "auto" (core's choice), "fp32", "fp16",
+    "bf16". Raises FrugalError for any file that is not fully understood.
+    """
+    start = time.perf_counter()
+    file, tensors, metadata = read_base(base)
+    name = os.path.basename(base)
+    unet, config = canonical_unet(tensors, name)
+    widths = [t.shape[0] for key, t in unet.items() if key.endswith(".attn1.to_q.weight")]
+    heads = catvton.head_count(metadata, widths, name)
+    prediction = catvton.prediction_type(metadata, tensors, name)
+    notes = [f"{heads} attention heads, {prediction} prediction, cross-attention skipped"]
+    if "num_heads" not in metadata and config["model_channels"] != SD15_WIDTH:
+        notes.append("the file does not name its number of attention heads: 8 assumed")
+    files, licence = {name: os.path.getsize(file)}, metadata.get("frugal.licence", "")
+    if attention is not None:
+        label = os.path.basename(attention)
+        weights, own = read_file(attention)
+        unet = merge_attention(unet, config, weights, label)
+        files[label] = os.path.getsize(attention)
+        licence = own.get("frugal.licence", WEIGHTS_LICENCE)
+        notes.append(f"self-attention of {len(widths)} blocks taken from {label}")
+    patcher = build(unet, config, heads, prediction, weight_dtype, disable_dynamic, name)
+    report = LoadReport(
+        title=f"CatVTON try-on UNet from {name}",
+        files=files,
+        formats=weight_bytes(patcher.model.diffusion_model),
+        seconds=time.perf_counter() - start,
+        notes=tuple(notes),
+        licence=licence,
+    )
+    patcher.set_attachments(REPORT_KEY, report)
+    if hasattr(patcher, "cached_patcher_init"):
+        patcher.cached_patcher_init = (load_catvton, (base, attention, weight_dtype))
+    return patcher
+
+
+def weight_bytes(module: torch.nn.Module) -> dict[str, int]:
+    """Bytes of a module's parameters by dtype name."""
+    found: dict[str, int] = {}
+    for parameter in module.parameters():
+        kind = str(parameter.dtype).removeprefix("torch.")
+        found[kind] = found.get(kind, 0) + parameter.nbytes
+    return found
+
+
+def load_vae(path: str):
+    """(comfy.sd.VAE, LoadReport) of an SD-style autoencoder of any width, every tensor accounted
+    for.
+    """
+    start = time.perf_counter()
+    name = os.path.basename(path)
+    tensors, _ = read_file(path)
+    layout, table = autoencoder_kl.canonical_autoencoder(shapes_of(tensors), name)
+    state_dict = {new: tensors[old].reshape(shape) for old, (new, shape) in table.items()}
+    vae = comfy.sd.VAE(sd=state_dict, config={"params": layout.params()})
+    vae.latent_channels = layout.z_channels
+    vae.downscale_ratio = vae.upscale_ratio = layout.factor
+    if hasattr(vae.patcher, "cached_patcher_init"):
+        vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
+    report = LoadReport(
+        title=f"autoencoder from {name}",
+        files={name: os.path.getsize(path)},
+        formats=weight_bytes(vae.first_stage_model),
+        seconds=time.perf_counter() - start,
+        notes=(
+            f"levels of {', '.join(map(str, layout.widths))} channels, "
+            f"{layout.num_res_blocks} residual blocks each, {layout.factor} px per latent cell",
+        ),
+    )
+    return vae, report
+
+
+def _vae_patcher(path: str, disable_dynamic: bool = False):
+    """Reload for core's per-device copies; VAE itself decides on dynamic loading."""
+    return load_vae(path)[0].patcher

@@ -1,0 +1,290 @@
+"""Try-on nodes: load, prepare, condition, stitch. Schemas only; the work is in loading, glue and
+kernels.
+"""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io, ui
+
+from ...kernels.tryon import canvas
+from .._comfy import CATEGORY, REPORT_KEY, known, show_text
+from . import glue, loading
+
+FAMILY = f"{CATEGORY}/Try-on"
+Frame = io.Custom("FRUGAL_TRYON_FRAME")
+WORDS = ["catvton", "virtual try-on", "vton", "clothes", "garment"]
+
+glue.register_folder()
+
+
+class FrugalLoadCatVTON(io.ComfyNode):
+    """CatVTON's UNet as a MODEL."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalLoadCatVTON",
+            display_name="Load CatVTON",
+            category=FAMILY,
+            description="Loads an SD 1.5 inpainting UNet with CatVTON's try-on attention as a "
+            "MODEL for any sampler. Cross-attention is skipped, so no text encoder is needed.",
+            inputs=[
+                io.Combo.Input(
+                    "base",
+                    options=glue.base_choices(),
+                    tooltip="SD 1.5 inpainting model (9 input channels): a file, or a diffusers "
+                    "folder in models/CatVTON.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=glue.attention_choices(),
+                    default=glue.NO_ATTENTION,
+                    tooltip="CatVTON attention file in models/CatVTON, such as "
+                    "mix-48k-1024/attention/model.safetensors; none when the base has it already.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=["auto", *loading.DTYPES],
+                    default="auto",
+                    tooltip="Number format of the weights in memory. auto: what ComfyUI chooses "
+                    "for this device. fp32 takes 3.3 GB, fp16 and bf16 1.6 GB for the full "
+                    "model.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="The try-on UNet."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was loaded, as text."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            **known(io.Schema, search_aliases=[*WORDS, "load", "checkpoint"]),
+        )
+
+    @classmethod
+    def execute(cls, base, attention, weight_dtype):
+        patcher = loading.load_catvton(
+            glue.base_path(base), glue.attention_path(attention), weight_dtype
+        )
+        text = patcher.attachments[REPORT_KEY].text()
+        show_text(cls.hidden.unique_id, text)
+        return io.NodeOutput(patcher, text, ui=ui.PreviewText(text))
+
+
+class FrugalLoadVAE(io.ComfyNode):
+    """An SD-style autoencoder of any width as a VAE."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalLoadVAE",
+            display_name="Load VAE (any width)",
+            category=FAMILY,
+            description="Loads an SD-style picture VAE of any width, in LDM or diffusers naming, "
+            "and checks every tensor. The stock loader fits the standard widths alone.",
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=glue.vae_choices(),
+                    tooltip="VAE file in models/vae; for CatVTON sd-vae-ft-mse.",
+                )
+            ],
+            outputs=[
+                io.Vae.Output("vae", display_name="vae", tooltip="The VAE."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was loaded, as text."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            **known(io.Schema, search_aliases=["vae", "autoencoder", "sd-vae-ft-mse", "load vae"]),
+        )
+
+    @classmethod
+    def execute(cls, vae_name):
+        vae, report = loading.load_vae(glue.vae_path(vae_name))
+        show_text(cls.hidden.unique_id, report.text())
+        return io.NodeOutput(vae, report.text(), ui=ui.PreviewText(report.text()))
+
+
+class FrugalTryOnPrepare(io.ComfyNode):
+    """Person, garment and mask on canvases of one size."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalTryOnPrepare",
+            display_name="Prepare Try-On",
+            category=FAMILY,
+            description="Cuts or fits person, garment and mask to the size the try-on model "
+            "works at, and remembers the way back to the photo.",
+            inputs=[
+                io.Image.Input(
+                    "person", tooltip="Photo of the person, any size; alpha is dropped."
+                ),
+                io.Image.Input(
+                    "garment", tooltip="Picture of the garment, any size; alpha is laid on white."
+                ),
+                io.Mask.Input(
+                    "mask", tooltip="Where to repaint: 1 on the old garment and around it."
+                ),
+                io.Int.Input(
+                    "width",
+                    default=768,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Canvas width in px, a multiple of 8 (64 is best); CatVTON knows 768 "
+                    "and 384.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=1024,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Canvas height in px, a multiple of 8 (64 is best); CatVTON knows "
+                    "1024 and 512.",
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=[canvas.CROP, canvas.LETTERBOX],
+                    default=canvas.CROP,
+                    tooltip="crop around mask: a window of the canvas's shape around the mask. "
+                    "letterbox: the whole photo with bars.",
+                ),
+                io.Int.Input(
+                    "context",
+                    default=25,
+                    min=0,
+                    max=400,
+                    tooltip="Percent of the mask's box to add on each side when cropping; less "
+                    "where the photo ends.",
+                ),
+                io.Float.Input(
+                    "mask_threshold",
+                    default=0.5,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Mask values from here on are repainted.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "person_canvas",
+                    display_name="person canvas",
+                    tooltip="The person at canvas size; bars continue the photo's border.",
+                ),
+                io.Image.Output(
+                    "garment_canvas",
+                    display_name="garment canvas",
+                    tooltip="The whole garment at canvas size on white.",
+                ),
+                io.Mask.Output(
+                    "mask_canvas",
+                    display_name="mask canvas",
+                    tooltip="The mask at canvas size, 0 or 1; bars are 0.",
+                ),
+                Frame.Output(
+                    "frame",
+                    display_name="frame",
+                    tooltip="Photo, window and mask, for 'Stitch Try-On'.",
+                ),
+            ],
+            **known(io.Schema, search_aliases=[*WORDS, "crop", "letterbox"]),
+        )
+
+    @classmethod
+    def execute(cls, person, garment, mask, width, height, fit, context, mask_threshold):
+        made = canvas.prepare(person, garment, mask, (height, width), fit, context, mask_threshold)
+        return io.NodeOutput(made.person, made.garment, made.mask, made.frame)
+
+
+class FrugalTryOnConditioning(io.ComfyNode):
+    """Canvases to conditioning and an empty stacked latent."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalTryOnConditioning",
+            display_name="Try-On Conditioning",
+            category=FAMILY,
+            description="Encodes the masked person over the garment as inpainting conditioning. "
+            "The negative side has an empty garment half, so that cfg strengthens the garment.",
+            inputs=[
+                io.Image.Input("person_canvas", tooltip="Person from 'Prepare Try-On'."),
+                io.Image.Input("garment_canvas", tooltip="Garment from 'Prepare Try-On'."),
+                io.Mask.Input("mask_canvas", tooltip="Mask from 'Prepare Try-On'."),
+                io.Vae.Input("vae", tooltip="SD 1.5 VAE; CatVTON was trained with sd-vae-ft-mse."),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="With the garment."
+                ),
+                io.Conditioning.Output(
+                    "negative", display_name="negative", tooltip="Without the garment."
+                ),
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="Empty, person over garment: twice the canvas's height.",
+                ),
+            ],
+            **known(io.Schema, search_aliases=[*WORDS, "inpaint", "conditioning"]),
+        )
+
+    @classmethod
+    def execute(cls, person_canvas, garment_canvas, mask_canvas, vae):
+        return io.NodeOutput(*glue.conditioning(person_canvas, garment_canvas, mask_canvas, vae))
+
+
+class FrugalTryOnStitch(io.ComfyNode):
+    """Sampled latent back into the photo."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalTryOnStitch",
+            display_name="Stitch Try-On",
+            category=FAMILY,
+            description="Decodes the person half and lays it into the photo at its own size. "
+            "Pixels outside the softened mask stay as they were, bit for bit.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="Sampled latent of 'Try-On Conditioning'."),
+                io.Vae.Input("vae", tooltip="The VAE used for the conditioning."),
+                Frame.Input("frame", tooltip="Frame from 'Prepare Try-On'."),
+                io.Int.Input(
+                    "mask_blur",
+                    default=9,
+                    min=0,
+                    max=256,
+                    tooltip="Softness of the mask's edge: standard deviation of a Gaussian in "
+                    "photo px; less where the window's edge is nearer than three of them.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "image", display_name="image", tooltip="The photo with the garment on."
+                ),
+                io.Image.Output(
+                    "canvas",
+                    display_name="canvas",
+                    tooltip="What the model painted, at canvas size, not composited.",
+                ),
+            ],
+            **known(io.Schema, search_aliases=[*WORDS, "composite", "paste back"]),
+        )
+
+    @classmethod
+    def execute(cls, samples, vae, frame, mask_blur):
+        picture = glue.decode(samples, vae, frame.canvas)
+        return io.NodeOutput(canvas.stitch(picture, frame, mask_blur), picture)
+
+
+NODES = [
+    FrugalLoadCatVTON,
+    FrugalLoadVAE,
+    FrugalTryOnPrepare,
+    FrugalTryOnConditioning,
+    FrugalTryOnStitch,
+]
