@@ -1,0 +1,353 @@
+"""How one linear layer is stored: from the tensors beside its weight to the name of a
+quantisation format.
+
+Two public conventions are known for 8-bit floats: `scale_weight` beside the weight, with or
+without a marker tensor `scaled_fp8`, and `weight_scale`, with or without a format declared in
+`comfy_quant` or in the header's `_quantization_metadata`. Formats of fewer bits are only accepted
+declared: their bytes do not tell the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import FrugalError
+from .header import TensorInfo
+
+FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = "plain"
+INT8, W4A4, W4A8, NVFP4, MXFP8 = (
+    "int8_tensorwise",
+    "convrot_w4a4",
+    "asym_w4a8_int8",
+    "nvfp4",
+    "mxfp8",
+)
+NATIVE = (*FLOAT8.values(), INT8, W4A4, W4A8, NVFP4, MXFP8)
+OPTIONS = (
+    "convrot",
+    "convrot_groupsize",
+    "group_size",
+    "linear_dtype",
+    "full_precision_matrix_mult",
+)
+
+# Tensors beside a weight that belong to the known formats; the value is the canonical name.
+SIDE = {
+    "scale_weight": "weight_scale",
+    "weight_scale": "weight_scale",
+    "scale_input": "input_scale",
+    "input_scale": "input_scale",
+    "comfy_quant": "comfy_quant",
+    "weight_scale_2": "weight_scale_2",
+    "pre_quant_scale": "pre_quant_scale",
+    "weight_s_rel": "weight_s_rel",
+    "weight_s_channel": "weight_s_channel",
+    "weight_codebook": "weight_codebook",
+}
+# Tensors of conventions that no supported ComfyUI reads rightly; the value names the convention.
+FOREIGN = {
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "weight._data": "quanto (Wan2GP)",
+    "weight._scale": "quanto (Wan2GP)",
+    "weight.absmax": "bitsandbytes",
+    "weight.quant_map": "bitsandbytes",
+    "weight.nested_absmax": "bitsandbytes",
+    "weight.quant_state.bitsandbytes__nf4": "bitsandbytes",
+    "weight.quant_state.bitsandbytes__fp4": "bitsandbytes",
+    "alpha": "LightX2V NVFP4",
+    "input_global_scale": "LightX2V NVFP4",
+    "weight_global_scale": "LightX2V NVFP4",
+    "input_absmax": "LightX2V NVFP4",
+    "weight_correction": "asymmetric W4A8 with correction",
+    "smooth_factor": "SVDQuant",
+    "proj_down": "SVDQuant",
+    "weight_zero_point": "compressed-tensors with zero points",
+    "weight_packed": "compressed-tensors",
+}
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One linear layer: its format, the per-row property of its scale, and what the file left
+    unsaid.
+
+    `stored` maps a side tensor's name in the file (such as scale_weight) to its canonical name;
+    `unit_scale` says that the file holds no scale because the weight is a plain cast; `options`
+    are the declared format options.
+    """
+
+    format: str
+    per_row: bool = False
+    unit_scale: bool = False
+    stored: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def classify(
+    where: str,
+    shape: tuple[int, int],
+    weight: TensorInfo,
+    side: Mapping[str, TensorInfo],
+    declared: Mapping[str, Any] | None,
+) -> LayerLayout:
+    """The layout of the layer named by `where` ("file: layer"), whose unquantised weight has
+    `shape` [out, in].
+
+    `side` holds the tensors beside the weight by their last name, `declared` the format entry of
+    the file, if any. Raises FrugalError for anything that is not one of the known layouts.
+    """
+    if "scale_weight" in side and "weight_scale" in side:
+        raise FrugalError(
+            f"{where} has both scale_weight and weight_scale", "one of them", "choose another file"
+        )
+    stored = {name: SIDE[name] for name in side if name != "comfy_quant"}
+    canonical = {SIDE[name]: info for name, info in side.items()}
+    if declared is not None:
+        return _declared(where, shape, weight, canonical, stored, declared)
+    extra = sorted(set(canonical) - {"weight_scale", "input_scale", "comfy_quant"})
+    if extra:
+        raise FrugalError(
+            f"{where} has {', '.join(extra)} and no declared format",
+            "a comfy_quant tensor or _quantization_metadata",
+            "use a file that declares its format",
+        )
+    scale = canonical.get("weight_scale")
+    if weight.dtype in FLOAT8:
+        _check_shape(where, weight, shape)
+        if scale is None:
+            return LayerLayout(FLOAT8[weight.dtype], unit_scale=True, stored=stored)
+        return LayerLayout(FLOAT8[weight.dtype], per_row=_rows(where, scale, shape), stored=stored)
+    if weight.dtype == torch.int8:
+        _check_shape(where, weight, shape)
+        if scale is None:
+            raise FrugalError(
+                f"{where} is int8 without a scale", "weight_scale beside it", "choose another file"
+            )
+        _rows(where, scale, shape)
+        return LayerLayout(INT8, stored=stored)
+    if weight.dtype not in FLOATS:
+        raise FrugalError(
+            f"{where} holds {weight.text()} and no declared format",
+            "fp32, bf16, fp16, fp8 or int8 weights, or a declared format",
+            "use a file in a known layout",
+        )
+    _check_shape(where, weight, shape)
+    return LayerLayout(PLAIN, stored=stored)
+
+
+def _declared(
+    where: str,
+    shape: tuple[int, int],
+    weight: TensorInfo,
+    side: Mapping[str, TensorInfo],
+    stored: Mapping[str, str],
+    declared: Mapping[str, Any],
+) -> LayerLayout:
+    form = declared.get("format")
+    if form not in NATIVE:
+        raise FrugalError(
+            f"{where} declares the format {ascii(form)[:60]}",
+            f"one of {', '.join(NATIVE)}",
+            "use a file in one of these formats",
+        )
+    nested = declared.get("params")
+    options = {
+        key: value
+        for source in (nested if isinstance(nested, Mapping) else {}, declared)
+        for key, value in source.items()
+        if key in OPTIONS
+    }
+    out, inside = shape
+    if form in FLOAT8.values():
+        if weight.dtype not in FLOAT8:
+            raise FrugalError(
+                f"{where} declares {form} and holds {weight.text()}",
+                "fp8 weights",
+                "choose another file",
+            )
+        _check_shape(where, weight, shape)
+        _only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
+        # The bytes decide: files labelled e4m3fn with e5m2 inside are known.
+        return LayerLayout(
+            FLOAT8[weight.dtype],
+            _rows(where, side["weight_scale"], shape),
+            stored=stored,
+            options=options,
+        )
+    group = (
+        options.get("convrot_groupsize", 256)
+        if form in (W4A4, W4A8) or options.get("convrot")
+        else None
+    )
+    if group is not None and not _power_of_four_dividing(group, inside):
+        raise FrugalError(
+            f"{where} declares the rotation group {ascii(group)[:20]} for width {inside}",
+            "a power of 4 that divides the width",
+            "convert the model again",
+        )
+    if form == INT8:
+        _check(where, weight, torch.int8, shape)
+        _only(where, form, side, {"weight_scale"}, {"weight_scale"})
+        _rows(where, side["weight_scale"], shape)
+    elif form == W4A4:
+        _check(where, weight, torch.int8, (out, inside // 2))
+        _only(where, form, side, {"weight_scale"}, {"weight_scale"})
+        if not _rows(where, side["weight_scale"], shape):
+            raise FrugalError(
+                f"{where} has one scale for {out} rows", f"{out} scales", "convert the model again"
+            )
+    elif form == W4A8:
+        _w4a8(where, shape, weight, side, options)
+    elif form == NVFP4:
+        _check(where, weight, torch.uint8, (out, inside // 2))
+        allowed = {"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"}
+        _only(where, form, side, allowed, {"weight_scale", "weight_scale_2"})
+        _block_scales(
+            where, side["weight_scale"], out, inside // 16, (torch.float8_e4m3fn, torch.uint8)
+        )
+        _scalar(where, "weight_scale_2", side["weight_scale_2"])
+        if "pre_quant_scale" in side and side["pre_quant_scale"].numel != inside:
+            raise FrugalError(
+                f"{where} has {side['pre_quant_scale'].numel} smoothing factors",
+                f"{inside}",
+                "choose another file",
+            )
+    else:
+        _check(where, weight, torch.float8_e4m3fn, shape)
+        _only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
+        _block_scales(
+            where, side["weight_scale"], out, inside // 32, (torch.float8_e8m0fnu, torch.uint8)
+        )
+    return LayerLayout(form, stored=stored, options=options)
+
+
+def _w4a8(
+    where: str,
+    shape: tuple[int, int],
+    weight: TensorInfo,
+    side: Mapping[str, TensorInfo],
+    options: Mapping[str, Any],
+) -> None:
+    out, inside = shape
+    _check(where, weight, torch.int8, (out, inside // 2))
+    _only(where, W4A8, side, {"weight_s_rel", "weight_s_channel", "weight_codebook"},
+          {"weight_s_rel", "weight_s_channel"})  # fmt: skip
+    group = options.get("group_size", 16)
+    if type(group) is not int or group < 4 or inside % group:
+        raise FrugalError(
+            f"{where} declares the scale group {ascii(group)[:20]} for width {inside}",
+            "a divisor of the width, 4 or more",
+            "convert the model again",
+        )
+    relative = side["weight_s_rel"]
+    if relative.shape != (out, inside // group) or relative.dtype not in (
+        torch.float8_e4m3fn,
+        torch.uint8,
+    ):
+        raise FrugalError(
+            f"{where} has group scales {relative.text()}",
+            f"float8_e4m3fn [{out}, {inside // group}]",
+            "convert the model again",
+        )
+    if side["weight_s_channel"].numel != out:
+        raise FrugalError(
+            f"{where} has {side['weight_s_channel'].numel} channel scales",
+            f"{out}",
+            "convert the model again",
+        )
+    if "weight_codebook" in side and side["weight_codebook"].numel != 16:
+        raise FrugalError(
+            f"{where} has a codebook of {side['weight_codebook'].numel} values",
+            "16",
+            "convert the model again",
+        )
+
+
+def _rows(where: str, scale: TensorInfo, shape: tuple[int, int]) -> bool:
+    """Whether a scale is per row ([out] or [out, 1]) and not a scalar; refuses any other shape."""
+    if scale.dtype not in FLOATS:
+        raise FrugalError(
+            f"{where} has a scale in {scale.text()}", "a float scale", "choose another file"
+        )
+    if scale.numel == 1 and len(scale.shape) <= 2:
+        return False
+    if scale.shape in ((shape[0],), (shape[0], 1)):
+        return True
+    raise FrugalError(
+        f"{where} has scales of shape {list(scale.shape)}",
+        f"a scalar, [{shape[0]}] or [{shape[0]}, 1]",
+        "use a file with one scale per tensor or per row",
+    )
+
+
+def _block_scales(
+    where: str, scale: TensorInfo, rows: int, groups: int, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    padded = (math.ceil(rows / 128) * 128) * (math.ceil(groups / 4) * 4)
+    if scale.numel not in (rows * groups, padded) or scale.dtype not in dtypes:
+        raise FrugalError(
+            f"{where} has block scales {scale.text()}",
+            f"{rows} x {groups} of {str(dtypes[0]).removeprefix('torch.')}",
+            "convert the model again",
+        )
+
+
+def _scalar(where: str, name: str, info: TensorInfo) -> None:
+    if info.numel != 1:
+        raise FrugalError(
+            f"{where} has {name} of shape {list(info.shape)}", "one number", "choose another file"
+        )
+
+
+def _only(
+    where: str, form: str, side: Mapping[str, Any], allowed: set[str], needed: set[str]
+) -> None:
+    absent, extra = sorted(needed - set(side)), sorted(set(side) - allowed - {"comfy_quant"})
+    if absent:
+        raise FrugalError(
+            f"{where} is {form} without {', '.join(absent)}",
+            "its scales",
+            "download the file again",
+        )
+    if extra:
+        raise FrugalError(
+            f"{where} is {form} with {', '.join(extra)}", "no such tensor", "choose another file"
+        )
+
+
+def _check(where: str, weight: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if weight.dtype != dtype:
+        raise FrugalError(
+            f"{where} holds {weight.text()}",
+            f"{str(dtype).removeprefix('torch.')}",
+            "choose another file",
+        )
+    _check_shape(where, weight, shape)
+
+
+def _check_shape(where: str, weight: TensorInfo, shape: tuple[int, ...]) -> None:
+    if weight.shape != shape:
+        raise FrugalError(
+            f"{where} has a weight of shape {list(weight.shape)}",
+            f"{list(shape)}",
+            "choose a Wan file",
+        )
+
+
+def _power_of_four_dividing(group: Any, width: int) -> bool:
+    return (
+        type(group) is int
+        and group >= 4
+        and group.bit_count() == 1
+        and group.bit_length() % 2 == 1
+        and width % group == 0
+    )

@@ -1,0 +1,220 @@
+"""Where the tensors of one model are: a safetensors file, a set of shards with its index, or a
+PyTorch file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FrugalError
+from .header import DOWNLOAD, Header, TensorInfo, read_header
+
+INDEX_SUFFIX = ".safetensors.index.json"
+SAFETENSORS = (".safetensors", ".sft")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+MAX_SMALL_BYTES = 65_536
+MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model on disk: its name, its files, every tensor's facts and the text metadata.
+
+    `loaded` holds the memory-mapped tensors of a PyTorch file and is empty for safetensors, whose
+    weights stay untouched until a loader maps them.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    owner: Mapping[str, Path] = field(default_factory=dict)
+    loaded: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, int]:
+        """File name -> bytes on disk."""
+        return {path.name: path.stat().st_size for path in self.files}
+
+    def value(self, name: str) -> torch.Tensor:
+        """A small tensor (at most 64 KiB) by its name in the file, read now, in its stored
+        dtype and shape.
+        """
+        if name in self.loaded:
+            return self.loaded[name]
+        info = self.tensors[name]
+        if info.nbytes > MAX_SMALL_BYTES:
+            raise FrugalError(
+                f"{self.name} holds {name} as {info.text()}",
+                f"at most {MAX_SMALL_BYTES} bytes for such a key",
+                "choose a file in a known layout",
+            )
+        if not info.numel:
+            return torch.empty(info.shape, dtype=info.dtype)
+        with self.owner[name].open("rb") as file:
+            file.seek(info.start)
+            raw = bytearray(file.read(info.nbytes))
+        return torch.frombuffer(raw, dtype=info.dtype).reshape(info.shape)
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open a model by file name: `.safetensors`, `.safetensors.index.json`, or a PyTorch
+    `.pt`/`.pth` file.
+
+    Raises FrugalError for anything missing, damaged or of another kind.
+    """
+    path = Path(path)
+    lower = path.name.lower()
+    if not path.is_file():
+        raise FrugalError(
+            f"{path.name} is not there",
+            "a model file",
+            "refresh the list of models and choose again",
+        )
+    if lower.endswith(INDEX_SUFFIX):
+        return _open_shards(path)
+    if lower.endswith(SAFETENSORS):
+        header = read_header(path)
+        _refuse_lone_shard(path, header)
+        return Source(
+            path.name, (path,), header.tensors, header.metadata, dict.fromkeys(header.tensors, path)
+        )
+    if lower.endswith(PICKLES):
+        return _open_pickle(path)
+    if lower.endswith(".gguf"):
+        raise FrugalError(
+            f"{path.name} is a GGUF file",
+            "a safetensors or PyTorch file",
+            "use a GGUF loader such as ComfyUI-GGUF, or an fp8 or int8 file of the same model",
+        )
+    raise FrugalError(
+        f"{path.name} is of an unknown kind",
+        f"a file ending in {', '.join(SAFETENSORS + PICKLES)}",
+        "choose another file",
+    )
+
+
+def _refuse_lone_shard(path: Path, header: Header) -> None:
+    shard = SHARD.search(path.name)
+    if shard and int(shard.group(2)) > 1:
+        raise FrugalError(
+            f"{path.name} is part {int(shard.group(1))} of {int(shard.group(2))} with "
+            f"{len(header.tensors)} tensors",
+            "a whole model",
+            f"choose the entry ending in {INDEX_SUFFIX}, which loads all parts",
+        )
+
+
+def _open_shards(index: Path) -> Source:
+    weight_map = _weight_map(index)
+    tensors: dict[str, TensorInfo] = {}
+    owner: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
+    files = tuple(index.parent / name for name in sorted(set(weight_map.values())))
+    for path in files:
+        if not path.is_file():
+            raise FrugalError(
+                f"{index.name} names the part {path.name}, which is not there",
+                f"all {len(files)} parts in the folder of the index",
+                "download the missing part",
+            )
+        header = read_header(path)
+        for name, info in header.tensors.items():
+            if weight_map.get(name) != path.name:
+                raise FrugalError(
+                    f"{path.name} holds the tensor {name}, which {index.name} places in "
+                    f"{weight_map.get(name, 'no part')}",
+                    "parts that agree with their index",
+                    "download index and parts of one release",
+                )
+            tensors[name], owner[name] = info, path
+        for key, value in header.metadata.items():
+            if metadata.setdefault(key, value) != value:
+                raise FrugalError(
+                    f"{path.name} says {key} differently from the parts before it",
+                    "the same metadata in all parts",
+                    "download all parts of one release",
+                )
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise FrugalError(
+            f"{len(absent)} tensors named in {index.name} are in no part, first {absent[0]}",
+            "parts that agree with their index",
+            "download index and parts of one release",
+        )
+    return Source(index.name, files, tensors, metadata, owner)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError("too large")
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        entries = dict(weight_map)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FrugalError(
+            f"{index.name} is no readable index", "JSON with a weight_map", DOWNLOAD
+        ) from error
+    for name, part in entries.items():
+        plain = isinstance(part, str) and part == os.path.basename(part) and "\\" not in part
+        if not plain or not part.lower().endswith(SAFETENSORS):
+            raise FrugalError(
+                f"{index.name} places {name} in {ascii(part)[:80]}",
+                "the plain name of a safetensors file beside the index",
+                "download the index again",
+            )
+    if not entries:
+        raise FrugalError(f"{index.name} lists no tensor", "at least one", DOWNLOAD)
+    return entries
+
+
+def _open_pickle(path: Path) -> Source:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise FrugalError(
+            f"{path.name} cannot be read as plain weights "
+            f"({ascii(str(error))[1:-1].splitlines()[0][:160]})",
+            "a PyTorch file (torch 1.6 or newer) that holds tensors only",
+            "use a safetensors copy of the model, or convert the file in a place you trust",
+        ) from error
+    loaded: dict[str, torch.Tensor] = {}
+    _flatten(content, "", loaded, 0)
+    if not loaded:
+        raise FrugalError(f"{path.name} holds no tensor", "a state dict", "choose another file")
+    tensors = {
+        name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()
+    }
+    return Source(path.name, (path,), tensors, {}, loaded=loaded)
+
+
+def _flatten(content: Any, prefix: str, into: dict[str, torch.Tensor], depth: int) -> None:
+    """Nested dicts such as {'generator_ema': {...}} become dotted names; what is no tensor is
+    left behind.
+    """
+    if not isinstance(content, Mapping) or depth > 4:
+        return
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, torch.Tensor):
+            into[name] = value
+        elif isinstance(value, Mapping):
+            nested = "" if key == "state_dict" else f"{name}."
+            _flatten(value, nested, into, depth + 1)

@@ -1,0 +1,213 @@
+"""Wan models into ComfyUI: plan from the header, checks against the running version, load,
+check of the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.quant_ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ...kernels.checkpoints.layouts import FLOAT8
+from ...kernels.checkpoints.normalise import declaration, normalise
+from ...kernels.checkpoints.plan import Plan, plan_wan
+from ...kernels.checkpoints.source import INDEX_SUFFIX, SHARD, Source, open_source
+from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
+from ...kernels.errors import FrugalError
+from ...kernels.report import LoadReport
+from .._comfy import REPORT_KEY
+from . import row_scaled
+
+FOLDER = "diffusion_models"
+DEFAULT, FULL_PRECISION = "default", "full precision"
+WEIGHT_DTYPES = {
+    DEFAULT: None,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+MATMULS = ("auto", FULL_PRECISION)
+
+
+def model_names() -> list[str]:
+    """Files to choose from: every model file, and one index in place of the parts it lists."""
+    indexes = []
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        for place, _, files in os.walk(folder, followlinks=True):
+            indexes += [
+                os.path.relpath(os.path.join(place, name), folder)
+                for name in files
+                if name.endswith(INDEX_SUFFIX)
+            ]
+    stems = {name.removesuffix(INDEX_SUFFIX) for name in indexes}
+    singles = [
+        name
+        for name in folder_paths.get_filename_list(FOLDER)
+        if SHARD.split(name)[0] not in stems or name in stems
+    ]
+    return sorted({*singles, *indexes})
+
+
+def model_path(name: str) -> Path:
+    """The full path of a chosen file. Raises FrugalError if it is gone."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise FrugalError(
+            f"{name} is not there",
+            f"a file in models/{FOLDER}",
+            "refresh the list and choose again",
+        )
+    return Path(path)
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the chosen file, or the index of a sharded model, is replaced."""
+    state = model_path(name).stat()
+    return f"{name}:{state.st_size}:{state.st_mtime_ns}"
+
+
+def load_wan(
+    path: Path, weight_dtype: str = DEFAULT, matmul: str = "auto", disable_dynamic: bool = False
+) -> tuple[Any, LoadReport]:
+    """Load a Wan file as (ModelPatcher, LoadReport). Raises FrugalError, before weights are
+    read where possible.
+    """
+    started = time.perf_counter()
+    source = open_source(path)
+    plan = plan_wan(source.name, source.tensors, source.metadata, source.value)
+    _check_weight_dtype(plan, weight_dtype)
+    metadata = declaration(plan, _known_formats(), matmul == FULL_PRECISION)
+    if plan.transformer:
+        metadata["config"] = json.dumps({"transformer": dict(plan.transformer)})
+    _check_detection(plan, metadata)
+    state_dict = normalise(plan, _tensors(source))
+    options = {} if weight_dtype == DEFAULT else {"dtype": WEIGHT_DTYPES[weight_dtype]}
+    extra = {"disable_dynamic": True} if disable_dynamic else {}
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        dict(state_dict), model_options=options, metadata=dict(metadata), **extra
+    )
+    if patcher is None:
+        raise FrugalError(
+            f"{plan.file} was refused by ComfyUI's model detection",
+            "a Wan variant that it knows",
+            "update ComfyUI",
+        )
+    _check_loaded(plan, source, patcher.model.diffusion_model)
+    _finish_quantised(plan, patcher.model.diffusion_model)
+    if hasattr(patcher, "cached_patcher_init"):
+        patcher.cached_patcher_init = (load_patcher, (path, weight_dtype, matmul))
+    report = LoadReport(
+        f"Wan {plan.config.variant} {plan.config.size}, {plan.config.layers} blocks",
+        source.sizes(),
+        dict(plan.formats),
+        time.perf_counter() - started,
+        plan.notes,
+    )
+    patcher.set_attachments(REPORT_KEY, report.to_dict())
+    return patcher, report
+
+
+def load_patcher(path: Path, weight_dtype: str, matmul: str, disable_dynamic: bool = False) -> Any:
+    """The model again, as ComfyUI asks for it when it needs a second, static copy."""
+    return load_wan(path, weight_dtype, matmul, disable_dynamic)[0]
+
+
+def _known_formats() -> tuple[str, ...]:
+    return tuple(getattr(comfy.quant_ops, "QUANT_ALGOS", {}))
+
+
+def _check_weight_dtype(plan: Plan, weight_dtype: str) -> None:
+    if weight_dtype != DEFAULT and plan.layers:
+        form = next(iter(plan.layers.values())).format
+        raise FrugalError(
+            f"{plan.file} holds {len(plan.layers)} layers in {form}",
+            f"an unquantised file for the weight type {weight_dtype}",
+            f"set weight_dtype to {DEFAULT}",
+        )
+    if plan.per_row_float8 and not row_scaled.supported():
+        raise FrugalError(
+            f"{plan.file} holds {len(plan.per_row_float8)} fp8 layers with one scale per row",
+            "a ComfyUI with quantised tensors",
+            "update ComfyUI, or use a file with one scale per tensor",
+        )
+
+
+def _check_detection(plan: Plan, metadata: dict[str, str]) -> None:
+    """Ask ComfyUI what it would make of these shapes, on tensors without memory."""
+    shapes = {
+        name: torch.empty(entry.shape, device="meta")
+        for name, entry in parameters(plan.config).items()
+    }
+    detected = comfy.model_detection.detect_unet_config(shapes, "", metadata=dict(metadata))
+    fits = detected and comfy.model_detection.model_config_from_unet_config(dict(detected), shapes)
+    if not fits:
+        raise FrugalError(
+            f"{plan.file} is a {plan.config.variant} model with {plan.config.in_dim} "
+            "input channels",
+            "a variant that this ComfyUI knows",
+            "update ComfyUI or choose another variant",
+        )
+    defaults = {"text_dim": TEXT_DIM, "causal_ar": False}
+    for key, value in plan.transformer.items():
+        if detected.get(key, defaults.get(key)) != value:
+            raise FrugalError(
+                f"{plan.file} asks for {key} = {ascii(value)[:40]}, which this ComfyUI "
+                "does not read",
+                "a ComfyUI that takes the model's own configuration",
+                "update ComfyUI",
+            )
+
+
+def _tensors(source: Source) -> dict[str, torch.Tensor]:
+    if source.loaded:
+        return dict(source.loaded)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in source.files:
+        tensors.update(comfy.utils.load_torch_file(str(path)))
+    return tensors
+
+
+def _check_loaded(plan: Plan, source: Source, model: torch.nn.Module) -> None:
+    """ComfyUI only logs missing and unexpected keys, and casts a weight whose label differs
+    from its type.
+    """
+    loaded = dict(model.named_parameters())
+    wanted = set(parameters(plan.config))
+    missing, unknown = sorted(set(loaded) - wanted), sorted(wanted - set(loaded))
+    if missing or unknown:
+        raise FrugalError(
+            f"{plan.file} leaves {missing[0]} unset"
+            if missing
+            else f"{plan.file} holds {unknown[0]} without a place",
+            f"the {len(loaded)} parameters of the model that ComfyUI built",
+            "update ComfyUI, or report the file to ComfyUI-Frugal",
+        )
+    stored = {name: source.tensors[raw].dtype for raw, name in plan.rename.items()}
+    for layer in plan.layers:
+        data = getattr(loaded[f"{layer}.weight"], "_qdata", None)
+        if data is None or data.dtype != stored[f"{layer}.weight"]:
+            raise FrugalError(
+                f"{plan.file}: {layer} arrived as "
+                f"{getattr(data, 'dtype', 'an unquantised tensor')}",
+                f"{stored[f'{layer}.weight']} as in the file",
+                "update ComfyUI, or report the file to ComfyUI-Frugal",
+            )
+
+
+def _finish_quantised(plan: Plan, model: torch.nn.Module) -> None:
+    for name, layout in plan.layers.items():
+        module = model.get_submodule(name)
+        if layout.format in FLOAT8.values():
+            # Older versions ignore the declaration of full precision.
+            module._full_precision_mm = True
+        if layout.per_row:
+            row_scaled.wrap(module)

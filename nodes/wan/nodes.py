@@ -1,0 +1,138 @@
+"""Wan nodes: load a model, keep text embeddings on disk."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io, ui
+
+from .._comfy import CATEGORY, known, show_text
+from . import embeds, glue
+
+
+class FrugalLoadWan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalLoadWan",
+            display_name="Load Wan Model (Frugal)",
+            category=f"{CATEGORY}/wan",
+            description=(
+                "Loads a Wan 2.1 video model from any public layout: fp32, fp16, bf16, "
+                "fp8 with or without "
+                "scales, int8, ComfyUI's own quantised formats, diffusers names, and "
+                "models split into parts. "
+                "Refuses what it cannot load correctly, and says why."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=glue.model_names(),
+                    tooltip="A file in models/diffusion_models, or the index.json of a split model.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(glue.WEIGHT_DTYPES),
+                    default=glue.DEFAULT,
+                    tooltip=(
+                        "Type in which an unquantised model is kept. default: what "
+                        "ComfyUI picks for this "
+                        "device. Quantised files need default."
+                    ),
+                ),
+                io.Combo.Input(
+                    "matmul",
+                    options=list(glue.MATMULS),
+                    default=glue.MATMULS[0],
+                    tooltip=(
+                        "How quantised layers multiply. auto: fp8 in full precision, "
+                        "int8 and 4-bit with their "
+                        "own kernels. full precision: every layer is dequantised first, "
+                        "exact and slower."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The video model, for any sampler."),
+                io.String.Output("report", tooltip="What the file holds and how it was loaded."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            **known(
+                io.Schema,
+                search_aliases=["wan", "load diffusion model", "fp8", "int8", "unet loader"],
+            ),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, weight_dtype, matmul):
+        return glue.fingerprint(model_name)
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype, matmul) -> io.NodeOutput:
+        patcher, report = glue.load_wan(glue.model_path(model_name), weight_dtype, matmul)
+        show_text(cls.hidden.unique_id, report.text())
+        return io.NodeOutput(patcher, report.text())
+
+
+class FrugalSaveTextEmbeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalSaveTextEmbeds",
+            display_name="Save Text Embeddings (Frugal)",
+            category=f"{CATEGORY}/wan",
+            description=(
+                "Writes a text conditioning to output/text_embeds, bit for bit, so that "
+                "later graphs run without "
+                "the text encoder (6.7 GB for Wan)."
+            ),
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="Output of a text encode node."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="prompt",
+                    tooltip="Start of the file name; a number is added, no file is overwritten.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+            **known(io.Schema, search_aliases=["save conditioning", "text embeds", "prompt cache"]),
+        )
+
+    @classmethod
+    def execute(cls, conditioning, filename_prefix) -> io.NodeOutput:
+        path = embeds.save(conditioning, filename_prefix)
+        return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB"))
+
+
+class FrugalLoadTextEmbeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalLoadTextEmbeds",
+            display_name="Load Text Embeddings (Frugal)",
+            category=f"{CATEGORY}/wan",
+            description="Reads a saved text conditioning, or one tensor [1, tokens, width].",
+            inputs=[
+                io.Combo.Input(
+                    "embeds_name",
+                    options=embeds.names(),
+                    tooltip="A file in models/text_embeds, or, marked [output], in output/text_embeds.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning", tooltip="The conditioning as it was saved, bit for bit."
+                ),
+            ],
+            **known(io.Schema, search_aliases=["load conditioning", "text embeds", "prompt cache"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, embeds_name):
+        return embeds.fingerprint(embeds_name)
+
+    @classmethod
+    def execute(cls, embeds_name) -> io.NodeOutput:
+        return io.NodeOutput(embeds.load(embeds_name))
+
+
+NODES = [FrugalLoadWan, FrugalSaveTextEmbeds, FrugalLoadTextEmbeds]

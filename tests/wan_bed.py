@@ -1,0 +1,227 @@
+"""Tiny Wan models in every layout: what a file holds, and the weights that its bytes stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
+
+T2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=16, out_dim=16)
+I2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=36, out_dim=16, image=True)
+VACE = WanConfig(
+    dim=256, ffn_dim=512, layers=2, in_dim=16, out_dim=16, vace_layers=1, vace_in_dim=96
+)
+Weights = dict[str, torch.Tensor]
+File = tuple[Weights, dict[str, str], Weights]
+
+
+def weights(config: WanConfig = T2V, seed: int = 1) -> Weights:
+    """Seeded fp32 weights; linear layers have heavy tails, as trained ones do, and uneven rows."""
+    make = torch.Generator().manual_seed(seed)
+    out: Weights = {}
+    for name, parameter in parameters(config).items():
+        shape = parameter.shape
+        noise = torch.randn(shape, generator=make)
+        if "norm" in name or name.startswith("img_emb.proj.0") or name.startswith("img_emb.proj.4"):
+            out[name] = 1 + 0.1 * noise if name.endswith("weight") else 0.05 * noise
+        elif "modulation" in name:
+            out[name] = noise / config.dim**0.5
+        elif name.endswith("bias") or "emb_pos" in name:
+            out[name] = 0.02 * noise
+        else:
+            fan_in = noise[0].numel()
+            out[name] = noise / fan_in**0.5
+            if parameter.linear:
+                rare = torch.rand(shape, generator=make) < 0.002
+                rows = torch.exp(0.5 * torch.randn(shape[0], 1, generator=make))
+                out[name] = torch.where(rare, 5 * out[name], out[name]) * rows.clamp(0.3, 3)
+    return out
+
+
+def block_linears(source: Weights, config: WanConfig = T2V) -> list[str]:
+    table = parameters(config)
+    return [
+        name.removesuffix(".weight")
+        for name in source
+        if "blocks." in name and name in table and table[name].linear
+    ]
+
+
+def fp8(weight: torch.Tensor, dtype: torch.dtype, rows: bool, target: float | None = None):
+    """(float8 weight, float32 scale [] or [rows, 1], dequantised float32), scaled to `target`."""
+    largest = target or torch.finfo(dtype).max
+    amax = weight.abs().amax(dim=1, keepdim=True) if rows else weight.abs().amax()
+    scale = (amax / largest).float()
+    stored = (weight / scale).clamp(-largest, largest).to(dtype)
+    return stored, scale, stored.float() * scale
+
+
+def scaled(
+    source: Weights,
+    dtype: torch.dtype,
+    *,
+    rows: bool = False,
+    target: float | None = None,
+    scale_name: str = "scale_weight",
+    marker: torch.Tensor | None = None,
+    scale_shape: Callable[[torch.Tensor], torch.Tensor] = lambda scale: scale,
+    extras: Callable[[str, torch.Tensor], Weights] = lambda layer, scale: {},
+    metadata: dict[str, str] | None = None,
+) -> File:
+    held, meant = base(source)
+    for layer in block_linears(source):
+        stored, scale, exact = fp8(source[f"{layer}.weight"], dtype, rows, target)
+        held[f"{layer}.weight"], meant[f"{layer}.weight"] = stored, exact
+        held[f"{layer}.{scale_name}"] = scale_shape(scale)
+        held.update(extras(layer, scale))
+    if marker is not None:
+        held["scaled_fp8"] = marker
+    return held, metadata or {}, meant
+
+
+def base(source: Weights, dtype: torch.dtype = torch.bfloat16) -> tuple[Weights, Weights]:
+    """Everything in `dtype`, and the same as float32."""
+    held = {name: tensor.to(dtype) for name, tensor in source.items()}
+    return held, {name: tensor.float() for name, tensor in held.items()}
+
+
+def declare(layer: str, **entry: Any) -> Weights:
+    raw = json.dumps(entry).encode()
+    return {f"{layer}.comfy_quant": torch.tensor(list(raw), dtype=torch.uint8)}
+
+
+def header_metadata(source: Weights, **entry: Any) -> dict[str, str]:
+    layers = dict.fromkeys(block_linears(source), entry)
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+def plain_fp8(source: Weights, dtype: torch.dtype, everything: bool = False) -> File:
+    held, meant = base(source)
+    linears = {f"{layer}.weight" for layer in block_linears(source)}
+    for name in held:
+        if everything or name in linears:
+            held[name] = source[name].to(dtype)
+            meant[name] = held[name].float()
+    return held, {}, meant
+
+
+def int8_rows(source: Weights, shape: tuple[int, ...] = (-1, 1), declared: bool = False) -> File:
+    held, meant = base(source)
+    for layer in block_linears(source):
+        weight = source[f"{layer}.weight"]
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        stored = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        held[f"{layer}.weight"], meant[f"{layer}.weight"] = stored, stored.float() * scale
+        held[f"{layer}.weight_scale"] = scale.reshape(shape)
+        if declared:
+            held.update(declare(layer, format="int8_tensorwise"))
+    return held, {}, meant
+
+
+E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+ONE_STEP = {"scale_name": "weight_scale"}
+
+
+def fp8_layouts(source: Weights) -> dict[str, Callable[[], File]]:
+    """Layouts that load on every supported ComfyUI: label -> maker of (tensors, metadata,
+    meaning).
+    """
+
+    def plain(dtype: torch.dtype) -> Callable[[], File]:
+        return lambda: (base(source, dtype)[0], {}, base(source, dtype)[1])
+
+    def mark(*shape: int, dtype: torch.dtype = E4) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return {
+        "fp32": plain(torch.float32),
+        "fp16": plain(torch.float16),
+        "bf16": plain(torch.bfloat16),
+        "e4m3 cast": lambda: plain_fp8(source, E4),
+        "e5m2 cast": lambda: plain_fp8(source, E5),
+        "e4m3 cast of everything": lambda: plain_fp8(source, E4, everything=True),
+        "e4m3 scale_weight, marker of 2": lambda: scaled(source, E4, marker=mark(2)),
+        "e4m3 scale_weight, marker of 0": lambda: scaled(source, E4, marker=mark(0)),
+        "e4m3 scale_weight, bf16 marker of 1": lambda: scaled(
+            source, E4, marker=mark(1, dtype=torch.bfloat16)
+        ),
+        "e4m3 scale_weight and scale_input, fp32 marker": lambda: scaled(
+            source,
+            E4,
+            marker=mark(1, dtype=torch.float32),
+            extras=lambda layer, scale: {f"{layer}.scale_input": torch.tensor(0.37)},
+        ),
+        "e4m3 scale_weight, no marker": lambda: scaled(source, E4),
+        "e4m3 weight_scale, no marker": lambda: scaled(source, E4, **ONE_STEP),
+        "e4m3 weight_scale with marker": lambda: scaled(source, E4, marker=mark(2), **ONE_STEP),
+        "e4m3 weight_scale of shape [1], bf16": lambda: scaled(
+            source,
+            E4,
+            scale_shape=lambda scale: scale.reshape(1),
+            **ONE_STEP,
+        ),
+        "e5m2 scale_weight to 57344, e5m2 marker": lambda: scaled(
+            source, E5, marker=mark(2, dtype=E5)
+        ),
+        "e5m2 scale_weight to 448, e5m2 marker": lambda: scaled(
+            source, E5, marker=mark(2, dtype=E5), target=448
+        ),
+        "e4m3 weight_scale, header": lambda: scaled(
+            source, E4, metadata=header_metadata(source, format="float8_e4m3fn"), **ONE_STEP
+        ),
+        "e5m2 weight_scale, header": lambda: scaled(
+            source, E5, metadata=header_metadata(source, format="float8_e5m2"), **ONE_STEP
+        ),
+        "e5m2 weight_scale, header says e4m3": lambda: scaled(
+            source, E5, metadata=header_metadata(source, format="float8_e4m3fn"), **ONE_STEP
+        ),
+        "e4m3 weight_scale, comfy_quant": lambda: scaled(
+            source, E4, extras=lambda layer, _: declare(layer, format="float8_e4m3fn"), **ONE_STEP
+        ),
+        "e5m2 weight_scale, comfy_quant": lambda: scaled(
+            source, E5, extras=lambda layer, _: declare(layer, format="float8_e5m2"), **ONE_STEP
+        ),
+        "e4m3 weight_scale [rows,1], no marker (LightX2V)": lambda: scaled(
+            source, E4, rows=True, **ONE_STEP
+        ),
+        "e4m3 scale_weight [rows], marker": lambda: scaled(
+            source, E4, rows=True, marker=mark(2), scale_shape=lambda scale: scale.flatten()
+        ),
+        "e5m2 weight_scale [rows,1], no marker": lambda: scaled(source, E5, rows=True, **ONE_STEP),
+    }
+
+
+def write(path: Path, tensors: Weights, metadata: dict[str, str] | None = None) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def inputs(config: WanConfig = T2V, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Arguments of one forward of a tiny model: 2 latent frames of 8 x 8, 12 text tokens."""
+    make = torch.Generator().manual_seed(seed)
+    found = {
+        "x": torch.randn(1, config.in_dim, 2, 8, 8, generator=make),
+        "timestep": torch.tensor([600.0]),
+        "context": torch.randn(1, 12, config.text_dim, generator=make),
+    }
+    if config.image:
+        found["clip_fea"] = torch.randn(1, 257, 1280, generator=make)
+    if config.vace_layers:
+        found["vace_context"] = torch.randn(1, 1, config.vace_in_dim, 2, 8, 8, generator=make)
+        found["vace_strength"] = [1.0]  # type: ignore[assignment]
+    return found
+
+
+def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """||out - reference|| / ||reference||."""
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def correlation(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([out.flatten(), reference.flatten()]).double())[0, 1])
