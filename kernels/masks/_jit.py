@@ -1,9 +1,10 @@
 """The pack's `njit`: nogil, and a compile cache that survives moving the pack.
 
-Numba keys its cache files by module name. Under ComfyUI that name is the full path of the pack, so a moved folder, or
-a second name for the same checkout, would load code that asks for a module that is gone. The cache folder is therefore
-named by the module name and by the kernel sources: Numba looks at the time stamp of one file only, and would keep
-code compiled from an older version of a function imported from another file.
+Numba keys its cache files by module name. Under ComfyUI that name is the full path of the pack, so
+a moved folder, or a second name for the same checkout, would load code that asks for a module that
+is gone. The cache folder is therefore named by the module name and by the kernel sources: Numba
+looks at the time stamp of one file only, and would keep code compiled from an older version of a
+function imported from another file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _decorating = threading.Lock()
 
 
 def cache_root() -> Path:
-    """Folder of the user's compile caches; the environment variable FRUGAL_CACHE_DIR replaces it."""
+    """Folder of the user's compile caches; FRUGAL_CACHE_DIR in the environment replaces it."""
     if chosen := os.environ.get(CACHE_VARIABLE) or os.environ.get("NUMBA_CACHE_DIR"):
         return Path(chosen)
     if sys.platform == "win32":
@@ -45,7 +46,9 @@ def _source_digest(folder: str) -> bytes:
 
 @functools.cache
 def cache_folder(module: str, source: str) -> str | None:
-    """A writable folder for the kernels of `module` (defined in file `source`), or None if there is none."""
+    """A writable folder for the kernels of `module` (defined in file `source`), or None if there
+    is none.
+    """
     try:
         key = hashlib.sha1(module.encode(), usedforsecurity=False)
         key.update(_source_digest(os.path.dirname(source)))
@@ -60,9 +63,9 @@ def cache_folder(module: str, source: str) -> str | None:
 def njit(function: Callable[..., Any]) -> Any:
     """Compile `function` lazily with Numba: no GIL held, no parallel layer, NumPy error model.
 
-    `parallel=True` is never used: two Python threads inside Numba's workqueue layer abort the process, and the pack
-    shares that process with others. Raises ImportError (or SystemError, from an old Numba on a new NumPy) when Numba
-    cannot be used; `driver` then takes the reference.
+    `parallel=True` is never used: two Python threads inside Numba's workqueue layer abort the
+    process, and the pack shares that process with others. Raises ImportError (or SystemError, from
+    an old Numba on a new NumPy) when Numba cannot be used; `driver` then takes the reference.
     """
     import numba
 

@@ -1,7 +1,8 @@
 """Binary masks as vertical bit planes: 64 rows of a column in one word.
 
-`words` is uint64 [K, W] with K = ceil(H / 64); bit j of words[k, x] is the pixel of row 64 k + j, column x. Bits of
-rows at and past H ("pad bits") are always 0. Logic on 64 rows is then one SIMD loop along x.
+`words` is uint64 [K, W] with K = ceil(H / 64); bit j of words[k, x] is the pixel of row 64 k + j,
+column x. Bits of rows at and past H ("pad bits") are always 0. Logic on 64 rows is then one SIMD
+loop along x.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def valid_bits(k, height):
 
 @njit
 def pack(image, threshold, words, row, k0, k1):
-    """Word rows k0..k1 of `words` from float32 [H, W] `image`: bit = value > threshold, so NaN gives 0.
+    """Word rows k0..k1 of `words` from float32 [H, W] `image`: bit = value > threshold, so NaN
+    gives 0.
 
     `row` is scratch, uint8 [W].
     """
@@ -81,13 +83,17 @@ def pack(image, threshold, words, row, k0, k1):
                 for x in range(width):
                     row[x] = np.uint8(a[x] > threshold)
                 j += 1
-            for x in range(width):  # widening apart from the comparison keeps both loops at full SIMD width
+            for x in range(
+                width
+            ):  # widening apart from the comparison keeps both loops at full SIMD width
                 word[x] |= np.uint64(row[x]) << shift
 
 
 @njit
 def unpack_bytes(words, target, clear, full, row, y0, y1):
-    """Rows y0..y1 of the bits into uint8 [y1 - y0, W] `target`: `clear` where the bit is 0, `full` where it is 1."""
+    """Rows y0..y1 of the bits into uint8 [y1 - y0, W] `target`: `clear` where the bit is 0, `full`
+    where it is 1.
+    """
     width = words.shape[1]
     low, flip = np.uint8(clear), np.uint8(clear ^ full)
     y = y0
@@ -109,7 +115,9 @@ def unpack_bytes(words, target, clear, full, row, y0, y1):
 
 @njit
 def unpack_float(words, target, row, y0, y1, oy, ox):
-    """Rows y0..y1 of the bits, as 0.0 and 1.0, at (oy, ox) of float32 [H, W] `target`. `row`: uint8 [W] scratch."""
+    """Rows y0..y1 of the bits, as 0.0 and 1.0, at (oy, ox) of float32 [H, W] `target`. `row`:
+    uint8 [W] scratch.
+    """
     width = words.shape[1]
     zero, one = np.float32(0), np.float32(1)
     y = y0
@@ -139,7 +147,9 @@ def complement(words, height):
 
 @njit
 def paint(words, bits, value, image):
-    """Write `value` into float32 [H, W] `image` wherever `bits` differs from `words` (both uint64 [K, W])."""
+    """Write `value` into float32 [H, W] `image` wherever `bits` differs from `words` (both uint64
+    [K, W]).
+    """
     for k in range(words.shape[0]):
         for x in range(words.shape[1]):
             left = words[k, x] ^ bits[k, x]
@@ -150,7 +160,9 @@ def paint(words, bits, value, image):
 
 @njit
 def extent(words, ends):
-    """First and one-past-last set column of every word row into int64 [K, 2] `ends`; an empty row gives W, 0."""
+    """First and one-past-last set column of every word row into int64 [K, 2] `ends`; an empty row
+    gives W, 0.
+    """
     count, width = words.shape
     for k in range(count):
         word = words[k]
@@ -166,7 +178,9 @@ def extent(words, ends):
 
 @njit
 def flag_positive(image, columns, y0, y1):
-    """OR `value > 0` of rows y0..y1 of float32 [H, W] into uint8 [W] `columns`; returns first row, one-past-last row."""
+    """OR `value > 0` of rows y0..y1 of float32 [H, W] into uint8 [W] `columns`; returns first row,
+    one-past-last row.
+    """
     width = image.shape[1]
     top, bottom = y1, y0
     for y in range(y0, y1):

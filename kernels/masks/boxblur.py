@@ -1,8 +1,9 @@
 """Gaussian feather: three box filters in exact integers, from bit planes.
 
-Kovesi, "Fast Almost-Gaussian Filtering", 2010: three boxes of two odd widths have the standard deviation asked for to
-within a fraction of a pixel. Each pass repeats the edge values, on both axes, exactly like three calls of
-`scipy.ndimage.uniform_filter(mode="nearest")`; sums are exact, so there is no drift and no rounding before the end.
+Kovesi, "Fast Almost-Gaussian Filtering", 2010: three boxes of two odd widths have the standard
+deviation asked for to within a fraction of a pixel. Each pass repeats the edge values, on both
+axes, exactly like three calls of `scipy.ndimage.uniform_filter(mode="nearest")`; sums are exact,
+so there is no drift and no rounding before the end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from .bits import unpack_bytes
 
 
 def exact_dtypes(widths: tuple[int, int, int]) -> tuple[type, type, type]:
-    """Smallest unsigned dtypes whose sums stay exact: first vertical box, all three, and all six boxes."""
+    """Smallest unsigned dtypes whose sums stay exact: first vertical box, all three, and all six
+    boxes.
+    """
     product = widths[0] * widths[1] * widths[2]
     narrow = np.uint8 if max(widths) <= 0xFF else np.uint16
     if product <= 0xFFFF:
@@ -23,7 +26,9 @@ def exact_dtypes(widths: tuple[int, int, int]) -> tuple[type, type, type]:
 
 
 def unit_scale(widths: tuple[int, int, int]) -> np.float32:
-    """Factor that turns the full sum into 1; one step up, so that a full window reaches 1 before it is cut there."""
+    """Factor that turns the full sum into 1; one step up, so that a full window reaches 1 before
+    it is cut there.
+    """
     full = float(widths[0] * widths[1] * widths[2]) ** 2
     return np.nextafter(np.float32(1 / full), np.float32(1))
 
@@ -32,8 +37,9 @@ def unit_scale(widths: tuple[int, int, int]) -> np.float32:
 def box_columns(source, s0, target, t0, t1, r, height):
     """Vertical box sums of half width r for rows t0..t1 into `target`, whose first row is row t0.
 
-    `source` (same integer dtype, first row s0) holds every row in reach that exists; past the picture its first and
-    last rows repeat. Sums are exact while 2 r + 1 times the largest value fits the dtype.
+    `source` (same integer dtype, first row s0) holds every row in reach that exists; past the
+    picture its first and last rows repeat. Sums are exact while 2 r + 1 times the largest value
+    fits the dtype.
     """
     small = target.dtype.type
     width = source.shape[1]
@@ -54,7 +60,9 @@ def box_columns(source, s0, target, t0, t1, r, height):
 
 @njit
 def box_row(values, total, r):
-    """Box sums of half width r along `values` [n], in place; end values repeat. `total`: scratch [n + 2 r + 1]."""
+    """Box sums of half width r along `values` [n], in place; end values repeat. `total`: scratch
+    [n + 2 r + 1].
+    """
     wide = values.dtype.type
     n = values.shape[0]
     head, tail = values[0], values[n - 1]
@@ -77,7 +85,9 @@ def box_row(values, total, r):
 
 @njit
 def level_span(row):
-    """Where `row` changes: length of its constant head, and start of its constant tail (0 if it never changes)."""
+    """Where `row` changes: length of its constant head, and start of its constant tail (0 if it
+    never changes).
+    """
     n = row.shape[0]
     head = 1
     while head < n and row[head] == row[0]:
@@ -89,11 +99,15 @@ def level_span(row):
 
 
 @njit
-def triple_box(words, height, y0, y1, radii, scale, narrow, medium, values, total, row, out, oy, ox):
-    """Rows y0..y1 of the 0/1 picture `words` under three box filters of half widths `radii`, at (oy, ox) of `out`.
+def triple_box(
+    words, height, y0, y1, radii, scale, narrow, medium, values, total, row, out, oy, ox
+):
+    """Rows y0..y1 of the 0/1 picture `words` under three box filters of half widths `radii`, at
+    (oy, ox) of `out`.
 
-    scale: `unit_scale`. Scratch in the dtypes N, M, V of `exact_dtypes`: narrow N and medium M, flat, with 2 planes
-    of (y1 - y0 + 2 sum(radii)) W cells each; values V [W]; total V [W + 2 max(radii) + 1]; row uint8 [W].
+    scale: `unit_scale`. Scratch in the dtypes N, M, V of `exact_dtypes`: narrow N and medium M,
+    flat, with 2 planes of (y1 - y0 + 2 sum(radii)) W cells each; values V [W]; total V [W + 2
+    max(radii) + 1]; row uint8 [W].
     """
     width = words.shape[1]
     ra, rb, rc = radii
@@ -141,7 +155,9 @@ def triple_box(words, height, y0, y1, radii, scale, narrow, medium, values, tota
 
 @njit
 def soft_columns(source, target, r, sums):
-    """Vertical mean of half width r over float32 [H, W], edge rows repeated. `sums`: float64 [W] scratch."""
+    """Vertical mean of half width r over float32 [H, W], edge rows repeated. `sums`: float64 [W]
+    scratch.
+    """
     height, width = source.shape
     share = 1.0 / (2 * r + 1)
     for x in range(width):
@@ -162,7 +178,8 @@ def soft_columns(source, target, r, sums):
 def soft_triple_box(image, radii, spare, values, total, sums):
     """Three box filters over float32 [H, W] `image`, in place, accumulated in float64.
 
-    Scratch: spare float32 [H, W]; values float64 [W]; total float64 [W + 2 max(radii) + 1]; sums float64 [W].
+    Scratch: spare float32 [H, W]; values float64 [W]; total float64 [W + 2 max(radii) + 1]; sums
+    float64 [W].
     """
     width = image.shape[1]
     ra, rb, rc = radii

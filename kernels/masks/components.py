@@ -1,7 +1,7 @@
 """Holes and islands by connected components of vertical runs (union-find over run indices).
 
-Foreground is 8-connected and background 4-connected, the usual dual pair: two regions never cross. One union-find
-holds both colours, so that filling and dropping need one walk over the picture.
+Foreground is 8-connected and background 4-connected, the usual dual pair: two regions never cross.
+One union-find holds both colours, so that filling and dropping need one walk over the picture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def find(parent, i):
 
 @njit
 def unite(parent, i, j):
-    """Join the trees of runs i and j; the smaller index stays root, so a root is its component's first run."""
+    """Join the trees of runs i and j; the smaller index stays root, so a root is its component's
+    first run.
+    """
     i, j = find(parent, i), find(parent, j)
     if i < j:
         parent[j] = i
@@ -33,7 +35,9 @@ def unite(parent, i, j):
 
 @njit
 def transitions(words, k, x, height):
-    """Bits set at the rows of word row k where the colour differs from the row above; row 0 never counts."""
+    """Bits set at the rows of word row k where the colour differs from the row above; row 0 never
+    counts.
+    """
     word = words[k, x]
     carry = word & ONE if k == 0 else words[k - 1, x] >> np.uint64(63)
     return (word ^ ((word << ONE) | carry)) & valid_bits(k, height)
@@ -52,7 +56,9 @@ def count_runs(words, height):
 
 @njit
 def find_runs(words, height, end, column):
-    """Run ends (exclusive rows) into int32 `end`, the index of each column's first run into int32 [W + 1] `column`."""
+    """Run ends (exclusive rows) into int32 `end`, the index of each column's first run into int32
+    [W + 1] `column`.
+    """
     count, width = words.shape
     run = 0
     for x in range(width):
@@ -70,7 +76,9 @@ def find_runs(words, height, end, column):
 
 @njit
 def connect(words, height, end, column, parent):
-    """Join the runs of neighbouring columns: equal colours that share a row, and foreground that meets at a corner."""
+    """Join the runs of neighbouring columns: equal colours that share a row, and foreground that
+    meets at a corner.
+    """
     for i in range(parent.shape[0]):
         parent[i] = i
     for x in range(1, words.shape[1]):
@@ -115,7 +123,9 @@ def measure(end, column, parent, area):
 
 @njit
 def mark_holes(column, colour, parent, area, border, max_hole):
-    """Turn enclosed background runs of at most `max_hole` px (negative: any size) to foreground; joins them."""
+    """Turn enclosed background runs of at most `max_hole` px (negative: any size) to foreground;
+    joins them.
+    """
     width = column.shape[0] - 1
     for x in range(width):
         first, last = column[x], column[x + 1] - 1
@@ -142,7 +152,7 @@ def mark_holes(column, colour, parent, area, border, max_hole):
 
 @njit
 def drop_islands(colour, parent, area, min_island, keep):
-    """Clear foreground components below `min_island` px, then all but the `keep` largest (0: all stay).
+    """Clear components below `min_island` px, then all but the `keep` largest (0: all stay).
 
     Among equal areas the component whose first pixel comes first, column by column, is kept.
     """
@@ -182,9 +192,10 @@ def flip_range(words, x, y0, y1):
 def clean(words, height, max_hole, min_island, keep):
     """Fill holes and drop islands of uint64 [K, W] `words`, in place.
 
-    max_hole: largest area (px) of a background region to fill, 0 = off, negative = any; regions at the picture border
-    are never holes, and an island inside a hole does not count to its area. min_island: components below this many
-    px vanish (0 or 1 = off). keep: number of largest components that stay (0 = all). Holes first, then islands.
+    max_hole: largest area (px) of a background region to fill, 0 = off, negative = any; regions at
+    the picture border are never holes, and an island inside a hole does not count to its area.
+    min_island: components below this many px vanish (0 or 1 = off). keep: number of largest
+    components that stay (0 = all). Holes first, then islands.
     """
     runs = count_runs(words, height)
     width = words.shape[1]

@@ -1,6 +1,7 @@
 """Chooses Numba or the reference, and spreads frames or bands over the pack's own threads.
 
-The result does not depend on the number of threads: a frame is computed alone, and bands overlap by the full reach.
+The result does not depend on the number of threads: a frame is computed alone, and bands overlap
+by the full reach.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def numba_chain() -> ModuleType | None:
     try:
         from . import numba_chain as chain
     except (ImportError, SystemError) as error:  # SystemError: an old Numba on a newer NumPy
-        logging.warning("[Frugal] mask nodes run on SciPy, several times slower: Numba is off (%s).", error)
+        logging.warning(
+            "[Frugal] mask nodes run on SciPy, several times slower: Numba is off (%s).", error
+        )
         return None
     return chain
 
@@ -41,12 +44,16 @@ def backend() -> str:
 
 def thread_count() -> int:
     """Threads by default: the cores this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(cores, MAX_THREADS)
 
 
 def spread(tasks: Sequence[Callable[[], int]], threads: int, done: Callable[[int], None]) -> None:
-    """Run the tasks; `done` gets each result in the calling thread, and what it raises stops the rest."""
+    """Run the tasks; `done` gets each result in the calling thread, and what it raises stops the
+    rest.
+    """
     if threads == 1 or len(tasks) == 1:
         for task in tasks:
             done(task())
@@ -66,9 +73,11 @@ def run_chain(
     threads: int | None = None,
     use_numba: bool | None = None,
 ) -> np.ndarray:
-    """The whole chain over float32 C-contiguous [B, H, W], none of them empty; a new float32 array of that shape.
+    """The whole chain over float32 C-contiguous [B, H, W], none of them empty; a new float32 array
+    of that shape.
 
-    progress(done, total) is called in the calling thread after each share of the frames; it may raise to cancel.
+    progress(done, total) is called in the calling thread after each share of the frames; it may
+    raise to cancel.
     use_numba: None takes Numba if it is there.
     """
     chain = numba_chain() if use_numba is not False else None
@@ -133,7 +142,7 @@ def run_chain(
 
 
 def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and rows with a value above 0 in any frame of float32 [B, H, W]: bool [W], bool [H]."""
+    """Columns and rows with a value above 0 in any frame of [B, H, W]: bool [W], bool [H]."""
     chain = numba_chain()
     if chain is None:
         return reference.bounds(mask)
@@ -141,5 +150,6 @@ def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.zeros(mask.shape[1], bool)
     for frame in mask:
         top, bottom = chain.bounds(frame, columns)
-        rows[[top, bottom - 1]] |= top < bottom
+        if top < bottom:
+            rows[[top, bottom - 1]] = True
     return columns.astype(bool), rows

@@ -1,8 +1,9 @@
 """Dilation and erosion by a disk, diamond or square: on bit planes and on grey values.
 
-A structuring element is its column profile: int64 [R + 1], profile[d] = half height at column offset d, falling or
-level in d. Disk: isqrt(R^2 - d^2), which is "Euclidean distance <= R" exactly. Diamond: R - d. Square: R.
-Everything outside the picture is left out, for erosion too (SciPy's and ComfyUI's rule).
+A structuring element is its column profile: int64 [R + 1], profile[d] = half height at column
+offset d, falling or level in d. Disk: isqrt(R^2 - d^2), which is "Euclidean distance <= R"
+exactly. Diamond: R - d. Square: R. Everything outside the picture is left out, for erosion too
+(SciPy's and ComfyUI's rule).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import numpy as np
 
 from ._jit import njit
-from .bits import ONE, valid_bits
+from .bits import valid_bits
 
 
 def profile(shape: str, radius: int) -> np.ndarray:
@@ -28,7 +29,9 @@ def profile(shape: str, radius: int) -> np.ndarray:
 
 @njit
 def or_shifted(out, v, d, radius, x0, x1):
-    """OR `v` moved by d columns to both sides into out[x0:x1]; `v` carries `radius` empty columns on each side."""
+    """OR `v` moved by d columns to both sides into out[x0:x1]; `v` carries `radius` empty columns
+    on each side.
+    """
     left = v[radius - d + x0 : radius - d + x1]
     right = v[radius + d + x0 : radius + d + x1]
     target = out[x0:x1]
@@ -38,7 +41,9 @@ def or_shifted(out, v, d, radius, x0, x1):
 
 @njit
 def widen(v, source, k, n, radius, x0, x1):
-    """OR word row k of `source` moved by n rows up and down into `v`: a funnel shift over neighbouring words."""
+    """OR word row k of `source` moved by n rows up and down into `v`: a funnel shift over
+    neighbouring words.
+    """
     q, s = n >> 6, np.uint64(n & 63)
     target = v[radius + x0 : radius + x1]
     above, below = source[k - q, x0:x1], source[k + q, x0:x1]
@@ -49,15 +54,18 @@ def widen(v, source, k, n, radius, x0, x1):
         back = np.uint64(64) - s
         above2, below2 = source[k - q - 1, x0:x1], source[k + q + 1, x0:x1]
         for x in range(target.shape[0]):
-            target[x] |= (above[x] << s) | (above2[x] >> back) | (below[x] >> s) | (below2[x] << back)
+            target[x] |= (
+                (above[x] << s) | (above2[x] >> back) | (below[x] >> s) | (below2[x] << back)
+            )
 
 
 @njit
 def dilate_bits(source, heights, ends, v, out, height, k0, k1):
-    """Dilate bit planes by the element `heights` (radius R = len - 1): word rows k0..k1 of `out`, uint64 [K, W].
+    """Dilate bit planes by the element `heights` (radius R = len - 1): word rows k0..k1 of `out`,
+    uint64 [K, W].
 
-    source: uint64 [K + 2 P, W] with P = 2 + R // 64 zero word rows above and below. ends: int64 [K + 2 P, 2], its
-    `bits.extent`. v: scratch, uint64 [W + 2 R].
+    source: uint64 [K + 2 P, W] with P = 2 + R // 64 zero word rows above and below. ends: int64 [K
+    + 2 P, 2], its `bits.extent`. v: scratch, uint64 [W + 2 R].
     """
     radius = heights.shape[0] - 1
     width = out.shape[1]
@@ -95,7 +103,9 @@ def dilate_bits(source, heights, ends, v, out, height, k0, k1):
 
 @njit
 def window_maxima(image, sign, y, level, radius):
-    """Row y of `sign * image` and its maxima over windows of 1, 2, 4, .. columns into float32 [levels, W + 2 R]."""
+    """Row y of `sign * image` and its maxima over windows of 1, 2, 4, .. columns into float32
+    [levels, W + 2 R].
+    """
     width = image.shape[1]
     lowest = np.float32(-np.inf)
     base = level[0]
@@ -117,10 +127,12 @@ def window_maxima(image, sign, y, level, radius):
 
 @njit
 def dilate_grey(image, heights, sign, ring, out):
-    """Grey dilation (sign 1) or erosion (sign -1) of float32 [H, W] by the element `heights`; exact, no rounding.
+    """Grey dilation (sign 1) or erosion (sign -1) of float32 [H, W] by the element `heights`;
+    exact, no rounding.
 
-    ring: scratch, float32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the rows in reach. Each
-    output row takes, for every row offset, the maximum of two overlapping power-of-two windows.
+    ring: scratch, float32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the
+    rows in reach. Each output row takes, for every row offset, the maximum of two overlapping
+    power-of-two windows.
     """
     height, width = image.shape
     radius = heights.shape[0] - 1

@@ -1,6 +1,7 @@
 """The chain on Numba kernels. Importing this module imports Numba; `driver` does it on first use.
 
-One frame runs on one thread, or, split into word rows and row bands, on several: both ways give the same bits.
+One frame runs on one thread, or, split into word rows and row bands, on several: both ways give
+the same bits.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Plan:
         elif settings.feather:
             tables = ramp_table(settings.feather, settings.feather_mode)
             reach = round((len(tables[0]) - 1) ** 0.5)
-        return cls(settings, morphology.profile(settings.grow_shape, abs(settings.grow)), reach, tables)
+        return cls(
+            settings, morphology.profile(settings.grow_shape, abs(settings.grow)), reach, tables
+        )
 
 
 def ranges(size: int, parts: int) -> list[tuple[int, int]]:
@@ -64,9 +67,11 @@ def ranges(size: int, parts: int) -> list[tuple[int, int]]:
 def refine_frame(
     frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch, parts: int, run: Run
 ) -> None:
-    """All steps after temporal smoothing for one frame: float32 [H, W] into float32 [H, W] `out` (may be `frame`).
+    """All steps after temporal smoothing for one frame: float32 [H, W] into float32 [H, W] `out`
+    (may be `frame`).
 
-    `run` executes a list of tasks, on as many threads as it likes; `parts` says into how many to split.
+    `run` executes a list of tasks, on as many threads as it likes; `parts` says into how many to
+    split.
     """
     s = plan.settings
     if s.soft:
@@ -78,7 +83,9 @@ def refine_frame(
     threshold = np.float32(s.threshold)
 
     def pack(k0: int, k1: int) -> Callable[[Scratch], None]:
-        return lambda own: bits.pack(frame, threshold, words, own.flat("row", width, np.uint8), k0, k1)
+        return lambda own: bits.pack(
+            frame, threshold, words, own.flat("row", width, np.uint8), k0, k1
+        )
 
     run([pack(*span) for span in ranges(count, parts)])
     if s.fill_holes or s.cleans_islands:
@@ -118,7 +125,9 @@ def _grow(
 def _feather(
     words: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch, parts: int, run: Run
 ) -> None:
-    """Write the bits, with their soft edge, into `out`; only the box of set pixels and its margin is computed."""
+    """Write the bits, with their soft edge, into `out`; only the box of set pixels and its margin
+    is computed.
+    """
     height, width = out.shape
     ends = scratch.plane("ends", (len(words), 2), np.int64)
     bits.extent(words, ends)
@@ -241,5 +250,7 @@ def smooth(frames: np.ndarray, mode: str, keep: float, out: np.ndarray, n0: int,
 
 
 def bounds(frame: np.ndarray, columns: np.ndarray) -> tuple[int, int]:
-    """OR the columns with a value above 0 into uint8 [W] `columns`; first and one-past-last such row."""
+    """OR the columns with a value above 0 into uint8 [W] `columns`; first and one-past-last such
+    row.
+    """
     return bits.flag_positive(frame, columns, 0, frame.shape[0])

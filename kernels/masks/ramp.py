@@ -1,13 +1,12 @@
 """Soft edges by distance: an exact Euclidean ramp on either side of a mask's edge.
 
-The distance transform is kept to a band of R px around the edge (the two passes of Felzenszwalb and Huttenlocher,
-"Distance Transforms of Sampled Functions", 2012: columns first, then a minimum of parabolas along each row), in
-saturating 8 or 16 bit integers, so squared distances are exact and a table gives the values.
+The distance transform is kept to a band of R px around the edge (the two passes of Felzenszwalb
+and Huttenlocher, "Distance Transforms of Sampled Functions", 2012: columns first, then a minimum
+of parabolas along each row), in saturating 8 or 16 bit integers, so squared distances are exact
+and a table gives the values.
 """
 
 from __future__ import annotations
-
-import numpy as np
 
 from ._jit import njit
 from .bits import unpack_bytes
@@ -17,7 +16,8 @@ SEGMENT = 64
 
 @njit
 def column_distance(plane, g, radius):
-    """Vertical distance, clipped to `radius`, to the nearest 0 of uint8 `plane` (values 0, 1), into `g`.
+    """Vertical distance, clipped to `radius`, to the nearest 0 of uint8 `plane` (values 0, 1),
+    into `g`.
 
     Both are [rows, W]; `g` is uint8 (radius <= 254) or uint16.
     """
@@ -41,7 +41,9 @@ def column_distance(plane, g, radius):
 
 @njit
 def row_minimum(q, acc, x0, x1, radius):
-    """Squared distances acc[x0:x1]: min over |j| < R of q[x + j] + j^2, saturating; q carries R cells each side."""
+    """Squared distances acc[x0:x1]: min over |j| < R of q[x + j] + j^2, saturating; q carries R
+    cells each side.
+    """
     small = q.dtype.type
     top = (1 << (8 * q.itemsize)) - 1
     target, centre = acc[x0:x1], q[radius + x0 : radius + x1]
@@ -57,11 +59,30 @@ def row_minimum(q, acc, x0, x1, radius):
 
 
 @njit
-def ramp(words, height, y0, y1, radius, to_background, table, inside_only, plane, g, q, acc, row, out, oy, ox):
-    """Rows y0..y1 of the picture, at (oy, ox) of float32 `out`: table[min(squared distance, R^2)] to the set (or clear) pixels.
+def ramp(
+    words,
+    height,
+    y0,
+    y1,
+    radius,
+    to_background,
+    table,
+    inside_only,
+    plane,
+    g,
+    q,
+    acc,
+    row,
+    out,
+    oy,
+    ox,
+):
+    """Rows y0..y1 of the picture, at (oy, ox) of float32 `out`: table[min(squared distance, R^2)]
+    to the set (or clear) pixels.
 
-    With `inside_only` pixels of distance 0 are left as they are. Scratch: `plane` uint8 and `g` of dtype T, both flat
-    with (y1 - y0 + 2 R) W cells; q T [W + 2 R], acc T [W], row uint8 [W]. T is uint8 up to R = 15, else uint16.
+    With `inside_only` pixels of distance 0 are left as they are. Scratch: `plane` uint8 and `g` of
+    dtype T, both flat with (y1 - y0 + 2 R) W cells; q T [W + 2 R], acc T [W], row uint8 [W]. T is
+    uint8 up to R = 15, else uint16.
     """
     width = words.shape[1]
     small = g.dtype.type

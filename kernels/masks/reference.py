@@ -1,4 +1,5 @@
-"""The chain in NumPy and SciPy: what runs when Numba is missing, and what the Numba kernels are tested against.
+"""The chain in NumPy and SciPy: what runs when Numba is missing, and what the Numba kernels are
+tested against.
 
 Every function takes and returns one frame, float32 or bool [H, W], unless it says otherwise.
 """
@@ -18,7 +19,9 @@ CROSS = ndimage.generate_binary_structure(2, 1)
 
 
 def fill_holes(bits: np.ndarray, max_hole: int) -> np.ndarray:
-    """Fill 4-connected background regions that do not touch the border and hold at most `max_hole` px (-1: any)."""
+    """Fill 4-connected background regions that do not touch the border and hold at most `max_hole`
+    px (-1: any).
+    """
     labels, count = ndimage.label(~bits, CROSS)
     area = np.bincount(labels.ravel(), minlength=count + 1)
     hole = np.ones(count + 1, bool) if max_hole < 0 else area <= max_hole
@@ -28,7 +31,8 @@ def fill_holes(bits: np.ndarray, max_hole: int) -> np.ndarray:
 
 
 def drop_islands(bits: np.ndarray, min_island: int, keep: int) -> np.ndarray:
-    """Clear 8-connected regions below `min_island` px, then all but the `keep` largest (0: all stay).
+    """Clear 8-connected regions below `min_island` px, then all but the `keep` largest (0: all
+    stay).
 
     Among equal areas the region whose first pixel comes first, column by column, is kept.
     """
@@ -55,7 +59,9 @@ def element(shape: str, radius: int) -> np.ndarray:
 
 
 def squared_distance(target: np.ndarray) -> np.ndarray:
-    """Exact squared Euclidean distance (int64) of every pixel to the nearest True; huge where there is none."""
+    """Exact squared Euclidean distance (int64) of every pixel to the nearest True; huge where
+    there is none.
+    """
     if not target.any():
         return np.full(target.shape, np.iinfo(np.int64).max // 2)
     y, x = ndimage.distance_transform_edt(~target, return_distances=False, return_indices=True)
@@ -84,7 +90,9 @@ def grow_soft(mask: np.ndarray, shape: str, grow: int) -> np.ndarray:
         for _ in range(grow):
             mask = ndimage.grey_dilation(mask, footprint=CROSS)
         return mask
-    return ndimage.maximum_filter(mask, footprint=element(shape, grow), mode="constant", cval=-np.inf)
+    return ndimage.maximum_filter(
+        mask, footprint=element(shape, grow), mode="constant", cval=-np.inf
+    )
 
 
 def ramp(bits: np.ndarray, feather: float, mode: str) -> np.ndarray:
@@ -100,7 +108,9 @@ def ramp(bits: np.ndarray, feather: float, mode: str) -> np.ndarray:
 
 
 def triple_box(mask: np.ndarray, widths: tuple[int, int, int]) -> np.ndarray:
-    """Three box filters of the given odd widths with edge values repeated, accumulated in float64, float32 out."""
+    """Three box filters of the given odd widths with edge values repeated, accumulated in float64,
+    float32 out.
+    """
     value = mask.astype(np.float64)
     for width in widths:
         value = ndimage.uniform_filter(value, width, mode="nearest")
@@ -108,7 +118,9 @@ def triple_box(mask: np.ndarray, widths: tuple[int, int, int]) -> np.ndarray:
 
 
 def smooth(frames: np.ndarray, mode: str, keep: float) -> np.ndarray:
-    """Temporal smoothing of float32 [B, H, W] without NaN; modes of `settings.TEMPORAL` other than "off"."""
+    """Temporal smoothing of float32 [B, H, W] without NaN; modes of `settings.TEMPORAL` other than
+    "off".
+    """
     if mode == "union":
         return np.broadcast_to(frames.max(axis=0), frames.shape).copy()
     if mode == "ema":

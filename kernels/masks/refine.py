@@ -23,7 +23,9 @@ def _frames(mask: np.ndarray) -> np.ndarray:
         )
     if 0 in mask.shape[-2:]:
         raise FrugalError(
-            f"a mask of {mask.shape[-1]} x {mask.shape[-2]} px", "at least 1 x 1 px", "check the node before"
+            f"a mask of {mask.shape[-1]} x {mask.shape[-2]} px",
+            "at least 1 x 1 px",
+            "check the node before",
         )
     return np.ascontiguousarray(mask.reshape((-1, *mask.shape[-2:])), np.float32)
 
@@ -36,10 +38,11 @@ def refine(
 ) -> np.ndarray:
     """Refine a mask or a clip of masks; the steps and their order are those of `RefineSettings`.
 
-    mask: float [B, H, W] or [H, W], values 0..1, NaN counts as 0; never changed. Returns a new float32 [B, H, W].
-    progress(done, total) runs in the calling thread after each share of the frames and may raise to cancel.
-    threads: None takes the cores available, at most 8; the result does not depend on it.
-    Raises FrugalError for a mask of another type or shape.
+    mask: float [B, H, W] or [H, W], values 0..1, NaN counts as 0; never changed. Returns a new
+    float32 [B, H, W]. progress(done, total) runs in the calling thread after each share of the
+    frames and may raise to cancel.
+    threads: None takes the cores available, at most 8; the result does not depend on it. Raises
+    FrugalError for a mask of another type or shape.
     """
     frames = _frames(mask)
     if not len(frames):
@@ -53,7 +56,8 @@ def invert(mask: np.ndarray) -> np.ndarray:
 
 
 def bbox(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Smallest box (x, y, width, height in px) around every value above 0 in any frame, or None for an empty mask.
+    """Smallest box (x, y, width, height in px) around every value above 0 in any frame, or None
+    for an empty mask.
 
     mask: float [B, H, W] or [H, W]. Raises FrugalError for another type or shape.
     """

@@ -15,21 +15,25 @@ FEATHERS = ("ramp_out", "ramp_in", "ramp_center", "gaussian")
 TEMPORAL = ("off", "ema", "median3", "median5", "union")
 MAX_RADIUS = 512
 MAX_FEATHER = 255.0
+MAX_REGIONS = 256
 
 
 @dataclass(frozen=True)
 class RefineSettings:
     """Steps in their fixed order; the defaults of all but `threshold` leave a mask as it is.
 
-    temporal, temporal_strength: smoothing over frames, of "ema" the share of the previous frame (0 <= s < 1).
-    threshold: a pixel is inside where value > threshold; 0 keeps grey values (no hard edge is made).
+    temporal, temporal_strength: smoothing over frames, of "ema" the share of the previous frame,
+    0 <= s < 1.
+    threshold: a pixel is inside where value > threshold; 0 keeps grey values.
     fill_holes: largest area in px of an enclosed hole to fill; 0 off, -1 any size.
-    drop_islands: regions below this many px vanish; 0 off. keep_largest: number of regions that stay; 0 all.
+    drop_islands: regions below this many px vanish; 0 off. keep_largest: number of regions that
+    stay; 0 all.
     grow, grow_shape: radius in px, negative shrinks; see `SHAPES`.
-    feather, feather_mode: ramp length in px (exact Euclidean distance) or, for "gaussian", its sigma in px.
+    feather, feather_mode: ramp length in px (exact Euclidean distance) or, for "gaussian", its
+    sigma in px.
 
-    With threshold 0 a hole is an enclosed region below full and a region is what lies above empty, each by half an
-    8-bit step; distance ramps need a hard edge and are refused.
+    With threshold 0 a hole is an enclosed region below full and a region is what lies above empty,
+    each by half an 8-bit step; distance ramps need a hard edge and are refused.
     """
 
     threshold: float = 0.5
@@ -53,7 +57,7 @@ class RefineSettings:
         _range("threshold", self.threshold, 0, 1, "")
         _range("fill_holes", self.fill_holes, -1, 2**31 - 1, " px")
         _range("drop_islands", self.drop_islands, 0, 2**31 - 1, " px")
-        _range("keep_largest", self.keep_largest, 0, 4096, "")
+        _range("keep_largest", self.keep_largest, 0, MAX_REGIONS, "")
         _range("grow", self.grow, -MAX_RADIUS, MAX_RADIUS, " px")
         _range("feather", self.feather, 0, MAX_FEATHER, " px")
         _range("temporal_strength", self.temporal_strength, 0, 0.999, "")
@@ -81,7 +85,9 @@ class RefineSettings:
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise FrugalError(f"{name} {value!r}", f"one of {', '.join(allowed)}", f"choose another {name}")
+        raise FrugalError(
+            f"{name} {value!r}", f"one of {', '.join(allowed)}", f"choose another {name}"
+        )
 
 
 def _range(name: str, value: float, low: float, high: float, unit: str) -> None:
@@ -92,7 +98,9 @@ def _range(name: str, value: float, low: float, high: float, unit: str) -> None:
 
 
 def box_widths(sigma: float) -> tuple[int, int, int]:
-    """Three odd box widths whose sequence has the standard deviation nearest to `sigma` px (Kovesi 2010)."""
+    """Three odd box widths whose sequence has the standard deviation nearest to `sigma` px (Kovesi
+    2010).
+    """
     ideal = int(math.sqrt(12 * sigma * sigma / 3 + 1))
     lower = ideal if ideal % 2 else ideal - 1
     count = round((12 * sigma * sigma - 3 * lower * lower - 12 * lower - 9) / (-4 * lower - 4))
@@ -101,11 +109,12 @@ def box_widths(sigma: float) -> tuple[int, int, int]:
 
 
 def ramp_table(feather: float, mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values by squared distance, float32 [R^2 + 1] twice: outside the mask by distance to it, inside by distance
-    to the background. Distances are between pixel centres, so the nearest pixel of the other side is at 1.
+    """Values by squared distance, float32 [R^2 + 1] twice: outside the mask by distance to it,
+    inside by distance to the background. Distances are between pixel centres, so the nearest pixel
+    of the other side is at 1.
 
-    "ramp_out": 1 - d / feather outside. "ramp_in": d / feather inside. "ramp_center": half of the ramp on either
-    side of the pixel edge, 0.5 -+ (d - 0.5) / feather.
+    "ramp_out": 1 - d / feather outside. "ramp_in": d / feather inside. "ramp_center": half of the
+    ramp on either side of the pixel edge, 0.5 -+ (d - 0.5) / feather.
     """
     reach = feather / 2 + 0.5 if mode == "ramp_center" else feather
     radius = int(np.ceil(reach))

@@ -1,7 +1,7 @@
 """Smoothing over time, pixel by pixel, in tiles that stay in the cache.
 
-Frames are float32 [B, N] (N = H W). NaN counts as 0, so that one bad pixel cannot spread along the clip. At the two
-ends of the clip the first and last frame repeat.
+Frames are float32 [B, N] (N = H W). NaN counts as 0, so that one bad pixel cannot spread along the
+clip. At the two ends of the clip the first and last frame repeat.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ TILE = 4096
 
 @njit
 def ema(frames, keep, out, n0, n1):
-    """Exponential moving average of columns n0..n1: out[t] = keep out[t - 1] + (1 - keep) frames[t]."""
+    """Exponential moving average of columns n0..n1: out[t] = keep out[t - 1] + (1 - keep)
+    frames[t].
+    """
     share, zero = np.float32(1) - keep, np.float32(0)
     for a in range(n0, n1, TILE):
         b = min(a + TILE, n1)

@@ -1,0 +1,55 @@
+"""Reads models and the device for the run report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ...kernels.plan.meter import Meter
+from ...kernels.plan.run_report import Frames, ModelFacts
+from ...kernels.report import LoadReport
+from .._comfy import REPORT_KEY
+
+METER = Meter()
+
+
+def device() -> torch.device:
+    """The device ComfyUI computes on."""
+    return comfy.model_management.get_torch_device()
+
+
+def start_run() -> None:
+    """The server looks at a new run: restart clock and peak memory."""
+    METER.start(device())
+
+
+def model_facts(model: Any) -> LoadReport | ModelFacts:
+    """What the loader left on the MODEL, else what can be read off the model itself."""
+    left = model.get_attachment(REPORT_KEY)
+    if isinstance(left, LoadReport):
+        return left
+    if isinstance(left, dict):
+        known = {field.name for field in fields(LoadReport)}
+        values = {name: value for name, value in left.items() if name in known}
+        return LoadReport(**values | {"notes": tuple(values.get("notes", ()))})
+    formats: Counter[str] = Counter()
+    for tensor in (*model.model.parameters(), *model.model.buffers()):
+        kind = type(tensor).__name__
+        name = str(tensor.dtype).removeprefix("torch.")
+        # A quantised tensor shows the dtype it stands for, so its class has to be named too.
+        formats[name if kind in ("Tensor", "Parameter") else f"{name} ({kind})"] += tensor.nbytes
+    return ModelFacts(
+        type(model.model).__name__,
+        str(model.model_dtype() or "an unknown dtype").removeprefix("torch."),
+        int(model.model_size()),
+        dict(formats.most_common()),
+    )
+
+
+def frames_of(images: torch.Tensor) -> Frames:
+    """Count and size of an IMAGE, [B, H, W, C]."""
+    return Frames(int(images.shape[0]), int(images.shape[2]), int(images.shape[1]))
