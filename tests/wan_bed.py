@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +203,13 @@ def write(path: Path, tensors: Weights, metadata: dict[str, str] | None = None) 
     return path
 
 
-def inputs(config: WanConfig = T2V, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Arguments of one forward of a tiny model: 2 latent frames of 8 x 8, 12 text tokens."""
+def inputs(config: WanConfig = T2V, seed: int = 3, tokens: int = 12) -> dict[str, torch.Tensor]:
+    """Arguments of one forward of a tiny model: 2 latent frames of 8 x 8."""
     make = torch.Generator().manual_seed(seed)
     found = {
         "x": torch.randn(1, config.in_dim, 2, 8, 8, generator=make),
         "timestep": torch.tensor([600.0]),
-        "context": torch.randn(1, 12, config.text_dim, generator=make),
+        "context": torch.randn(1, tokens, config.text_dim, generator=make),
     }
     if config.image:
         found["clip_fea"] = torch.randn(1, 257, 1280, generator=make)
@@ -225,3 +226,31 @@ def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 def correlation(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([out.flatten(), reference.flatten()]).double())[0, 1])
+
+
+def fake_native(layer: str, form: str, rows: int, width: int) -> Weights:
+    """Tensors of the right shapes and types for a native format; their content means nothing."""
+    byte, one = torch.uint8, torch.float32
+    held = {
+        "int8_tensorwise": {"weight": (torch.int8, rows, width), "weight_scale": (one, rows, 1)},
+        "convrot_w4a4": {"weight": (torch.int8, rows, width // 2), "weight_scale": (one, rows)},
+        "asym_w4a8_int8": {
+            "weight": (torch.int8, rows, width // 2),
+            "weight_s_rel": (E4, rows, width // 16),
+            "weight_s_channel": (one, rows),
+        },
+        "nvfp4": {
+            "weight": (byte, rows, width // 2),
+            "weight_scale": (E4, rows, width // 16),
+            "weight_scale_2": (one,),
+        },
+        "mxfp8": {"weight": (E4, rows, width), "weight_scale": (byte, rows, width // 32)},
+    }[form]
+    tensors = {
+        f"{layer}.{leaf}": torch.ones(shape).to(dtype) for leaf, (dtype, *shape) in held.items()
+    }
+    return tensors | declare(layer, format=form)
+
+
+def variant(config: WanConfig, **changes: Any) -> WanConfig:
+    return replace(config, **changes)

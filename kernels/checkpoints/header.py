@@ -114,13 +114,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _check_length(path: Path, head: bytes, length: int, file_size: int) -> None:
     if file_size == 0:
         raise FrugalError(f"{path.name} is empty (0 bytes)", "a safetensors file", DOWNLOAD)
+    if len(head) == 8 and 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
+        return
+    # Only now: the first bytes of a good file may look like those of another kind.
     if head[:4] == b"GGUF":
         raise FrugalError(
             f"{path.name} is a GGUF file under another name",
             "a safetensors file",
             "rename it to .gguf and load it with a GGUF loader",
         )
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
         raise FrugalError(
             f"{path.name} is a PyTorch pickle file under another name",
             "a safetensors file",

@@ -14,20 +14,18 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from .layouts import FLOAT8, NVFP4
+from .layouts import FLOAT8, MXFP8, NVFP4, W4A4, LayerLayout
 from .plan import Plan
 
 E5M2, E4M3 = "float8_e5m2", "float8_e4m3fn"
 
 
 def normalise(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict under canonical names, from the tensors of the planned file under their own
-    names.
+    """The state dict under canonical names, from the planned file's tensors under their own names.
 
-    fp8 and int8 scales come out as float32, shape [] or [rows, 1] (int8 per row: as stored);
-    parameters that are no linear weights and are stored as fp8 come out as bfloat16, which holds
-    every fp8 value. Raises FrugalError for a scale that is not finite and for a tensor that is
-    not there.
+    Scales of fp8 and int8 come out as float32, shape [] or [rows, 1]; parameters that are no linear
+    weights and are stored as fp8 come out as bfloat16, which holds every fp8 value. Raises
+    FrugalError for a scale that is not finite and for a tensor that is not there.
     """
     out: dict[str, torch.Tensor] = {}
     for raw, name in plan.rename.items():
@@ -35,32 +33,33 @@ def normalise(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
             raise FrugalError(
                 f"{plan.file} no longer holds {raw}", "the file as it was planned", "load it again"
             )
-        tensor = tensors[raw]
         layer, _, leaf = name.rpartition(".")
         layout = plan.layers.get(layer)
         if layout is None or leaf in ("weight", "bias"):
-            quantised = layout is not None and leaf == "weight"
-            out[name] = (
-                tensor if quantised or tensor.dtype not in FLOAT8 else tensor.to(torch.bfloat16)
-            )
-        elif layout.format in FLOAT8.values():
-            if leaf == "weight_scale":
-                out[name] = _scale(plan.file, name, tensor).reshape(
-                    (-1, 1) if layout.per_row else ()
-                )
-        elif (
-            leaf == "weight_scale" and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
-        ):
-            scale = _scale(plan.file, name, tensor)
-            out[name] = scale.reshape(()) if scale.numel() == 1 else scale
-        elif layout.format == NVFP4 and leaf == "weight_scale_2":
-            out[name] = _scale(plan.file, name, tensor).reshape(())
-        else:
-            out[name] = tensor
+            stays = layout is not None and leaf == "weight"
+            out[name] = tensors[raw] if stays else _without_float8(tensors[raw])
+        elif leaf != "input_scale" or layout.format not in FLOAT8.values():
+            out[name] = _side_tensor(plan.file, name, layout, tensors[raw])
     for layer, layout in plan.layers.items():
         if layout.unit_scale:
             out[f"{layer}.weight_scale"] = torch.ones((), dtype=torch.float32)
     return out
+
+
+def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16) if tensor.dtype in FLOAT8 else tensor
+
+
+def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor) -> torch.Tensor:
+    leaf = name.rpartition(".")[2]
+    blocks = layout.format in (NVFP4, MXFP8) and leaf == "weight_scale"
+    if blocks or leaf not in ("weight_scale", "weight_scale_2"):
+        return tensor
+    scale = _scale(file, name, tensor)
+    if scale.numel() == 1:
+        return scale.reshape(())
+    # One spelling per format: W4A4 kernels take a vector of row scales, the others a column.
+    return scale.reshape(-1) if layout.format == W4A4 else scale.reshape(-1, 1)
 
 
 def _scale(file: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -75,17 +74,16 @@ def _scale(file: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return scale
 
 
-def declaration(plan: Plan, known: Collection[str], full_precision: bool) -> dict[str, Any]:
-    """The content of `_quantization_metadata` for the planned layers; empty if none is quantised.
+def declaration(plan: Plan, known: Collection[str]) -> dict[str, str]:
+    """The entry `_quantization_metadata` for the planned layers; empty if none is quantised.
 
-    `known` are the format names of the running ComfyUI. fp8 layers always ask for full-precision
-    products; `full_precision` asks for it in every layer. Raises FrugalError for a format that
-    ComfyUI does not know.
+    `known` are the format names of the running ComfyUI. fp8 layers ask for products in full
+    precision, which suits Wan better. Raises FrugalError for a format that ComfyUI does not know.
     """
     layers: dict[str, dict[str, Any]] = {}
     for name, layout in plan.layers.items():
         form = layout.format
-        if form == E5M2 and form not in known:
+        if form == E5M2 and form not in known and E4M3 in known:
             # Where only one fp8 format is known, its reader takes the type from the bytes.
             form = E4M3
         if form not in known:
@@ -97,7 +95,7 @@ def declaration(plan: Plan, known: Collection[str], full_precision: bool) -> dic
                 "update ComfyUI and comfy-kitchen, or use an fp8 file of the same model",
             )
         entry = {"format": form, **layout.options}
-        if full_precision or form in FLOAT8.values():
+        if form in FLOAT8.values():
             entry["full_precision_matrix_mult"] = True
         layers[name] = entry
     return (

@@ -28,14 +28,13 @@ from .._comfy import REPORT_KEY
 from . import row_scaled
 
 FOLDER = "diffusion_models"
-DEFAULT, FULL_PRECISION = "default", "full precision"
+DEFAULT = "default"
 WEIGHT_DTYPES = {
     DEFAULT: None,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "fp32": torch.float32,
 }
-MATMULS = ("auto", FULL_PRECISION)
 
 
 def model_names() -> list[str]:
@@ -76,7 +75,7 @@ def fingerprint(name: str) -> str:
 
 
 def load_wan(
-    path: Path, weight_dtype: str = DEFAULT, matmul: str = "auto", disable_dynamic: bool = False
+    path: Path, weight_dtype: str = DEFAULT, disable_dynamic: bool = False
 ) -> tuple[Any, LoadReport]:
     """Load a Wan file as (ModelPatcher, LoadReport). Raises FrugalError, before weights are
     read where possible.
@@ -85,7 +84,7 @@ def load_wan(
     source = open_source(path)
     plan = plan_wan(source.name, source.tensors, source.metadata, source.value)
     _check_weight_dtype(plan, weight_dtype)
-    metadata = declaration(plan, _known_formats(), matmul == FULL_PRECISION)
+    metadata = declaration(plan, _known_formats())
     if plan.transformer:
         metadata["config"] = json.dumps({"transformer": dict(plan.transformer)})
     _check_detection(plan, metadata)
@@ -104,7 +103,7 @@ def load_wan(
     _check_loaded(plan, source, patcher.model.diffusion_model)
     _finish_quantised(plan, patcher.model.diffusion_model)
     if hasattr(patcher, "cached_patcher_init"):
-        patcher.cached_patcher_init = (load_patcher, (path, weight_dtype, matmul))
+        patcher.cached_patcher_init = (load_patcher, (path, weight_dtype))
     report = LoadReport(
         f"Wan {plan.config.variant} {plan.config.size}, {plan.config.layers} blocks",
         source.sizes(),
@@ -116,9 +115,9 @@ def load_wan(
     return patcher, report
 
 
-def load_patcher(path: Path, weight_dtype: str, matmul: str, disable_dynamic: bool = False) -> Any:
+def load_patcher(path: Path, weight_dtype: str, disable_dynamic: bool = False) -> Any:
     """The model again, as ComfyUI asks for it when it needs a second, static copy."""
-    return load_wan(path, weight_dtype, matmul, disable_dynamic)[0]
+    return load_wan(path, weight_dtype, disable_dynamic)[0]
 
 
 def _known_formats() -> tuple[str, ...]:

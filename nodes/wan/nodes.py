@@ -26,7 +26,7 @@ class FrugalLoadWan(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=glue.model_names(),
-                    tooltip="A file in models/diffusion_models, or the index.json of a split model.",
+                    tooltip="A file in models/diffusion_models, or the index of a split model.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -36,17 +36,6 @@ class FrugalLoadWan(io.ComfyNode):
                         "Type in which an unquantised model is kept. default: what "
                         "ComfyUI picks for this "
                         "device. Quantised files need default."
-                    ),
-                ),
-                io.Combo.Input(
-                    "matmul",
-                    options=list(glue.MATMULS),
-                    default=glue.MATMULS[0],
-                    tooltip=(
-                        "How quantised layers multiply. auto: fp8 in full precision, "
-                        "int8 and 4-bit with their "
-                        "own kernels. full precision: every layer is dequantised first, "
-                        "exact and slower."
                     ),
                 ),
             ],
@@ -62,12 +51,12 @@ class FrugalLoadWan(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, weight_dtype, matmul):
+    def fingerprint_inputs(cls, model_name, weight_dtype):
         return glue.fingerprint(model_name)
 
     @classmethod
-    def execute(cls, model_name, weight_dtype, matmul) -> io.NodeOutput:
-        patcher, report = glue.load_wan(glue.model_path(model_name), weight_dtype, matmul)
+    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
+        patcher, report = glue.load_wan(glue.model_path(model_name), weight_dtype)
         show_text(cls.hidden.unique_id, report.text())
         return io.NodeOutput(patcher, report.text())
 
@@ -115,7 +104,7 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
                 io.Combo.Input(
                     "embeds_name",
                     options=embeds.names(),
-                    tooltip="A file in models/text_embeds, or, marked [output], in output/text_embeds.",
+                    tooltip="A file in models/text_embeds, or in output/text_embeds [output].",
                 ),
             ],
             outputs=[
