@@ -27,7 +27,7 @@ class FrugalMaskRefine(io.ComfyNode):
             display_name="Refine Mask",
             category=f"{CATEGORY}/masks",
             description=(
-                "Cleans, grows and feathers a mask or a clip of masks in one pass, in exact pixels. "
+                "Cleans, grows and feathers a mask or a clip of masks in one pass, in exact px. "
                 "Order: smoothing over time, threshold, fill holes, drop islands, grow, feather."
             ),
             inputs=[
@@ -86,7 +86,7 @@ class FrugalMaskRefine(io.ComfyNode):
                     min=0.0,
                     max=MAX_FEATHER,
                     step=0.5,
-                    tooltip="Soft edge in pixels: length of the ramp, or sigma of gaussian. 0: off.",
+                    tooltip="Soft edge in px: length of the ramp, or sigma of gaussian. 0: off.",
                 ),
                 io.Combo.Input(
                     "feather_mode",

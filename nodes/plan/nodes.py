@@ -21,7 +21,7 @@ class FrugalReport(io.ComfyNode):
             display_name="Run Report",
             category=f"{CATEGORY}/plan",
             description=(
-                "Measures the run: seconds, peak memory, frames, what the models hold, and the cost at "
+                "Measures the run: seconds, peak memory, frames, what models hold, and the cost at "
                 "your price per hour. Connect the final images to wait for the result."
             ),
             inputs=[

@@ -1,0 +1,178 @@
+"""The life of the jitted kernels: no Numba, no cache folder, a moved pack, many threads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from frugal.kernels.masks import _jit, driver
+from frugal.kernels.masks.refine import RefineSettings, refine
+
+ROOT = Path(__file__).resolve().parents[2]
+CHOSEN = dict(fill_holes=30, drop_islands=5, grow=4, feather=6.0, feather_mode="ramp_center")
+# ComfyUI names a pack's module by its full path, which is what goes stale in a cache.
+PRELUDE = """
+import importlib, importlib.util, sys
+import numpy as np
+root = sys.argv[1]
+name = root.replace(".", "_x_")
+spec = importlib.util.spec_from_file_location(
+    name, root + "/__init__.py", submodule_search_locations=[root])
+sys.modules[name] = importlib.util.module_from_spec(spec)
+"""
+REFINE = """
+masks = importlib.import_module(".kernels.masks.refine", name)
+mask = np.load(sys.argv[2])
+np.save(sys.argv[3], masks.refine(mask, masks.RefineSettings(**{settings})))
+driver = importlib.import_module(".kernels.masks.driver", name)
+print(driver.backend())
+"""
+
+
+def picture() -> np.ndarray:
+    return np.random.default_rng(5).random((2, 70, 90), np.float32)
+
+
+def fresh(tmp_path: Path, pack: Path, before: str = "", settings=CHOSEN, **variables: str):
+    """Refine `picture()` in a new process that loads the pack from `pack`; result, backend, log."""
+    np.save(tmp_path / "in.npy", picture())
+    code = before + PRELUDE + REFINE.replace("{settings}", repr(settings))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(pack),
+            str(tmp_path / "in.npy"),
+            str(tmp_path / "out.npy"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return np.load(tmp_path / "out.npy"), done.stdout.strip(), done.stderr
+
+
+def expected(settings=CHOSEN) -> np.ndarray:
+    return driver.run_chain(picture(), RefineSettings(**settings), use_numba=False)
+
+
+def copy_pack(target: Path) -> Path:
+    shutil.copytree(ROOT / "kernels", target / "kernels", ignore=shutil.ignore_patterns("__py*"))
+    shutil.copy(ROOT / "__init__.py", target)
+    return target
+
+
+def test_the_public_module_does_not_import_numba(tmp_path):
+    code = PRELUDE + (
+        "importlib.import_module('.kernels.masks.refine', name)\n"
+        "importlib.import_module('.kernels.masks._jit', name)\n"
+        "assert 'numba' not in sys.modules and 'llvmlite' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, cwd=tmp_path)
+
+
+def test_without_numba_the_reference_runs_and_the_log_says_so(tmp_path):
+    block = "import sys\nsys.modules['numba'] = None\n"
+    result, backend, log = fresh(tmp_path, ROOT, block)
+    assert backend == "scipy"
+    assert log.count("[Frugal] mask nodes run on SciPy") == 1
+    assert np.array_equal(result, expected())
+
+
+def test_a_numba_that_dies_at_import_costs_speed_only(tmp_path):
+    (tmp_path / "numba.py").write_text("raise SystemError('built for another NumPy')")
+    result, backend, log = fresh(tmp_path, ROOT, PYTHONPATH=str(tmp_path))
+    assert backend == "scipy"
+    assert "built for another NumPy" in log
+    assert np.array_equal(result, expected())
+
+
+def test_a_moved_pack_finds_its_kernels(tmp_path):
+    """A cache keyed by module name alone would now look for the old path, and fail."""
+    small = dict(fill_holes=9)
+    cache = tmp_path / "cache"
+    first = copy_pack(tmp_path / "one" / "pack.git")
+    result, backend, _ = fresh(tmp_path, first, settings=small, FRUGAL_CACHE_DIR=str(cache))
+    assert backend == "numba"
+    assert np.array_equal(result, expected(small))
+    files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.nb?")}
+    assert files, "nothing was cached, so this test would prove nothing"
+    fresh(tmp_path, first, settings=small, FRUGAL_CACHE_DIR=str(cache))
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.nb?")} == files, "compiled again"
+    second = shutil.move(first, tmp_path / "two")
+    result, backend, _ = fresh(tmp_path, second, settings=small, FRUGAL_CACHE_DIR=str(cache))
+    assert backend == "numba"
+    assert np.array_equal(result, expected(small))
+
+
+def test_no_writable_cache_folder_costs_the_cache_only(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    result, backend, _ = fresh(
+        tmp_path, ROOT, settings=dict(grow=3), FRUGAL_CACHE_DIR=str(blocked / "cache")
+    )
+    assert backend == "numba"
+    assert np.array_equal(result, expected(dict(grow=3)))
+    assert blocked.read_text() == "not a folder"
+
+
+def test_an_edited_source_gets_another_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(_jit.CACHE_VARIABLE, str(tmp_path / "cache"))
+    source = tmp_path / "kernel.py"
+
+    def folder(module: str, text: str) -> str | None:
+        source.write_text(text)
+        _jit._source_digest.cache_clear()
+        return _jit.cache_folder.__wrapped__(module, str(source))
+
+    before = folder("a.kernel", "x = 1")
+    assert before is not None
+    assert before.startswith(str(tmp_path / "cache"))
+    assert folder("a.kernel", "x = 1") == before
+    assert folder("a.kernel", "x = 2") != before
+    assert folder("b.kernel", "x = 1") != before
+
+
+def test_numbas_own_settings_are_left_alone():
+    numba = pytest.importorskip("numba")
+    before = numba.core.config.CACHE_DIR
+    _jit.njit(lambda x: x + 1)
+    assert before == numba.core.config.CACHE_DIR
+
+
+def test_four_callers_at_once_for_some_seconds():
+    clip = np.random.default_rng(1).random((3, 200, 150), np.float32)
+    kinds = [
+        CHOSEN,
+        dict(grow=-3, feather=9.0, feather_mode="gaussian", temporal="ema"),
+        dict(threshold=0.0, grow=2, feather=3.0, feather_mode="gaussian"),
+        dict(fill_holes=-1, keep_largest=2, feather=30.0),
+    ]
+    want = [refine(clip, RefineSettings(**kind), threads=1) for kind in kinds]
+    failures, rounds, stop = [], [0] * 4, time.monotonic() + 4
+
+    def caller(n: int) -> None:
+        while time.monotonic() < stop and not failures:
+            if not np.array_equal(refine(clip, RefineSettings(**kinds[n]), threads=2), want[n]):
+                failures.append(n)
+            rounds[n] += 1
+
+    callers = [threading.Thread(target=caller, args=(n,)) for n in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert not failures
+    assert min(rounds) > 3
