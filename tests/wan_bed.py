@@ -74,9 +74,10 @@ def scaled(
     scale_shape: Callable[[torch.Tensor], torch.Tensor] = lambda scale: scale,
     extras: Callable[[str, torch.Tensor], Weights] = lambda layer, scale: {},
     metadata: dict[str, str] | None = None,
+    config: WanConfig = T2V,
 ) -> File:
     held, meant = base(source)
-    for layer in block_linears(source):
+    for layer in block_linears(source, config):
         stored, scale, exact = fp8(source[f"{layer}.weight"], dtype, rows, target)
         held[f"{layer}.weight"], meant[f"{layer}.weight"] = stored, exact
         held[f"{layer}.{scale_name}"] = scale_shape(scale)
@@ -112,9 +113,14 @@ def plain_fp8(source: Weights, dtype: torch.dtype, everything: bool = False) -> 
     return held, {}, meant
 
 
-def int8_rows(source: Weights, shape: tuple[int, ...] = (-1, 1), declared: bool = False) -> File:
+def int8_rows(
+    source: Weights,
+    shape: tuple[int, ...] = (-1, 1),
+    declared: bool = False,
+    config: WanConfig = T2V,
+) -> File:
     held, meant = base(source)
-    for layer in block_linears(source):
+    for layer in block_linears(source, config):
         weight = source[f"{layer}.weight"]
         scale = weight.abs().amax(dim=1, keepdim=True) / 127
         stored = (weight / scale).round().clamp(-127, 127).to(torch.int8)

@@ -103,15 +103,24 @@ def test_int8_per_row_is_exact_or_refused(shape, declared, tmp_path):
 
 
 # format -> (layout of comfy-kitchen, arguments of its quantiser, declared options, tolerance)
+TURN = {"convrot_groupsize": 256}
 NATIVE = {
-    "int8_tensorwise": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True, "convrot_groupsize": 256},
-                        {"convrot": True, "convrot_groupsize": 256}, 3e-2),
-    "convrot_w4a4": ("TensorCoreConvRotW4A4Layout", {"convrot_groupsize": 256}, {"convrot_groupsize": 256}, 0.4),
-    "asym_w4a8_int8": ("AsymW4A8Int8Layout", {"group_size": 16, "convrot_groupsize": 256},
-                       {"group_size": 16, "convrot_groupsize": 256}, 3e-2),
+    "int8_tensorwise": (
+        "TensorWiseINT8Layout",
+        {"per_channel": True, "convrot": True, **TURN},
+        {"convrot": True, **TURN},
+        3e-2,
+    ),
+    "convrot_w4a4": ("TensorCoreConvRotW4A4Layout", TURN, TURN, 0.2),
+    "asym_w4a8_int8": (
+        "AsymW4A8Int8Layout",
+        {"group_size": 16, **TURN},
+        {"group_size": 16, **TURN},
+        3e-2,
+    ),
     "nvfp4": ("TensorCoreNVFP4Layout", {}, {}, 2e-3),
     "mxfp8": ("TensorCoreMXFP8Layout", {}, {}, 2e-3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", NATIVE)

@@ -206,7 +206,7 @@ def test_variant_unknown_to_core_is_refused_before_loading(tmp_path):
 
 
 def test_own_configuration_is_read_or_refused(tmp_path):
-    """Only newer versions read a model's own configuration: dropping it would load another model."""
+    """Older versions do not read a configuration: dropping it would load another model."""
     metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
     path = bed.write(tmp_path / "wan.safetensors", bed.weights(), metadata)
     if hasattr(comfy.supported_models, "WAN21_CausalAR_T2V"):
