@@ -193,7 +193,7 @@ def attention_map(
     indexed in another order (down, middle, up) from the right one. Raises FrugalError otherwise.
     """
     groups = attention_groups(attention, file)
-    want = [unet[f"{module}.to_q.weight"][0] for module in order]
+    want = [unet.get(f"{module}.to_q.weight", (0,))[0] for module in order]
     have = [width for _, width in groups]
     if have != want:
         raise FrugalError(

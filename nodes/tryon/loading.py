@@ -157,7 +157,14 @@ def canonical_unet(
                 catvton.GET_BASE,
             )
         unet = {table[name]: tensor for name, tensor in unet.items()}
-    config = detect_unet_config(with_context_width(unet), "")
+    try:
+        config = detect_unet_config(with_context_width(unet), "")
+    except (KeyError, IndexError) as error:
+        raise FrugalError(
+            f"{file} is incomplete ({type(error).__name__} at {error})",
+            "every tensor of an SD 1.5 UNet",
+            catvton.GET_BASE,
+        ) from error
     # These two tell SD 1.5 from SDXL and SD 2, whose head counts and text widths differ.
     if config.get("adm_in_channels") is not None or config["use_linear_in_transformer"]:
         raise FrugalError(
@@ -172,11 +179,11 @@ def with_context_width(unet: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """The tensors plus empty `attn2.to_k` where there are none: core's detection reads their
     width.
     """
-    complete = dict(unet)
+    complete, query = dict(unet), ".attn1.to_q.weight"
     for name, tensor in unet.items():
-        key = name.replace(".attn1.to_q.weight", ".attn2.to_k.weight")
-        if key not in unet:
-            complete[key] = torch.empty((tensor.shape[0], SD15_CONTEXT), device="meta")
+        if name.endswith(query):
+            key = name.removesuffix(query) + ".attn2.to_k.weight"
+            complete.setdefault(key, torch.empty((tensor.shape[0], SD15_CONTEXT), device="meta"))
     return complete
 
 

@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas
 from .._comfy import CATEGORY, REPORT_KEY, known, show_text
-from . import glue, loading
+from . import glue, loading, sampling
 
 FAMILY = f"{CATEGORY}/Try-on"
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
@@ -281,10 +281,54 @@ class FrugalTryOnStitch(io.ComfyNode):
         return io.NodeOutput(canvas.stitch(picture, frame, mask_blur), picture)
 
 
+class FrugalTryOnSigmas(io.ComfyNode):
+    """CatVTON's schedule and sampler."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalTryOnSigmas",
+            display_name="Try-On Sigmas and Sampler",
+            category=FAMILY,
+            description="The noise levels and the sampler CatVTON was published with (DDIM, eta "
+            "1), for SamplerCustom. KSampler with euler_ancestral and ddim_uniform comes close.",
+            inputs=[
+                io.Model.Input("model", tooltip="The try-on MODEL."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=500,
+                    tooltip="Number of steps; CatVTON takes 50.",
+                ),
+                io.Float.Input(
+                    "eta",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Fresh noise per step: 1 as published, 0 for none (plain DDIM).",
+                ),
+            ],
+            outputs=[
+                io.Sigmas.Output(
+                    "sigmas", display_name="sigmas", tooltip="steps + 1 noise levels."
+                ),
+                io.Sampler.Output("sampler", display_name="sampler", tooltip="The sampler."),
+            ],
+            **known(io.Schema, search_aliases=[*WORDS, "ddim", "scheduler"]),
+        )
+
+    @classmethod
+    def execute(cls, model, steps, eta):
+        return io.NodeOutput(*sampling.reference_schedule(model, steps, eta))
+
+
 NODES = [
     FrugalLoadCatVTON,
     FrugalLoadVAE,
     FrugalTryOnPrepare,
     FrugalTryOnConditioning,
     FrugalTryOnStitch,
+    FrugalTryOnSigmas,
 ]

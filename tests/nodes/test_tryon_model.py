@@ -1,0 +1,412 @@
+"""The loaded MODEL against diffusers' UNet with skipped cross-attention, from every file kind."""
+
+from __future__ import annotations
+
+import json
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.supported_models
+import comfy.utils
+import pytest
+import torch
+from comfy.model_detection import detect_unet_config
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from frugal.kernels.checkpoints import catvton
+from frugal.kernels.errors import FrugalError
+from frugal.nodes._comfy import REPORT_KEY
+from frugal.nodes.tryon import glue, loading, sampling
+
+HEADS = 4
+META = {"num_heads": str(HEADS)}
+
+
+class Skip:
+    """The published processor: gives its input back."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def skip_cross_attention(unet):
+    unet.set_attn_processor(
+        {
+            name: Skip() if name.endswith("attn2.processor") else processor
+            for name, processor in unet.attn_processors.items()
+        }
+    )
+    return unet
+
+
+def make_unet(seed, in_channels=9):
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=HEADS,
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            # Spread norm weights: with all of them 1 a missing norm2 would hardly show.
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return unet.requires_grad_(False)
+
+
+def state(unet):
+    return {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_unet(0)
+
+
+@pytest.fixture(scope="module")
+def tuned(base):
+    """The base with other self-attention: what the attention file turns it into."""
+    other = make_unet(1).state_dict()
+    tuned = make_unet(0)
+    tuned.load_state_dict(
+        {
+            name: other[name] if ".attn1." in name else tensor
+            for name, tensor in base.state_dict().items()
+        }
+    )
+    return skip_cross_attention(tuned)
+
+
+def attention_tensors(unet, stride=8):
+    """Numbered as the published training code numbers modules: module tree order, middle last."""
+    names = [name for name, _ in unet.named_modules() if name.endswith("attn1")]
+    names.sort(key=lambda name: name.startswith("mid_block"))
+    weights = unet.state_dict()
+    return {
+        f"{stride * i}.{tensor}": weights[f"{name}.{tensor}"].contiguous()
+        for i, name in enumerate(names)
+        for tensor in catvton.TENSORS
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, base, tuned):
+    root = tmp_path_factory.mktemp("catvton")
+    weights = state(base)
+    table = comfy.utils.unet_to_diffusers(catvton.unet_config(loading.shapes_of(weights), "x"))
+    ldm = {table[name]: tensor for name, tensor in weights.items()}
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in ldm.items()}
+    whole["first_stage_model.encoder.conv_in.bias"] = torch.zeros(3)
+    save_file(weights, root / "diffusers.safetensors", META)
+    save_file(ldm, root / "ldm.safetensors", META)
+    save_file(whole, root / "checkpoint.safetensors", META)
+    save_file(attention_tensors(tuned), root / "attention.safetensors")
+    merged = {name: t for name, t in state(tuned).items() if ".attn2." not in name}
+    save_file(merged, root / "merged.safetensors", META | {"frugal.licence": "CC0"})
+    (root / "folder" / "unet").mkdir(parents=True)
+    save_file(weights, root / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
+    (root / "folder" / "unet" / "config.json").write_text(json.dumps({"attention_head_dim": HEADS}))
+    return root
+
+
+def inputs(seed=3, batch=2):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 9, 32, 12, generator=g)
+    return x, torch.full((batch,), 601)
+
+
+def run(patcher, x, t, context=None):
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.no_grad():
+        return patcher.model.diffusion_model(x, t, context=context)
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def forward(unet, x, t):
+    with torch.no_grad():
+        return unet(x, t, encoder_hidden_states=torch.zeros(x.shape[0], 1, 8)).sample
+
+
+BASES = ["diffusers.safetensors", "ldm.safetensors", "checkpoint.safetensors", "folder"]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_naming_gives_the_reference_forward(folder, tuned, name):
+    patcher = loading.load_catvton(
+        str(folder / name), str(folder / "attention.safetensors"), "fp32"
+    )
+    x, t = inputs()
+    assert relative(run(patcher, x, t), forward(tuned, x, t)) <= 1e-5
+    assert not [k for k in patcher.model.diffusion_model.state_dict() if ".attn2." in k]
+    report = patcher.attachments[REPORT_KEY]
+    assert report.licence == loading.WEIGHTS_LICENCE and "attention.safetensors" in report.files
+    stored = sum(p.nbytes for p in patcher.model.diffusion_model.parameters())
+    assert report.formats == {"float32": stored}
+
+
+def test_a_merged_file_without_cross_attention_loads(folder, tuned):
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+    x, t = inputs()
+    assert relative(run(patcher, x, t), forward(tuned, x, t)) <= 1e-5
+    assert patcher.attachments[REPORT_KEY].licence == "CC0"
+
+
+def test_skipping_differs_from_deleting_and_from_stock_cross_attention(folder, tuned):
+    x, t = inputs()
+    want = forward(tuned, x, t)
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+    unet = patcher.model.diffusion_model
+    for name in loading.cross_attention_modules(unet):
+        comfy.utils.set_attr(unet, name, None)
+    assert relative(run(patcher, x, t), want) > 0.1
+    stock = make_unet(0)
+    stock.load_state_dict(tuned.state_dict())
+    assert relative(forward(stock, x, t), want) > 0.1
+
+
+def test_the_object_patch_way_is_the_same_and_comes_off(folder, base):
+    tensors, _ = loading.read_file(str(folder / "ldm.safetensors"))
+    config = comfy.supported_models.SD15(detect_unet_config(tensors, ""))
+    config.unet_config["num_heads"] = HEADS
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(tensors, "").load_model_weights(dict(tensors), "")
+    cpu = torch.device("cpu")
+    stock = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    x, t = inputs()
+    context = torch.zeros(2, 1, 8)
+    before = run(stock, x, t, context)
+    assert relative(before, forward(base, x, t)) <= 1e-5
+    skipped = loading.apply_skip_cross_attention(stock)
+    reference = skip_cross_attention(make_unet(0))
+    assert relative(run(skipped, x, t, context), forward(reference, x, t)) <= 1e-5
+    comfy.model_management.unload_all_models()
+    assert torch.equal(run(stock, x, t, context), before)
+
+
+def test_mapped_files_are_not_written_to(folder):
+    path = folder / "ldm.safetensors"
+    before = path.read_bytes()
+    patcher = loading.load_catvton(str(path), str(folder / "attention.safetensors"), "fp32")
+    with torch.no_grad():
+        for parameter in patcher.model.diffusion_model.parameters():
+            parameter.zero_()
+    assert path.read_bytes() == before
+    again = loading.load_catvton(str(path), None, "fp32")
+    assert any(p.abs().max() > 0 for p in again.model.diffusion_model.parameters())
+
+
+def test_dtypes(folder):
+    path = str(folder / "merged.safetensors")
+    auto = loading.load_catvton(path, None, "auto")
+    assert auto.model.get_dtype() == torch.float32  # a CPU computes fp16 slowly
+    x, t = inputs()
+    want = run(auto, x, t)
+    for name, dtype, limit in (("fp16", torch.float16, 5e-3), ("bf16", torch.bfloat16, 3e-2)):
+        half = loading.load_catvton(path, None, name)
+        assert {p.dtype for p in half.model.diffusion_model.parameters()} == {dtype}
+        assert 0 < relative(run(half, x, t), want) < limit
+
+
+def test_prediction_type_reaches_the_model(folder, tmp_path, tuned):
+    save_file(state(tuned), tmp_path / "v.safetensors", META | {"modelspec.prediction_type": "v"})
+    patcher = loading.load_catvton(str(tmp_path / "v.safetensors"), None, "fp32")
+    assert patcher.model.model_type.name == "V_PREDICTION"
+    assert loading.load_catvton(
+        str(folder / "merged.safetensors"), None, "fp32"
+    ).model.model_type.name == ("EPS")
+
+
+def test_bad_files_are_refused_with_the_reason(folder, tmp_path, base, tuned):
+    def refused(tensors, match, metadata=META, attention=None):
+        path = tmp_path / "bad.safetensors"
+        save_file(tensors, path, metadata)
+        with pytest.raises(FrugalError, match=match):
+            loading.load_catvton(str(path), attention, "fp32")
+
+    good = state(base)
+    refused(state(make_unet(0, 4)), "4 input channels .a plain text-to-image model")
+    refused(state(make_unet(0, 8)), "8 input channels .the mask-free variant")
+    refused({n: t for n, t in good.items() if n != "conv_out.bias"}, "lacks 1 tensors")
+    refused(good | {"extra.weight": torch.zeros(1)}, "1 unknown tensors, the first 'extra.weight'")
+    ldm, _ = loading.read_file(str(folder / "ldm.safetensors"))
+    scaled = "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight_scale"
+    refused(ldm | {scaled: torch.ones(())}, "unknown ones .'input_blocks.4.1")
+    refused(
+        {n: t for n, t in ldm.items() if n != "input_blocks.3.0.out_layers.3.weight"},
+        "is incomplete",
+    )
+    refused(good | {"conv_in.bias": torch.zeros(3)}, "contradicts its own structure")
+    refused(good, "num_heads '5'", {"num_heads": "5"})
+    attention = tmp_path / "attention.safetensors"
+    tensors = attention_tensors(tuned)
+    swapped = dict(tensors)
+    for tensor in catvton.TENSORS:
+        swapped[f"32.{tensor}"], swapped[f"48.{tensor}"] = (
+            tensors[f"48.{tensor}"],
+            tensors[f"32.{tensor}"],
+        )
+    save_file(swapped, attention)
+    refused(good, "belong together", attention=str(attention))
+    with pytest.raises(FrugalError, match="no UNet weights under unet/"):
+        loading.load_catvton(str(tmp_path), None, "fp32")
+
+
+def test_reload_factory_gives_the_same_model(folder):
+    args = (str(folder / "ldm.safetensors"), str(folder / "attention.safetensors"), "fp32")
+    patcher = loading.load_catvton(*args)
+    if getattr(patcher, "cached_patcher_init", None) is None:
+        pytest.skip("this ComfyUI has no reload factories")
+    make, given = patcher.cached_patcher_init[:2]
+    assert given == args
+    x, t = inputs()
+    again = make(*given, disable_dynamic=True)
+    assert torch.equal(run(again, x, t), run(patcher, x, t))
+
+
+FULL_ORDER = [
+    *(f"input_blocks.{n}.1" for n in (1, 2, 4, 5, 7, 8)),
+    *(f"output_blocks.{n}.1" for n in range(3, 12)),
+    "middle_block.1",
+]
+
+
+def test_the_full_size_model_maps_as_published():
+    """686 names of diffusers, 80 attention tensors, 606 tensors without cross-attention."""
+    with torch.device("meta"):
+        full = UNet2DConditionModel(
+            in_channels=9,
+            out_channels=4,
+            block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        )
+    tensors = full.state_dict()
+    assert len(tensors) == 686
+    unet, config = loading.canonical_unet(tensors, "x")
+    assert len(unet) == 606 and sum(t.numel() for t in unet.values()) == 815_572_804
+    attention = attention_tensors(full)
+    assert len(attention) == 80 and sum(t.numel() for t in attention.values()) == 49_574_080
+    merged = loading.merge_attention(unet, config, attention, "x")
+    assert merged.keys() == unet.keys()
+    for index, block in enumerate(FULL_ORDER):
+        for tensor in catvton.TENSORS:
+            name = f"{block}.transformer_blocks.0.attn1.{tensor}"
+            assert merged[name] is attention[f"{8 * index}.{tensor}"]
+
+
+class FakeVAE:
+    """Averages 8 x 8 pixels into four channels: enough to see what goes where."""
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1) * 2 - 1, 8)
+        return torch.cat([small, small.mean(dim=1, keepdim=True)], dim=1)
+
+
+def scene(batch=1, H=64, W=32):
+    g = torch.Generator().manual_seed(5)
+    person, garment = torch.rand(2, batch, H, W, 3, generator=g)
+    mask = torch.zeros(batch, H, W)
+    mask[:, 19:45, 9:23] = 1
+    return person, garment, mask
+
+
+def test_conditioning_gives_the_reference_channels(folder):
+    person, garment, mask = scene()
+    vae = FakeVAE()
+    positive, negative, latent = glue.conditioning(person, garment, mask, vae)
+    assert latent["samples"].shape == (1, 4, 16, 4) and not latent["samples"].any()
+    masked = (person * 2 - 1) * (mask < 0.5)[..., None]
+    upper = 0.18215 * vae.encode((masked + 1) / 2)
+    lower = 0.18215 * vae.encode(garment)
+    small = torch.nn.functional.interpolate(mask[:, None], size=(8, 4), mode="nearest")
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+    for side, below in ((positive, lower), (negative, torch.zeros_like(lower))):
+        want = torch.cat([torch.cat([small, 0 * small], 2), torch.cat([upper, below], 2)], dim=1)
+        entries = side[0][1]
+        made = patcher.model.extra_conds(
+            noise=torch.randn(1, 4, 16, 4), device=torch.device("cpu"), **entries
+        )["c_concat"].cond
+        assert torch.allclose(made, want, atol=1e-6)
+        assert torch.equal(made[:, :1], want[:, :1])
+
+
+@pytest.mark.parametrize("cfg, eta", [(2.5, 1.0), (1.0, 1.0), (2.5, 0.0)])
+def test_sampling_equals_the_published_loop(folder, tuned, cfg, eta):
+    """DDIM written with diffusers, noise injected on both sides; two persons, four steps."""
+    person, garment, mask = scene(batch=2)
+    positive, negative, latent = glue.conditioning(person, garment, mask, FakeVAE())
+    g = torch.Generator().manual_seed(7)
+    start = torch.randn(latent["samples"].shape, generator=g)
+    fresh = [torch.randn(start.shape, generator=g) for _ in range(4)]
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    scheduler.set_timesteps(4)
+    sides = [side[0][1] for side in (negative, positive)]
+    extra = [
+        torch.cat([entries["concat_mask"], 0.18215 * entries["concat_latent_image"]], 1)
+        for entries in sides
+    ]
+    x = start.clone()
+    for t, noise in zip(scheduler.timesteps, fresh, strict=True):
+        uncond, cond = (forward(tuned, torch.cat([x, e], 1), t) for e in extra)
+        guess = uncond + cfg * (cond - uncond)
+        x = scheduler.step(guess, t, x, eta=eta, variance_noise=noise if eta else None)[0]
+
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+    sigmas, _ = sampling.reference_schedule(patcher, 4, eta)
+    queue = iter(fresh)
+    sampler = sampling.DDIMSampler(eta, noise_sampler=lambda *_: next(queue))
+    made = comfy.sample.sample_custom(
+        patcher,
+        start,
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        latent["samples"],
+        disable_pbar=True,
+        seed=0,
+    )
+    assert relative(0.18215 * made, x) <= 1e-5
+
+
+def test_the_schedule_equals_diffusers(folder):
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    for steps in (1, 5, 20, 30, 50, 100):
+        scheduler.set_timesteps(steps)
+        alphas = scheduler.alphas_cumprod[[*scheduler.timesteps.tolist(), 0]]
+        sigmas, _ = sampling.reference_schedule(patcher, steps, 1.0)
+        assert torch.allclose(
+            sigmas, ((1 - alphas) / alphas).sqrt(), rtol=1e-3
+        )  # float32 alphas are no better

@@ -1,0 +1,170 @@
+"""The try-on nodes as ComfyUI runs them: files in model folders, then the whole chain."""
+
+from __future__ import annotations
+
+import comfy.sample
+import folder_paths
+import pytest
+import torch
+import utils.extra_config  # noqa: F401  (as main.py does: `nodes` later hides this package)
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from frugal.kernels.errors import FrugalError
+from frugal.nodes.tryon import glue, nodes
+
+TENSORS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models(tmp_path_factory):
+    """A models folder with every kind of entry; the folder lists are put back afterwards."""
+    root = tmp_path_factory.mktemp("models")
+    kept = {kind: paths for kind, (paths, _) in folder_paths.folder_names_and_paths.items()}
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        in_channels=9,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+    )
+    weights = {n: t.contiguous() for n, t in unet.state_dict().items()}
+    attention = {}
+    modules = [n for n, _ in unet.named_modules() if n.endswith("attn1")]
+    for i, module in enumerate(sorted(modules, key=lambda n: n.startswith("mid_block"))):
+        for tensor in TENSORS:
+            attention[f"{8 * i}.{tensor}"] = -weights[f"{module}.{tensor}"]
+    for file, tensors in (
+        ("diffusion_models/demo.safetensors", weights),
+        ("CatVTON/sd/unet/diffusion_pytorch_model.safetensors", weights),
+        ("CatVTON/sd/vae/diffusion_pytorch_model.safetensors", vae.state_dict()),
+        ("CatVTON/mix/attention/model.safetensors", attention),
+        ("CatVTON/merged.safetensors", weights),
+        ("vae/demo.safetensors", vae.state_dict()),
+    ):
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path, {"num_heads": "4"})
+    (root / "CatVTON" / "readme.md").write_text("no model")
+    for kind in ("diffusion_models", "checkpoints", "CatVTON", "vae"):
+        paths, extensions = folder_paths.folder_names_and_paths[kind]
+        folder_paths.folder_names_and_paths[kind] = ([str(root / kind)], extensions)
+    yield root
+    for kind, paths in kept.items():
+        folder_paths.folder_names_and_paths[kind] = (
+            paths,
+            folder_paths.folder_names_and_paths[kind][1],
+        )
+
+
+def execute(node, *args):
+    return node.PREPARE_CLASS_CLONE(None).execute(*args).args
+
+
+def test_every_folder_entry_is_offered_once_and_nothing_else():
+    assert sorted(glue.base_choices()) == [
+        "CatVTON/merged.safetensors",
+        "CatVTON/sd",
+        "diffusion_models/demo.safetensors",
+    ]
+    assert glue.attention_choices() == [
+        glue.NO_ATTENTION,
+        "merged.safetensors",
+        "mix/attention/model.safetensors",
+    ]
+    with pytest.raises(FrugalError, match="names no folder kind"):
+        glue.base_path("loras/x.safetensors")
+
+
+def test_schemas_name_and_explain_every_socket():
+    for node in nodes.NODES:
+        schema = node.GET_SCHEMA()
+        assert schema.node_id == node.__name__ and schema.category == "Frugal/Try-on"
+        assert schema.description and schema.description.isascii()
+        for socket in (*schema.inputs, *schema.outputs):
+            assert socket.tooltip and socket.tooltip.isascii(), (node, socket.id)
+
+
+def chain(base, attention, photo, garment, mask, steps=3, fit="crop around mask"):
+    model, report = execute(nodes.FrugalLoadCatVTON, base, attention, "fp32")
+    vae, _ = execute(nodes.FrugalLoadVAE, "demo.safetensors")
+    person, cloth, small, frame = execute(
+        nodes.FrugalTryOnPrepare, photo, garment, mask, 64, 96, fit, 25, 0.5
+    )
+    positive, negative, latent = execute(nodes.FrugalTryOnConditioning, person, cloth, small, vae)
+    sigmas, sampler = execute(nodes.FrugalTryOnSigmas, model, steps, 1.0)
+    noise = comfy.sample.prepare_noise(latent["samples"], 5)
+    samples = comfy.sample.sample_custom(
+        model,
+        noise,
+        2.5,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        latent["samples"],
+        disable_pbar=True,
+        seed=5,
+    )
+    return *execute(nodes.FrugalTryOnStitch, {"samples": samples}, vae, frame, 2), report
+
+
+@torch.no_grad()
+def test_the_whole_chain_changes_the_mask_and_nothing_else():
+    g = torch.Generator().manual_seed(1)
+    photo, garment = torch.rand(1, 131, 97, 3, generator=g), torch.rand(2, 50, 60, 4, generator=g)
+    mask = torch.zeros(1, 131, 97)
+    mask[:, 40:80, 30:70] = 1
+    args = (photo, garment, mask)
+    image, shown, report = chain("CatVTON/sd", "mix/attention/model.safetensors", *args)
+    assert image.shape == (2, 131, 97, 3) and shown.shape == (2, 96, 64, 3)
+    changed = (image != photo).any(dim=-1)
+    assert changed[:, 45:75, 35:65].all()
+    assert not changed[:, :34].any() and not changed[:, 86:].any()
+    assert not changed[:, :, :24].any() and not changed[:, :, 76:].any()
+    assert not torch.equal(image[0], image[1]), "the garment has no effect"
+    assert "non-commercial" in report
+    again = chain("CatVTON/sd", "mix/attention/model.safetensors", *args)[0]
+    assert torch.equal(again, image)
+    # The attention file counts: the same base alone paints something else, from any of its files.
+    plain = chain("CatVTON/sd", glue.NO_ATTENTION, *args)
+    assert not torch.equal(plain[0], image) and "non-commercial" not in plain[2]
+    for base in ("CatVTON/merged.safetensors", "diffusion_models/demo.safetensors"):
+        assert torch.equal(chain(base, glue.NO_ATTENTION, *args)[0], plain[0])
+
+
+@torch.no_grad()
+def test_mismatched_wires_are_refused():
+    photo = torch.rand(1, 40, 40, 3)
+    made = execute(
+        nodes.FrugalTryOnPrepare, photo, photo, torch.ones(1, 40, 40), 64, 96, "letterbox", 0, 0.5
+    )
+    vae, _ = execute(nodes.FrugalLoadVAE, "demo.safetensors")
+    with pytest.raises(FrugalError, match="LATENT has the shape"):
+        execute(nodes.FrugalTryOnStitch, {"samples": torch.zeros(1, 4, 12, 8)}, vae, made[3], 0)
+    with pytest.raises(FrugalError, match="result 2, frame 3"):
+        three = execute(
+            nodes.FrugalTryOnPrepare,
+            photo,
+            photo.expand(3, -1, -1, -1),
+            torch.ones(1, 40, 40),
+            64,
+            96,
+            "letterbox",
+            0,
+            0.5,
+        )
+        execute(nodes.FrugalTryOnStitch, {"samples": torch.zeros(2, 4, 24, 8)}, vae, three[3], 0)
+    with pytest.raises(FrugalError, match="differ"):
+        execute(nodes.FrugalTryOnConditioning, made[0], photo, made[2], vae)
