@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import comfy.sample
 import folder_paths
+import numpy as np
 import pytest
 import torch
 import utils.extra_config  # noqa: F401  (as main.py does: `nodes` later hides this package)
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 
+from frugal.kernels.checkpoints import catvton
 from frugal.kernels.errors import FrugalError
 from frugal.nodes.tryon import glue, nodes
 
-TENSORS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def models(tmp_path_factory):
-    """A models folder with every kind of entry; the folder lists are put back afterwards."""
-    root = tmp_path_factory.mktemp("models")
-    kept = {kind: paths for kind, (paths, _) in folder_paths.folder_names_and_paths.items()}
+def write_models(root):
+    """A models folder with every kind of entry: tiny, random, in diffusers names."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         in_channels=9,
@@ -39,44 +39,48 @@ def models(tmp_path_factory):
         layers_per_block=1,
         latent_channels=4,
     )
-    weights = {n: t.contiguous() for n, t in unet.state_dict().items()}
+    weights, codec = unet.state_dict(), vae.state_dict()
     attention = {}
     modules = [n for n, _ in unet.named_modules() if n.endswith("attn1")]
     for i, module in enumerate(sorted(modules, key=lambda n: n.startswith("mid_block"))):
-        for tensor in TENSORS:
+        for tensor in catvton.TENSORS:
             attention[f"{8 * i}.{tensor}"] = -weights[f"{module}.{tensor}"]
     for file, tensors in (
-        ("diffusion_models/demo.safetensors", weights),
+        ("diffusion_models/tryon-tiny.safetensors", weights),
         ("CatVTON/sd/unet/diffusion_pytorch_model.safetensors", weights),
-        ("CatVTON/sd/vae/diffusion_pytorch_model.safetensors", vae.state_dict()),
+        ("CatVTON/sd/vae/diffusion_pytorch_model.safetensors", codec),
         ("CatVTON/mix/attention/model.safetensors", attention),
         ("CatVTON/merged.safetensors", weights),
-        ("vae/demo.safetensors", vae.state_dict()),
+        ("vae/tryon-tiny.safetensors", codec),
     ):
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({n: t.contiguous() for n, t in tensors.items()}, path, {"num_heads": "4"})
     (root / "CatVTON" / "readme.md").write_text("no model")
-    for kind in ("diffusion_models", "checkpoints", "CatVTON", "vae"):
-        paths, extensions = folder_paths.folder_names_and_paths[kind]
-        folder_paths.folder_names_and_paths[kind] = ([str(root / kind)], extensions)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """This process's model folders; the folder lists are put back afterwards."""
+    root = tmp_path_factory.mktemp("models")
+    write_models(root)
+    kinds = ("diffusion_models", "checkpoints", "CatVTON", "vae")
+    kept = {kind: folder_paths.folder_names_and_paths[kind] for kind in kinds}
+    for kind in kinds:
+        folder_paths.folder_names_and_paths[kind] = ([str(root / kind)], kept[kind][1])
     yield root
-    for kind, paths in kept.items():
-        folder_paths.folder_names_and_paths[kind] = (
-            paths,
-            folder_paths.folder_names_and_paths[kind][1],
-        )
+    folder_paths.folder_names_and_paths.update(kept)
 
 
 def execute(node, *args):
     return node.PREPARE_CLASS_CLONE(None).execute(*args).args
 
 
-def test_every_folder_entry_is_offered_once_and_nothing_else():
+def test_every_folder_entry_is_offered_once_and_nothing_else(models):
     assert sorted(glue.base_choices()) == [
         "CatVTON/merged.safetensors",
         "CatVTON/sd",
-        "diffusion_models/demo.safetensors",
+        "diffusion_models/tryon-tiny.safetensors",
     ]
     assert glue.attention_choices() == [
         glue.NO_ATTENTION,
@@ -98,7 +102,7 @@ def test_schemas_name_and_explain_every_socket():
 
 def chain(base, attention, photo, garment, mask, steps=3, fit="crop around mask"):
     model, report = execute(nodes.FrugalLoadCatVTON, base, attention, "fp32")
-    vae, _ = execute(nodes.FrugalLoadVAE, "demo.safetensors")
+    vae, _ = execute(nodes.FrugalLoadVAE, "tryon-tiny.safetensors")
     person, cloth, small, frame = execute(
         nodes.FrugalTryOnPrepare, photo, garment, mask, 64, 96, fit, 25, 0.5
     )
@@ -121,7 +125,7 @@ def chain(base, attention, photo, garment, mask, steps=3, fit="crop around mask"
 
 
 @torch.no_grad()
-def test_the_whole_chain_changes_the_mask_and_nothing_else():
+def test_the_whole_chain_changes_the_mask_and_nothing_else(models):
     g = torch.Generator().manual_seed(1)
     photo, garment = torch.rand(1, 131, 97, 3, generator=g), torch.rand(2, 50, 60, 4, generator=g)
     mask = torch.zeros(1, 131, 97)
@@ -140,17 +144,17 @@ def test_the_whole_chain_changes_the_mask_and_nothing_else():
     # The attention file counts: the same base alone paints something else, from any of its files.
     plain = chain("CatVTON/sd", glue.NO_ATTENTION, *args)
     assert not torch.equal(plain[0], image) and "non-commercial" not in plain[2]
-    for base in ("CatVTON/merged.safetensors", "diffusion_models/demo.safetensors"):
+    for base in ("CatVTON/merged.safetensors", "diffusion_models/tryon-tiny.safetensors"):
         assert torch.equal(chain(base, glue.NO_ATTENTION, *args)[0], plain[0])
 
 
 @torch.no_grad()
-def test_mismatched_wires_are_refused():
+def test_mismatched_wires_are_refused(models):
     photo = torch.rand(1, 40, 40, 3)
     made = execute(
         nodes.FrugalTryOnPrepare, photo, photo, torch.ones(1, 40, 40), 64, 96, "letterbox", 0, 0.5
     )
-    vae, _ = execute(nodes.FrugalLoadVAE, "demo.safetensors")
+    vae, _ = execute(nodes.FrugalLoadVAE, "tryon-tiny.safetensors")
     with pytest.raises(FrugalError, match="LATENT has the shape"):
         execute(nodes.FrugalTryOnStitch, {"samples": torch.zeros(1, 4, 12, 8)}, vae, made[3], 0)
     with pytest.raises(FrugalError, match="result 2, frame 3"):
@@ -168,3 +172,99 @@ def test_mismatched_wires_are_refused():
         execute(nodes.FrugalTryOnStitch, {"samples": torch.zeros(2, 4, 24, 8)}, vae, three[3], 0)
     with pytest.raises(FrugalError, match="differ"):
         execute(nodes.FrugalTryOnConditioning, made[0], photo, made[2], vae)
+
+
+def api_graph(person, garment, mask, seed):
+    """The stock KSampler way, in API form."""
+    nodes = {
+        "person": ("LoadImage", {"image": person}),
+        "garment": ("LoadImage", {"image": garment}),
+        "mask": ("LoadImageMask", {"image": mask, "channel": "red"}),
+        "unet": (
+            "FrugalLoadCatVTON",
+            {
+                "base": "CatVTON/sd",
+                "attention": "mix/attention/model.safetensors",
+                "weight_dtype": "auto",
+            },
+        ),
+        "vae": ("FrugalLoadVAE", {"vae_name": "tryon-tiny.safetensors"}),
+        "prepare": (
+            "FrugalTryOnPrepare",
+            {
+                "person": ["person", 0],
+                "garment": ["garment", 0],
+                "mask": ["mask", 0],
+                "width": 64,
+                "height": 128,
+                "fit": "crop around mask",
+                "context": 25,
+                "mask_threshold": 0.5,
+            },
+        ),
+        "condition": (
+            "FrugalTryOnConditioning",
+            {
+                "person_canvas": ["prepare", 0],
+                "garment_canvas": ["prepare", 1],
+                "mask_canvas": ["prepare", 2],
+                "vae": ["vae", 0],
+            },
+        ),
+        "sampler": (
+            "KSampler",
+            {
+                "model": ["unet", 0],
+                "positive": ["condition", 0],
+                "negative": ["condition", 1],
+                "latent_image": ["condition", 2],
+                "seed": seed,
+                "steps": 4,
+                "cfg": 2.5,
+                "sampler_name": "euler_ancestral",
+                "scheduler": "ddim_uniform",
+                "denoise": 1.0,
+            },
+        ),
+        "stitch": (
+            "FrugalTryOnStitch",
+            {
+                "samples": ["sampler", 0],
+                "vae": ["vae", 0],
+                "frame": ["prepare", 3],
+                "mask_blur": 2,
+            },
+        ),
+        "save": ("SaveImage", {"images": ["stitch", 0], "filename_prefix": "tryon"}),
+    }
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+
+
+@pytest.mark.comfy
+def test_the_stock_sampler_graph_through_the_server(server, tmp_path):
+    write_models(server.models)
+    server.object_info(fresh=True)
+    g = np.random.default_rng(0)
+    photo = g.integers(0, 256, (150, 101, 3), dtype=np.uint8)
+    painted = np.zeros_like(photo)
+    painted[50:100, 30:70] = 255
+    names = []
+    for name, pixels in (
+        ("tryon-person", photo),
+        ("tryon-mask", painted),
+        ("tryon-garment", photo[:60, :80]),
+    ):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        names.append(server.upload(tmp_path / f"{name}.png"))
+    pictures = []
+    for seed in (1, 2):
+        result = server.run(api_graph(names[0], names[2], names[1], seed))
+        assert result.status == "success", result.errors
+        entry = next(entry for node, entry in result.files() if node == "save")
+        pictures.append(np.array(Image.open(BytesIO(server.view(**entry)))))
+        assert seed == 2 or "cross-attention skipped" in result.outputs["unet"]["text"][0]
+    changed = (pictures[0] != photo).any(axis=-1)
+    assert changed[53:97, 33:67].mean() > 0.9
+    changed[44:106, 24:76] = False
+    assert not changed.any()
+    assert (pictures[0] != pictures[1]).any()
