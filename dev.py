@@ -159,16 +159,21 @@ def fetch_comfyui() -> None:
         os.replace(tree, target)
 
 
-def find_trees(named: list[str]) -> list[Path]:
-    """The ComfyUI folders to use: the named ones first, then those in the cache, oldest first."""
+def named_trees(given: list[str]) -> list[Path]:
+    """The ComfyUI folders from the command line, then those from FRUGAL_COMFYUI."""
     listed = os.environ.get("FRUGAL_COMFYUI", "").split(os.pathsep)
-    trees = [Path(name).expanduser().resolve() for name in [*named, *listed] if name]
+    trees = [Path(name).expanduser().resolve() for name in [*given, *listed] if name]
     for tree in trees:
         if not (tree / "main.py").is_file():
             raise SetupError(f"{tree} holds no main.py; name the folder ComfyUI lies in.")
-    if not trees:
+    return trees
+
+
+def find_trees(named: list[Path]) -> list[Path]:
+    """The ComfyUI folders to use: the named ones first, then those in the cache, oldest first."""
+    if not named:
         fetch_comfyui()
-    trees += sorted(path.parent.resolve() for path in CACHE.glob("*/main.py"))
+    trees = named + sorted(path.parent.resolve() for path in CACHE.glob("*/main.py"))
     return list(dict.fromkeys(trees))
 
 
@@ -184,9 +189,10 @@ def demo(options: argparse.Namespace) -> int:
     for path in given:
         if path and not Path(path).exists():
             raise SetupError(f"{path} does not exist.")
+    named = named_trees(options.comfyui)
     make_venv()
     install("demo")
-    tree = find_trees(options.comfyui)[0]
+    tree = find_trees(named)[0]
     say(f"ComfyUI: {tree}")
     command = [str(PYTHON), str(ROOT / "demo" / "run.py"), "--tree", str(tree)]
     command += ["--out", str(Path(options.out).resolve()), "--repeat", str(options.repeat)]
@@ -198,9 +204,10 @@ def demo(options: argparse.Namespace) -> int:
 
 def test(options: argparse.Namespace, arguments: list[str]) -> int:
     start = time.monotonic()
+    named = named_trees(options.comfyui)
     make_venv()
     install("demo", "test")
-    trees = find_trees(options.comfyui)
+    trees = find_trees(named)
     say("ComfyUI: " + ", ".join(map(str, trees)))
     codes = [subprocess.call([str(PYTHON), "-m", "ruff", "check", "."], cwd=ROOT)]
     if codes[0]:

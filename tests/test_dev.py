@@ -102,11 +102,12 @@ def test_named_trees_come_first_and_nothing_is_fetched(dev, tmp_path, monkeypatc
         (tmp_path / name / "main.py").touch()
     (tmp_path / "cache" / "no-comfyui").mkdir()
     monkeypatch.setenv("FRUGAL_COMFYUI", os.pathsep.join([str(tmp_path / "listed")] * 2))
-    names = [tree.name for tree in dev.find_trees([str(tmp_path / "mine")])]
+    named = dev.named_trees([str(tmp_path / "mine")])
+    names = [tree.name for tree in dev.find_trees(named)]
     assert names == ["mine", "listed", "ComfyUI-0.3.75", "ComfyUI-0.33.0"]
     assert dev.calls == []
     with pytest.raises(dev.SetupError, match=r"main\.py"):
-        dev.find_trees([str(tmp_path)])
+        dev.named_trees([str(tmp_path)])
 
 
 def test_where_each_test_runs(dev):
