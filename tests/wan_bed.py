@@ -260,3 +260,85 @@ def fake_native(layer: str, form: str, rows: int, width: int) -> Weights:
 
 def variant(config: WanConfig, **changes: Any) -> WanConfig:
     return replace(config, **changes)
+
+
+def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
+    """One file per layout in `folder`: label -> (path, weights that its bytes stand for)."""
+    source = weights()
+    found: dict[str, tuple[Path, Weights]] = {}
+    made = dict(fp8_layouts(source))
+    made["int8 weight_scale [rows,1], no marker (LightX2V)"] = lambda: int8_rows(source)
+    made["int8 weight_scale [rows], comfy_quant"] = lambda: int8_rows(source, (-1,), declared=True)
+    plain, exact = base(source)
+    for prefix in (
+        "model.diffusion_model.",
+        "model.",
+        "diffusion_model.",
+        "generator_ema.model.",
+        "model._fsdp_wrapped_module.",
+    ):
+        renamed = {prefix + name: tensor for name, tensor in plain.items()}
+        made[f"bf16, prefix {prefix}"] = lambda renamed=renamed: (renamed, {}, exact)
+    theirs = {to_diffusers(name): tensor for name, tensor in plain.items()}
+    made["bf16, diffusers names"] = lambda: (theirs, {}, exact)
+    broken = {
+        "one weight missing": {k: v for k, v in plain.items() if k != "blocks.1.ffn.0.bias"},
+        "one unknown tensor": plain | {"blocks.1.extra.weight": torch.ones(4, 4)},
+        "e4m3 scale_weight, one scale missing": {
+            k: v
+            for k, v in scaled(source, E4, marker=torch.zeros(2).to(E4))[0].items()
+            if k != "blocks.1.ffn.0.scale_weight"
+        },
+        "e4m3 scale per block of 64": scaled(
+            source,
+            E4,
+            scale_shape=lambda scale: scale.expand(256, 4, 1),
+            **ONE_STEP,
+        )[0],
+    }
+    for label, tensors in broken.items():
+        made[label] = lambda tensors=tensors: (tensors, {}, exact)
+    for index, (label, make) in enumerate(made.items()):
+        tensors, metadata, meant = make()
+        found[label] = (write(folder / f"{index}.safetensors", tensors, metadata), meant)
+    torch.save({"generator_ema": {f"model.{k}": v for k, v in plain.items()}}, folder / "g.pt")
+    found["bf16, .pt with generator_ema.model."] = (folder / "g.pt", exact)
+    found["bf16, two parts and an index"] = (split(folder, plain), exact)
+    return found
+
+
+def split(folder: Path, tensors: Weights) -> Path:
+    names = list(tensors)
+    weight_map = {}
+    for number, chosen in enumerate((names[::2], names[1::2]), 1):
+        file = f"m-{number:05}-of-00002.safetensors"
+        write(folder / file, {name: tensors[name] for name in chosen})
+        weight_map |= dict.fromkeys(chosen, file)
+    index = folder / "m.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+def to_diffusers(name: str) -> str:
+    """The name that diffusers gives a canonical T2V tensor (its conversion table, read backwards)."""
+    pairs = (
+        ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+        ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+        ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+        ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+        ("time_projection.1", "condition_embedder.time_proj"),
+        ("head.modulation", "scale_shift_table"),
+        ("head.head", "proj_out"),
+        (".modulation", ".scale_shift_table"),
+        ("self_attn.", "attn1."),
+        ("cross_attn.", "attn2."),
+        (".norm3.", ".norm2."),
+        (".ffn.0.", ".ffn.net.0.proj."),
+        (".ffn.2.", ".ffn.net.2."),
+    )
+    for ours, theirs in pairs:
+        name = name.replace(ours, theirs)
+    for part in "qkv":
+        for attention in ("attn1", "attn2"):
+            name = name.replace(f"{attention}.{part}.", f"{attention}.to_{part}.")
+    return name.replace("attn1.o.", "attn1.to_out.0.").replace("attn2.o.", "attn2.to_out.0.")
