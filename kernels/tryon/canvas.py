@@ -97,7 +97,7 @@ def on_white(garment: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def grey_out(person: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The person with mid grey (0.5, which a VAE encodes as 0.0) where the mask is 0.5 or more."""
-    keep = (mask < 0.5)[..., None]
+    keep = (mask.to(person.device) < 0.5)[..., None]
     return torch.where(keep, person, torch.full_like(person, 0.5))
 
 

@@ -18,6 +18,7 @@ from comfy.model_base import ModelType
 from comfy.model_detection import detect_unet_config
 
 from ...kernels.checkpoints import autoencoder_kl, catvton
+from ...kernels.checkpoints.header import read_header
 from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
 from .._comfy import REPORT_KEY, known
@@ -78,6 +79,8 @@ def apply_skip_cross_attention(patcher):
 
 def read_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (views of the mapped file, never to be written to) and safetensors metadata."""
+    if path.lower().endswith((".safetensors", ".sft")):
+        read_header(path)  # says what is wrong with a cut or damaged file
     tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     strays = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if strays:
@@ -264,6 +267,9 @@ def load_catvton(
     notes = [f"{heads} attention heads, {prediction} prediction, cross-attention skipped"]
     if "num_heads" not in metadata and config["model_channels"] != SD15_WIDTH:
         notes.append("the file does not name its number of attention heads: 8 assumed")
+    outside = len(tensors) - len(catvton.unet_names(tensors, name)[1])
+    if outside:
+        notes.append(f"{outside} tensors of other parts (text encoder, VAE) left in the file")
     files, licence = {name: os.path.getsize(file)}, metadata.get("frugal.licence", "")
     if attention is not None:
         label = os.path.basename(attention)
@@ -272,6 +278,11 @@ def load_catvton(
         files[label] = os.path.getsize(attention)
         licence = own.get("frugal.licence", WEIGHTS_LICENCE)
         notes.append(f"self-attention of {len(widths)} blocks taken from {label}")
+    elif any(".attn2." in key for key in tensors):
+        notes.append(
+            "no attention file and a base with cross-attention: unless CatVTON's attention is "
+            "merged into it, this is a plain inpainting model that dresses nobody"
+        )
     patcher = build(unet, config, heads, prediction, weight_dtype, disable_dynamic, name)
     report = LoadReport(
         title=f"CatVTON try-on UNet from {name}",

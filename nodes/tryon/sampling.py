@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import comfy.k_diffusion.sampling
+import comfy.model_sampling
 import comfy.samplers
 import torch
 
+from ...kernels.errors import FrugalError
 from ...kernels.tryon import schedule
 
 
@@ -29,5 +31,11 @@ class DDIMSampler(comfy.samplers.KSAMPLER):
 
 def reference_schedule(model, steps: int, eta: float) -> tuple[torch.Tensor, DDIMSampler]:
     """(SIGMAS [steps + 1], SAMPLER) for a MODEL with discrete noise levels."""
-    levels = model.get_model_object("model_sampling").sigmas.cpu()
-    return schedule.ddim_sigmas(levels, steps), DDIMSampler(eta)
+    levels = model.get_model_object("model_sampling")
+    if not isinstance(levels, comfy.model_sampling.ModelSamplingDiscrete):
+        raise FrugalError(
+            f"the model samples with {type(levels).__mro__[1].__name__}",
+            "the discrete noise levels of SD 1.5",
+            "connect the MODEL of 'Load CatVTON'",
+        )
+    return schedule.ddim_sigmas(levels.sigmas.cpu(), steps), DDIMSampler(eta)

@@ -6,6 +6,7 @@ import json
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.sample
 import comfy.supported_models
 import comfy.utils
@@ -137,6 +138,10 @@ def forward(unet, x, t):
         return unet(x, t, encoder_hidden_states=torch.zeros(x.shape[0], 1, 8)).sample
 
 
+def report_text(patcher):
+    return patcher.attachments[REPORT_KEY].text()
+
+
 BASES = ["diffusers.safetensors", "ldm.safetensors", "checkpoint.safetensors", "folder"]
 
 
@@ -147,6 +152,7 @@ def test_every_naming_gives_the_reference_forward(folder, tuned, name):
     )
     x, t = inputs()
     assert relative(run(patcher, x, t), forward(tuned, x, t)) <= 1e-5
+    assert ("other parts" in report_text(patcher)) == (name == "checkpoint.safetensors")
     assert not [k for k in patcher.model.diffusion_model.state_dict() if ".attn2." in k]
     report = patcher.attachments[REPORT_KEY]
     assert report.licence == loading.WEIGHTS_LICENCE and "attention.safetensors" in report.files
@@ -159,6 +165,25 @@ def test_a_merged_file_without_cross_attention_loads(folder, tuned):
     x, t = inputs()
     assert relative(run(patcher, x, t), forward(tuned, x, t)) <= 1e-5
     assert patcher.attachments[REPORT_KEY].licence == "CC0"
+    assert "dresses nobody" not in report_text(patcher)
+    plain = loading.load_catvton(str(folder / "ldm.safetensors"), None, "fp32")
+    assert "dresses nobody" in report_text(plain)
+
+
+def test_plain_fp8_weights_are_kept_and_computed_in_fp32(folder, tmp_path, tuned):
+    merged, _ = loading.read_file(str(folder / "merged.safetensors"))
+    small = {n: t.to(torch.float8_e4m3fn) if t.ndim > 1 else t for n, t in merged.items()}
+    save_file(small, tmp_path / "fp8.safetensors", META)
+    patcher = loading.load_catvton(str(tmp_path / "fp8.safetensors"), None, "auto")
+    x, t = inputs()
+    assert relative(run(patcher, x, t), forward(tuned, x, t)) < 0.2
+
+
+def test_a_damaged_file_is_refused(folder, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((folder / "ldm.safetensors").read_bytes()[:-100])
+    with pytest.raises(FrugalError, match=r"cut\.safetensors"):
+        loading.load_catvton(str(path), None, "fp32")
 
 
 def test_skipping_differs_from_deleting_and_from_stock_cross_attention(folder, tuned):
@@ -390,6 +415,17 @@ def test_sampling_equals_the_published_loop(folder, tuned, cfg, eta):
         seed=0,
     )
     assert relative(0.18215 * made, x) <= 1e-5
+
+
+def test_the_sampler_refuses_another_kind_of_model(folder):
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    patcher.add_object_patch("model_sampling", Flow())
+    with pytest.raises(FrugalError, match="ModelSamplingDiscreteFlow"):
+        sampling.reference_schedule(patcher, 20, 1.0)
 
 
 def test_the_schedule_equals_diffusers(folder):
