@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,9 @@ def evaluate(codec: Codec, net, swaps: int, steps: int, seed: int = 0) -> tuple[
         table = np.stack([features(render_person(people[k], garments[j])[0], masks[k]) for j in candidates])
         right += int(np.argmin(np.square(table - features(result, masks[k])).sum(1)) == 0)
         color = mean_color(flats[k])
-        bare = render_person(people[k], garments[(k + 1) % swaps])[0]
-        outline = np.abs(truth.astype(int) - bare).sum(-1) > 6
+        inks = [replace(garments[k], pattern="plain", colors=(ink, ink)) for ink in ((255, 0, 255), (0, 255, 0))]
+        first, second = (render_person(people[k], g)[0].astype(int) for g in inks)
+        outline = np.abs(first - second).sum(-1) > 6
         told = np.where(outline[..., None], color, truth)
         truth_codec = codec.decode(codec.encode(torch.from_numpy(truth).permute(2, 0, 1)[None].float() / 255))
         back = truth_codec.clamp(0, 1)[0].permute(1, 2, 0).mul(255).numpy()

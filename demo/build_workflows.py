@@ -1,0 +1,208 @@
+"""Write the saved graphs in workflows/ against a real ComfyUI: `python demo/build_workflows.py --tree DIR`.
+
+The demo graph and its real-size twin are one description with two sets of names and sizes, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from comfy_server import ComfyServer
+from graph_builder import Group, Node, Note, build
+from layout import MODELS, WORKFLOWS
+from tiny_wan import build_demo_wan
+
+HUB = "https://huggingface.co"
+WAN = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+
+DEMO = {
+    "person": "frugal_demo_person.png",
+    "mask": "frugal_demo_mask.png",
+    "garment": "frugal_demo_garment.png",
+    "base": "diffusion_models/frugal_demo_tryon_base.safetensors",
+    "attention": "frugal-demo/attention/model.safetensors",
+    "vae": "frugal_demo_codec.safetensors",
+    "wan": "wan_tiny_random_i2v.safetensors",
+    "wan_vae": "wan_tiny_random_vae.safetensors",
+    "canvas": (128, 192),
+    "fit": "letterbox",
+    "mask_feather": 0,
+    "steps": 20,
+    "cfg": 1.0,
+    "mask_blur": 0,
+    "clip": (128, 192, 17),
+    "clip_steps": 4,
+    "clip_cfg": 1.0,
+}
+REAL = {
+    "person": "person.png",
+    "mask": "person_mask.png",
+    "garment": "garment.png",
+    "base": "diffusion_models/sd-v1-5-inpainting.safetensors",
+    "attention": "mix-48k-1024/attention/model.safetensors",
+    "vae": "vae-ft-mse-840000-ema-pruned.safetensors",
+    "wan": "wan2.1_i2v_480p_14B_fp8_scaled.safetensors",
+    "wan_vae": "wan_2.1_vae.safetensors",
+    "canvas": (768, 1024),
+    "fit": "crop around mask",
+    "mask_feather": 0,
+    "steps": 50,
+    "cfg": 2.5,
+    "mask_blur": 9,
+    "clip": (480, 640, 49),
+    "clip_steps": 20,
+    "clip_cfg": 6.0,
+}
+
+
+def model(name: str, url: str, directory: str) -> list[dict[str, str]]:
+    return [{"name": name, "url": url, "directory": directory}]
+
+
+def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
+    """Photo and garment -> dressed photo -> short clip, with a report at the end."""
+    width, height = s["canvas"]
+    clip_width, clip_height, frames = s["clip"]
+    nodes = {
+        "person": Node("LoadImage", (0, 0), {"image": s["person"]}, title="Person", size=(300, 320)),
+        "mask": Node("LoadImageMask", (0, 370), {"image": s["mask"], "channel": "red"}, title="Mask: what to repaint", size=(300, 320)),
+        "garment": Node("LoadImage", (0, 740), {"image": s["garment"]}, title="Garment", size=(300, 320)),
+        "catvton": Node(
+            "FrugalLoadCatVTON",
+            (340, 0),
+            {"base": s["base"], "attention": s["attention"]},
+            size=(380, 200),
+            models=[
+                *model("sd-v1-5-inpainting.safetensors", f"{HUB}/webui/stable-diffusion-inpainting/resolve/main/sd-v1-5-inpainting.safetensors", "diffusion_models"),
+                *model("model.safetensors", f"{HUB}/zhengchong/CatVTON/resolve/main/mix-48k-1024/attention/model.safetensors", "CatVTON"),
+            ]
+            if real
+            else [],
+        ),
+        "vae": Node(
+            "VAELoader",
+            (340, 250),
+            {"vae_name": s["vae"]},
+            size=(380, 60),
+            models=model(s["vae"], f"{HUB}/stabilityai/sd-vae-ft-mse-original/resolve/main/{s['vae']}", "vae") if real else [],
+        ),
+        "refine": Node("FrugalMaskRefine", (340, 360), {"feather": s["mask_feather"]}, {"mask": ("mask", 0)}, size=(380, 480)),
+        "prepare": Node(
+            "FrugalTryOnPrepare",
+            (760, 0),
+            {"width": width, "height": height, "fit": s["fit"]},
+            {"person": ("person", 0), "garment": ("garment", 0), "mask": ("refine", 0)},
+        ),
+        "cond": Node(
+            "FrugalTryOnConditioning",
+            (760, 330),
+            {},
+            {"person_canvas": ("prepare", 0), "garment_canvas": ("prepare", 1), "mask_canvas": ("prepare", 2), "vae": ("vae", 0)},
+        ),
+        "sample": Node(
+            "KSampler",
+            (1100, 0),
+            {"seed": 7, "steps": s["steps"], "cfg": s["cfg"], "sampler_name": "euler_ancestral", "scheduler": "ddim_uniform"},
+            {"model": ("catvton", 0), "positive": ("cond", 0), "negative": ("cond", 1), "latent_image": ("cond", 2)},
+        ),
+        "stitch": Node(
+            "FrugalTryOnStitch",
+            (1100, 330),
+            {"mask_blur": s["mask_blur"]},
+            {"samples": ("sample", 0), "vae": ("vae", 0), "frame": ("prepare", 3)},
+        ),
+        "save": Node("SaveImage", (1100, 560), {"filename_prefix": "frugal/tryon"}, {"images": ("stitch", 0)}, title="Dressed photo", size=(300, 400)),
+        "wan": Node(
+            "FrugalLoadWan",
+            (1460, 0),
+            {"model_name": s["wan"]},
+            size=(380, 140),
+            models=model(s["wan"], f"{WAN}/diffusion_models/{s['wan']}", "diffusion_models") if real else [],
+        ),
+        "shift": Node("ModelSamplingSD3", (1460, 190), {"shift": 8.0}, {"model": ("wan", 0)}),
+        "wan_vae": Node("VAELoader", (1460, 300), {"vae_name": s["wan_vae"]}, models=model(s["wan_vae"], f"{WAN}/vae/{s['wan_vae']}", "vae") if real else []),
+    }
+    if real:
+        encoder, vision = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
+        nodes |= {
+            "clip": Node("CLIPLoader", (1460, 410), {"clip_name": encoder, "type": "wan"}, models=model(encoder, f"{WAN}/text_encoders/{encoder}", "text_encoders")),
+            "positive": Node("CLIPTextEncode", (1460, 560), {"text": "the person turns slowly and smiles, soft daylight"}, {"clip": ("clip", 0)}, size=(300, 110)),
+            "negative": Node("CLIPTextEncode", (1460, 710), {"text": "blurry, distorted, static, worst quality"}, {"clip": ("clip", 0)}, size=(300, 110)),
+            "vision": Node("CLIPVisionLoader", (1460, 860), {"clip_name": vision}, models=model(vision, f"{WAN}/clip_vision/{vision}", "clip_vision")),
+            "look": Node("CLIPVisionEncode", (1460, 960), {"crop": "none"}, {"clip_vision": ("vision", 0), "image": ("stitch", 0)}),
+        }
+    else:
+        nodes |= {
+            "positive": Node("FrugalLoadTextEmbeds", (1460, 410), {"embeds_name": "tiny_positive.safetensors"}),
+            "negative": Node("FrugalLoadTextEmbeds", (1460, 520), {"embeds_name": "tiny_negative.safetensors"}),
+        }
+    links = {"positive": ("positive", 0), "negative": ("negative", 0), "vae": ("wan_vae", 0), "start_image": ("stitch", 0)}
+    if real:
+        links["clip_vision_output"] = ("look", 0)
+    return nodes | {
+        "i2v": Node("WanImageToVideo", (1880, 0), {"width": clip_width, "height": clip_height, "length": frames}, links),
+        "sample_clip": Node(
+            "KSampler",
+            (1880, 280),
+            {"seed": 7, "steps": s["clip_steps"], "cfg": s["clip_cfg"], "sampler_name": "uni_pc", "scheduler": "simple"},
+            {"model": ("shift", 0), "positive": ("i2v", 0), "negative": ("i2v", 1), "latent_image": ("i2v", 2)},
+        ),
+        "decode": Node("VAEDecode", (1880, 600), {}, {"samples": ("sample_clip", 0), "vae": ("wan_vae", 0)}),
+        "video": Node("CreateVideo", (1880, 700), {"fps": 16.0}, {"images": ("decode", 0)}),
+        "save_clip": Node("SaveVideo", (1880, 820), {"filename_prefix": "frugal/clip"}, {"video": ("video", 0)}, title="Clip", size=(300, 300)),
+        "report": Node(
+            "FrugalReport",
+            (2220, 0),
+            {},
+            {"model": ("catvton", 0), "model_2": ("wan", 0), "images": ("decode", 0)},
+            size=(360, 400),
+        ),
+    }
+
+
+GROUPS = [
+    Group("1. Photo, garment, mask", (-20, -60, 340, 1140)),
+    Group("2. Try-on", (330, -60, 1090, 1140), "#3f9e6b"),
+    Group("3. Video", (1450, -60, 740, 1200), "#9e6b3f"),
+    Group("4. Report", (2210, -60, 390, 500), "#6b3f9e"),
+]
+DEMO_NOTE = Note(
+    "## Demo: drawn figures, not photos\n\nA small try-on model of our own puts the garment on the figure. It was trained on drawn "
+    "people only and knows nothing of photos.\n\nThe clip comes from a **tiny Wan with random weights**: it shows that every part "
+    "of the video chain runs, not what Wan can paint.\n\nFor real photos open `tryon_to_video_12gb`.",
+    (2220, 460),
+    (360, 320),
+)
+REAL_NOTE = Note(
+    "## Dress a photo, then animate it\n\nPaint the mask over the clothes to replace (white = repaint). Files and folders:\n\n"
+    "- `models/diffusion_models/sd-v1-5-inpainting.safetensors`\n- `models/CatVTON/mix-48k-1024/attention/model.safetensors`\n"
+    "- `models/vae/vae-ft-mse-840000-ema-pruned.safetensors`\n- `models/diffusion_models/wan2.1_i2v_480p_14B_fp8_scaled.safetensors`\n"
+    "- `models/vae/wan_2.1_vae.safetensors`\n- `models/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors`\n"
+    "- `models/clip_vision/clip_vision_h.safetensors`\n\n**Licence:** the CatVTON weights are CC BY-NC-SA 4.0 (non-commercial).\n\n"
+    "On a 12 GB card ComfyUI keeps part of the 14B model in RAM (16 GB of weights in fp8): have 32 GB. Sizes here are a "
+    "starting point that we could not yet measure on such a card.",
+    (2220, 460),
+    (360, 460),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tree", type=Path, required=True)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as base:
+        build_demo_wan(Path(base) / "models")
+        with ComfyServer(args.tree, base, models=(MODELS,)) as server:
+            info = server.object_info()
+    for name, settings, real, note in (("tryon_demo", DEMO, False, DEMO_NOTE), ("tryon_to_video_12gb", REAL, True, REAL_NOTE)):
+        graph = build(info, tryon_to_video(settings, real), [note], GROUPS)
+        path = WORKFLOWS / f"{name}.json"
+        path.write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
+        print(path.name, len(graph["nodes"]), "nodes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""Where the demo keeps things, for every script beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent
+MODELS = DEMO / "models"
+WORKFLOWS = DEMO.parent / "workflows"
+LABEL = "drawn figures, not photos"

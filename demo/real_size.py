@@ -1,0 +1,99 @@
+"""The real-size graph on a person's own photo, with the public weights in their models folder.
+
+Before anything starts, every file the graph names is looked for; what is missing is listed with its folder and address.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from comfy_server import ComfyServer, ServerError
+from layout import WORKFLOWS
+from PIL import Image
+
+GRAPH = WORKFLOWS / "tryon_to_video_12gb.json"
+# Which widget of which loader names a file, and the models sub-folder it lies in ("" = the value begins with it).
+LOADERS = {
+    "FrugalLoadCatVTON": (("base", ""), ("attention", "CatVTON")),
+    "VAELoader": (("vae_name", "vae"),),
+    "FrugalLoadWan": (("model_name", "diffusion_models"),),
+    "CLIPLoader": (("clip_name", "text_encoders"),),
+    "CLIPVisionLoader": (("clip_name", "clip_vision"),),
+}
+
+
+class RealSizeError(RuntimeError):
+    """Something the person must supply is missing; the message says what, where and from where."""
+
+
+def addresses(graph: dict) -> dict[str, str]:
+    """File name -> download address, from the graph's own model entries; keyed by name and by the end of the address."""
+    found = {}
+    for node in graph["nodes"]:
+        for entry in node.get("properties", {}).get("models", ()):
+            found[entry["url"].partition("/resolve/main/")[2]] = entry["url"]
+            found.setdefault(entry["name"], entry["url"])
+    return found
+
+
+def needed(graph: dict) -> list[tuple[str, str]]:
+    """(path below models/, download address) of every model file that the saved graph names."""
+    links, files = addresses(graph), []
+    for node in graph["nodes"]:
+        places = [folder for _, folder in LOADERS.get(node["type"], ())]
+        for folder, value in zip(places, node["widgets_values"], strict=False):
+            path = f"{folder}/{value}" if folder else value
+            files.append((path, links.get(value) or links.get(Path(value).name, "")))
+    return files
+
+
+def missing(graph: dict, models: Path) -> list[str]:
+    """One line per absent file: where it goes and where it comes from."""
+    return [f"  models/{path}\n      from {url}" for path, url in needed(graph) if not (models / path).exists()]
+
+
+def mask_of(person: Path, mask: Path | None) -> Image.Image:
+    """White = repaint: the mask file, else the transparent part of the person's picture."""
+    if mask is not None:
+        return Image.open(mask).convert("L")
+    picture = Image.open(person)
+    if "A" in picture.getbands():
+        alpha = np.asarray(picture.getchannel("A"))
+        if (alpha < 128).any():
+            return Image.fromarray(np.where(alpha < 128, 255, 0).astype(np.uint8))
+    raise RealSizeError(
+        f"{person.name} has no mask; expected --mask FILE (white over the clothes to replace) or a picture whose clothes "
+        "are erased to transparent; paint one in any editor, or in ComfyUI's mask editor, and run again."
+    )
+
+
+def run_real(tree: Path, out: Path, person: Path, garment: Path, mask: Path | None, models: Path) -> None:
+    """Run the 12 GB graph; writes what its save nodes made into `out`. Raises RealSizeError before any start."""
+    graph = json.loads(GRAPH.read_text(encoding="utf-8"))
+    absent = missing(graph, models)
+    if absent:
+        raise RealSizeError(
+            f"{len(absent)} model files are missing in {models}; put them there and run again:\n" + "\n".join(absent)
+            + "\nThe CatVTON weights are CC BY-NC-SA 4.0 (non-commercial)."
+        )
+    hole = mask_of(person, mask)
+    inputs = out / "inputs"
+    inputs.mkdir(parents=True, exist_ok=True)
+    named = {"person.png": Image.open(person).convert("RGB"), "person_mask.png": hole.convert("RGB"), "garment.png": Image.open(garment)}
+    for name, picture in named.items():
+        picture.save(inputs / name)
+    import torch
+
+    with ComfyServer(tree, out / "comfyui", models=(models,), cpu=not torch.cuda.is_available()) as server:
+        for name in named:
+            server.upload(inputs / name)
+        prompt = server.convert(graph)
+        result = server.run(prompt, lambda node, value, top: print(f"  {prompt[node]['class_type'] if node in prompt else node} {value}/{top}", flush=True), timeout=6 * 3600)
+        if result.status != "success":
+            raise ServerError("; ".join(result.errors) or f"the graph ended as {result.status}")
+        for _, entry in result.files():
+            if entry["type"] == "output":
+                (out / entry["filename"]).write_bytes(server.view(**entry))
+                print(f"  {out / entry['filename']}")
