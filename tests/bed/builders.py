@@ -82,3 +82,20 @@ def tryon_model(path: Path, seed: int = 0, in_channels: int = 9) -> Path:
                 value.mul_(1 + 0.2 * torch.randn_like(value))
     tensors = {name: value.to(torch.float16).contiguous() for name, value in state.items()}
     return save(tensors, path, {"num_heads": "4"})
+
+
+def tryon_vae(path: Path, seed: int = 0) -> Path:
+    """A small diffusers AutoencoderKL with SD 1.5's factor 8 and 4 latent channels."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoencoderKL(
+            block_out_channels=(32, 32, 64, 128),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=32,
+            latent_channels=4,
+        )
+    return save({name: value.contiguous() for name, value in model.state_dict().items()}, path)
