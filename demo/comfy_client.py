@@ -123,8 +123,11 @@ class ComfyClient:
         try:
             message = await stream.receive(timeout=2)
         except asyncio.TimeoutError:
-            # An end message can be lost; the history is not.
-            return bool(self.history(prompt_id))
+            # An end message can be lost; the history is not. When it is there, one more round takes
+            # in what was still on its way.
+            ended, was_ending = bool(self.history(prompt_id)), result.status == "ending"
+            result.status = "ending" if ended else "running"
+            return ended and was_ending
         if message.type == WSMsgType.BINARY:
             result.previews += 1
             return False
