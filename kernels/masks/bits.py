@@ -49,89 +49,115 @@ def valid_bits(k, height):
 
 
 @njit
+def compare_eight(image, y, threshold, row):
+    """Bit i of the byte row: whether row y + i of `image` lies above the threshold, for 8 rows."""
+    a, b, c, d = image[y], image[y + 1], image[y + 2], image[y + 3]
+    e, f, g, h = image[y + 4], image[y + 5], image[y + 6], image[y + 7]
+    for x in range(row.shape[0]):
+        byte = np.uint8(np.uint8(a[x] > threshold) | np.uint8(b[x] > threshold) << 1)
+        byte = np.uint8(byte | np.uint8(c[x] > threshold) << 2)
+        byte = np.uint8(byte | np.uint8(d[x] > threshold) << 3)
+        byte = np.uint8(byte | np.uint8(e[x] > threshold) << 4)
+        byte = np.uint8(byte | np.uint8(f[x] > threshold) << 5)
+        byte = np.uint8(byte | np.uint8(g[x] > threshold) << 6)
+        row[x] = np.uint8(byte | np.uint8(h[x] > threshold) << 7)
+
+
+@njit
+def compare_one(values, threshold, row):
+    """1 where a value lies above the threshold, else 0."""
+    for x in range(row.shape[0]):
+        row[x] = np.uint8(values[x] > threshold)
+
+
+@njit
+def insert(row, shift, word):
+    """OR a byte row, moved up by `shift` bits, into a word row."""
+    for x in range(row.shape[0]):
+        word[x] |= np.uint64(row[x]) << shift
+
+
+@njit
 def pack(image, threshold, words, row, k0, k1):
     """Word rows k0..k1 of `words` from float32 [H, W] `image`: bit = value > threshold, so NaN
     gives 0.
 
-    `row` is scratch, uint8 [W].
+    row: uint8 [W] scratch. The loops along x are functions of their own, here and in the other
+    kernels: LLVM then sees plain rows that do not overlap, and vectorises at full width.
     """
-    height, width = image.shape
+    height = image.shape[0]
     for k in range(k0, k1):
         word = words[k]
-        for x in range(width):
-            word[x] = np.uint64(0)
+        word[:] = np.uint64(0)
         first = 64 * k
         rows = min(64, height - first)
         j = 0
         while j < rows:
-            shift = np.uint64(j)
             if j + BYTE <= rows:
-                y = first + j
-                a, b, c, d = image[y], image[y + 1], image[y + 2], image[y + 3]
-                e, f, g, h = image[y + 4], image[y + 5], image[y + 6], image[y + 7]
-                for x in range(width):
-                    low = np.uint8(a[x] > threshold) | np.uint8(b[x] > threshold) << 1
-                    low = np.uint8(low | np.uint8(c[x] > threshold) << 2)
-                    low = np.uint8(low | np.uint8(d[x] > threshold) << 3)
-                    low = np.uint8(low | np.uint8(e[x] > threshold) << 4)
-                    low = np.uint8(low | np.uint8(f[x] > threshold) << 5)
-                    low = np.uint8(low | np.uint8(g[x] > threshold) << 6)
-                    row[x] = np.uint8(low | np.uint8(h[x] > threshold) << 7)
+                compare_eight(image, first + j, threshold, row)
+                insert(row, np.uint64(j), word)
                 j += BYTE
             else:
-                a = image[first + j]
-                for x in range(width):
-                    row[x] = np.uint8(a[x] > threshold)
+                compare_one(image[first + j], threshold, row)
+                insert(row, np.uint64(j), word)
                 j += 1
-            for x in range(
-                width
-            ):  # widening apart from the comparison keeps both loops at full SIMD width
-                word[x] |= np.uint64(row[x]) << shift
 
 
 @njit
-def unpack_bytes(words, target, clear, full, row, y0, y1):
-    """Rows y0..y1 of the bits into uint8 [y1 - y0, W] `target`: `clear` where the bit is 0, `full`
-    where it is 1.
+def narrow(word, shift, row):
+    """Bits shift..shift + 7 of a word row as bytes."""
+    for x in range(row.shape[0]):
+        row[x] = np.uint8(word[x] >> shift)
+
+
+@njit
+def set_where(row, bit, inverted, out):
+    """1 where `bit` is set in the byte row (or, `inverted`, where it is clear), else 0."""
+    if inverted:
+        for x in range(out.shape[0]):
+            out[x] = np.uint8((row[x] & bit) == 0)
+    else:
+        for x in range(out.shape[0]):
+            out[x] = np.uint8((row[x] & bit) != 0)
+
+
+@njit
+def set_float(row, bit, out):
+    """1.0 where `bit` is set in the byte row, else 0.0."""
+    zero, one = np.float32(0), np.float32(1)
+    for x in range(out.shape[0]):
+        out[x] = zero if np.uint8(row[x] & bit) == 0 else one
+
+
+@njit
+def unpack_bytes(words, target, inverted, row, y0, y1):
+    """Rows y0..y1 of the bits, as 0 and 1 (1 and 0 if `inverted`), into `target` [y1 - y0, W].
+
+    `target` is of any unsigned dtype; `row` is scratch, uint8 [W].
     """
-    width = words.shape[1]
-    low, flip = np.uint8(clear), np.uint8(clear ^ full)
     y = y0
     while y < y1:
-        k, j = y >> 6, y & 63
         end = min(y1, (y | (BYTE - 1)) + 1)
-        shift = np.uint64(j & ~(BYTE - 1))
-        word = words[k]
-        for x in range(width):
-            row[x] = np.uint8(word[x] >> shift)
+        narrow(words[y >> 6], np.uint64(y & 63 & ~(BYTE - 1)), row)
         while y < end:
-            one = np.uint8(1 << (y & (BYTE - 1)))
-            out = target[y - y0]
-            for x in range(width):
-                hit = np.uint8(0) if np.uint8(row[x] & one) == 0 else np.uint8(255)
-                out[x] = np.uint8(low ^ np.uint8(hit & flip))
+            set_where(row, np.uint8(1 << (y & (BYTE - 1))), inverted, target[y - y0])
             y += 1
 
 
 @njit
 def unpack_float(words, target, row, y0, y1, oy, ox):
-    """Rows y0..y1 of the bits, as 0.0 and 1.0, at (oy, ox) of float32 [H, W] `target`. `row`:
-    uint8 [W] scratch.
+    """Rows y0..y1 of the bits, as 0.0 and 1.0, at (oy, ox) of float32 [H, W] `target`.
+
+    row: uint8 [W] scratch.
     """
     width = words.shape[1]
-    zero, one = np.float32(0), np.float32(1)
     y = y0
     while y < y1:
         end = min(y1, (y | (BYTE - 1)) + 1)
-        shift = np.uint64(y & 63 & ~(BYTE - 1))
-        word = words[y >> 6]
-        for x in range(width):
-            row[x] = np.uint8(word[x] >> shift)
+        narrow(words[y >> 6], np.uint64(y & 63 & ~(BYTE - 1)), row)
         while y < end:
             bit = np.uint8(1 << (y & (BYTE - 1)))
-            out = target[y + oy, ox : ox + width]
-            for x in range(width):
-                out[x] = zero if np.uint8(row[x] & bit) == 0 else one
+            set_float(row, bit, target[y + oy, ox : ox + width])
             y += 1
 
 

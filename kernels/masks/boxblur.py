@@ -34,6 +34,28 @@ def unit_scale(widths: tuple[int, int, int]) -> np.float32:
 
 
 @njit
+def add_row(total, entering):
+    small = total.dtype.type
+    for x in range(total.shape[0]):
+        total[x] = small(total[x] + entering[x])
+
+
+@njit
+def slide_row(before, entering, leaving, now):
+    small = now.dtype.type
+    for x in range(now.shape[0]):
+        now[x] = small(before[x] + small(entering[x] - leaving[x]))
+
+
+@njit
+def widen_row(source, target):
+    """Copy into a wider dtype; apart from the sums, so that both loops run at full SIMD width."""
+    wide = target.dtype.type
+    for x in range(target.shape[0]):
+        target[x] = wide(source[x])
+
+
+@njit
 def box_columns(source, s0, target, t0, t1, r, height):
     """Vertical box sums of half width r for rows t0..t1 into `target`, whose first row is row t0.
 
@@ -41,21 +63,12 @@ def box_columns(source, s0, target, t0, t1, r, height):
     picture its first and last rows repeat. Sums are exact while 2 r + 1 times the largest value
     fits the dtype.
     """
-    small = target.dtype.type
-    width = source.shape[1]
-    first = target[0]
-    for x in range(width):
-        first[x] = small(0)
+    target[0] = target.dtype.type(0)
     for n in range(t0 - r, t0 + r + 1):
-        entering = source[min(max(n, 0), height - 1) - s0]
-        for x in range(width):
-            first[x] = small(first[x] + entering[x])
+        add_row(target[0], source[min(max(n, 0), height - 1) - s0])
     for y in range(t0 + 1, t1):
-        entering = source[min(y + r, height - 1) - s0]
-        leaving = source[max(y - r - 1, 0) - s0]
-        before, now = target[y - 1 - t0], target[y - t0]
-        for x in range(width):
-            now[x] = small(before[x] + small(entering[x] - leaving[x]))
+        entering, leaving = min(y + r, height - 1) - s0, max(y - r - 1, 0) - s0
+        slide_row(target[y - 1 - t0], source[entering], source[leaving], target[y - t0])
 
 
 @njit
@@ -84,6 +97,71 @@ def box_row(values, total, r):
 
 
 @njit
+def third_difference(f, wa, wb, wc, out):
+    """Differences over wa, wb and wc of the threefold running sum f [n + wa + wb + wc]."""
+    wide = out.dtype.type
+    n = out.shape[0]
+    fa, fb, fc = f[wa : wa + n], f[wb : wb + n], f[wc : wc + n]
+    fab, fac, fbc = f[wa + wb :], f[wa + wc :], f[wb + wc :]
+    fabc = f[wa + wb + wc :]
+    for i in range(n):
+        plus = wide(wide(fabc[i] + fa[i]) + wide(fb[i] + fc[i]))
+        minus = wide(wide(fab[i] + fac[i]) + wide(fbc[i] + f[i]))
+        out[i] = wide(plus - minus)
+
+
+@njit
+def box_span(values, ra, rb, rc, at_start, at_end, total):
+    """Three box sums of half widths ra, rb, rc along `values` [n], in place, modulo the dtype.
+
+    With end values repeated once before all three, they are a third difference of the threefold
+    running sum, one pass whatever the widths. Where the row changes near its start or end that is
+    not what repeating before each pass gives, so those ends are done box by box.
+    total: scratch [n + 2 (ra + rb + rc) + 3].
+    """
+    wide = values.dtype.type
+    n, spread = values.shape[0], ra + rb + rc
+    strip = 2 * spread
+    if (at_start or at_end) and n <= strip:
+        box_row(values, total, ra)
+        box_row(values, total, rb)
+        box_row(values, total, rc)
+        return
+    start, end = values[:strip].copy(), values[max(0, n - strip) :].copy()
+    once = twice = thrice = wide(0)
+    for i in range(3):
+        total[i] = thrice
+    for i in range(spread):
+        once = wide(once + values[0])
+        twice = wide(twice + once)
+        thrice = wide(thrice + twice)
+        total[3 + i] = thrice
+    middle = total[3 + spread : 3 + spread + n]
+    for i in range(n):
+        once = wide(once + values[i])
+        twice = wide(twice + once)
+        thrice = wide(thrice + twice)
+        middle[i] = thrice
+    for i in range(spread):
+        once = wide(once + values[n - 1])
+        twice = wide(twice + once)
+        thrice = wide(thrice + twice)
+        total[3 + spread + n + i] = thrice
+    wa, wb, wc = 2 * ra + 1, 2 * rb + 1, 2 * rc + 1
+    third_difference(total, wa, wb, wc, values)
+    if at_start:
+        box_row(start, total, ra)
+        box_row(start, total, rb)
+        box_row(start, total, rc)
+        values[:spread] = start[:spread]
+    if at_end:
+        box_row(end, total, ra)
+        box_row(end, total, rb)
+        box_row(end, total, rc)
+        values[n - spread :] = end[end.shape[0] - spread :]
+
+
+@njit
 def level_span(row):
     """Where `row` changes: length of its constant head, and start of its constant tail (0 if it
     never changes).
@@ -99,6 +177,20 @@ def level_span(row):
 
 
 @njit
+def scale_row(values, factor):
+    wide = values.dtype.type
+    for x in range(values.shape[0]):
+        values[x] = wide(values[x] * factor)
+
+
+@njit
+def to_float(values, scale, out):
+    one = np.float32(1)
+    for x in range(out.shape[0]):
+        out[x] = min(np.float32(np.float32(values[x]) * scale), one)
+
+
+@njit
 def triple_box(
     words, height, y0, y1, radii, scale, narrow, medium, values, total, row, out, oy, ox
 ):
@@ -107,7 +199,7 @@ def triple_box(
 
     scale: `unit_scale`. Scratch in the dtypes N, M, V of `exact_dtypes`: narrow N and medium M,
     flat, with 2 planes of (y1 - y0 + 2 sum(radii)) W cells each; values V [W]; total V [W + 2
-    max(radii) + 1]; row uint8 [W].
+    sum(radii) + 3]; row uint8 [W].
     """
     width = words.shape[1]
     ra, rb, rc = radii
@@ -120,37 +212,28 @@ def triple_box(
     once = medium[: (a1 - a0) * width].reshape((a1 - a0, width))
     twice = medium[half_m : half_m + (b1 - b0) * width].reshape((b1 - b0, width))
     thrice = medium[: (y1 - y0) * width].reshape((y1 - y0, width))
-    unpack_bytes(words, bits, 0, 1, row, s0, s1)
+    unpack_bytes(words, bits, False, row, s0, s1)
     box_columns(bits, s0, sums, a0, a1, ra, height)
-    for y in range(a1 - a0):  # widening apart from the sums keeps both loops at full SIMD width
-        source, target = sums[y], once[y]
-        for x in range(width):
-            target[x] = source[x]
+    for y in range(a1 - a0):
+        widen_row(sums[y], once[y])
     box_columns(once, a0, twice, b0, b1, rb, height)
     box_columns(twice, b0, thrice, y0, y1, rc, height)
     wide = values.dtype.type
     area = wide((2 * ra + 1) * (2 * rb + 1) * (2 * rc + 1))
     spread = ra + rb + rc
-    one = np.float32(1)
     for y in range(y0, y1):
-        sums_y, target = thrice[y - y0], out[y + oy, ox : ox + width]
+        sums_y = thrice[y - y0]
+        widen_row(sums_y, values)
         head, tail = level_span(sums_y)
         x0, x1 = max(0, head - spread), min(width, tail + spread)
         if head == width:
             x0, x1 = 0, 0
-        for x in range(x0):
-            values[x] = wide(wide(sums_y[x]) * area)
-        for x in range(x1, width):
-            values[x] = wide(wide(sums_y[x]) * area)
+        scale_row(values[:x0], area)
+        scale_row(values[x1:], area)
         if x1 > x0:
-            span, changing = values[x0:x1], sums_y[x0:x1]
-            for x in range(span.shape[0]):
-                span[x] = wide(changing[x])
-            box_row(span, total, ra)
-            box_row(span, total, rb)
-            box_row(span, total, rc)
-        for x in range(width):
-            target[x] = min(np.float32(np.float32(values[x]) * scale), one)
+            at_start, at_end = head < spread, tail > width - spread
+            box_span(values[x0:x1], ra, rb, rc, at_start, at_end, total)
+        to_float(values, scale, out[y + oy, ox : ox + width])
 
 
 @njit

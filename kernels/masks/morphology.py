@@ -15,6 +15,8 @@ import numpy as np
 from ._jit import njit
 from .bits import valid_bits
 
+LOWEST = np.int32(-(2**31))
+
 
 def profile(shape: str, radius: int) -> np.ndarray:
     """Column profile, int64 [radius + 1], of a "disk", "diamond" or "square" of `radius` px."""
@@ -102,37 +104,56 @@ def dilate_bits(source, heights, ends, v, out, height, k0, k1):
 
 
 @njit
-def window_maxima(image, sign, y, level, radius):
-    """Row y of `sign * image` and its maxima over windows of 1, 2, 4, .. columns into float32
-    [levels, W + 2 R].
+def key(bits):
+    """Order-preserving integer of a float32's bits (int32), and back: it is its own inverse."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@njit
+def larger(first, second, out):
+    """Elementwise maximum of two rows."""
+    for x in range(out.shape[0]):
+        out[x] = max(first[x], second[x])
+
+
+@njit
+def raise_to(first, second, out):
+    """Raise `out` to the maximum of two rows."""
+    for x in range(out.shape[0]):
+        out[x] = max(max(first[x], second[x]), out[x])
+
+
+@njit
+def window_maxima(row, flip, level, radius, spare):
+    """Keys of `row` and their maxima over windows of 1, 2, 4, .. columns into int32 `level`.
+
+    level: [levels, W + 2 R]; columns past the picture count as lowest. spare: int32 [W + 2 R].
     """
-    width = image.shape[1]
-    lowest = np.float32(-np.inf)
+    width = row.shape[0]
     base = level[0]
-    for x in range(radius):
-        base[x] = lowest
-        base[radius + width + x] = lowest
-    row = image[y]
+    base[:radius] = LOWEST
+    base[radius + width :] = LOWEST
+    middle = base[radius : radius + width]
     for x in range(width):
-        base[radius + x] = sign * row[x]
+        middle[x] = key(row[x]) ^ flip
     span = 1
     for p in range(1, level.shape[0]):
         finer, coarser = level[p - 1], level[p]
-        last = base.shape[0] - 2 * span + 1
-        for x in range(last):
-            a, b = finer[x], finer[x + span]
-            coarser[x] = a if a > b else b
+        length = base.shape[0] - 2 * span + 1
+        larger(finer[:length], finer[span : span + length], spare[:length])
+        coarser[:length] = spare[:length]
         span *= 2
 
 
 @njit
-def dilate_grey(image, heights, sign, ring, out):
-    """Grey dilation (sign 1) or erosion (sign -1) of float32 [H, W] by the element `heights`;
-    exact, no rounding.
+def dilate_grey(image, heights, flip, ring, spare, out):
+    """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by `heights`; exact.
 
-    ring: scratch, float32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the
+    image and out are float32 values seen as int32: integers in the same order take the same
+    maxima, and LLVM turns a float maximum that updates its own row into branches.
+    ring: scratch, int32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the
     rows in reach. Each output row takes, for every row offset, the maximum of two overlapping
-    power-of-two windows.
+    power-of-two windows. spare: int32 [W + 2 R].
     """
     height, width = image.shape
     radius = heights.shape[0] - 1
@@ -140,21 +161,17 @@ def dilate_grey(image, heights, sign, ring, out):
     ready = 0
     for y in range(height):
         while ready < min(height, y + radius + 1):
-            window_maxima(image, sign, ready, ring[ready % slots], radius)
+            window_maxima(image[ready], flip, ring[ready % slots], radius, spare)
             ready += 1
         row = out[y]
-        for x in range(width):
-            row[x] = np.float32(-np.inf)
+        row[:] = LOWEST
         for n in range(max(0, y - radius), min(height, y + radius + 1)):
             half = heights[abs(n - y)]
             p, span = 0, 1
             while 2 * span <= 2 * half + 1:
                 p, span = p + 1, 2 * span
             level = ring[n % slots, p]
-            left = level[radius - half : radius - half + width]
-            right = level[radius + half + 1 - span : radius + half + 1 - span + width]
-            for x in range(width):
-                a = left[x] if left[x] > right[x] else right[x]
-                row[x] = a if a > row[x] else row[x]
+            at = radius + half + 1 - span
+            raise_to(level[radius - half : radius - half + width], level[at : at + width], row)
         for x in range(width):
-            row[x] = sign * row[x]
+            row[x] = key(row[x] ^ flip)

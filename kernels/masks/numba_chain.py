@@ -176,7 +176,7 @@ def _band(
                 own.flat("narrow", 2 * cells, narrow),
                 own.flat("medium", 2 * cells, medium),
                 own.flat("values", width, wide),
-                own.flat("total", width + 2 * max(radii) + 1, wide),
+                own.flat("total", width + 2 * sum(radii) + 3, wide),
                 row,
                 out,
                 oy,
@@ -222,9 +222,11 @@ def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch
     if s.grow:
         radius = len(plan.heights) - 1
         levels = (2 * radius + 1).bit_length()
-        ring = scratch.plane("ring", (2 * radius + 1, levels, width + 2 * radius), np.float32)
-        sign = np.float32(1 if s.grow > 0 else -1)
-        morphology.dilate_grey(value, plan.heights, sign, ring, out)
+        ring = scratch.plane("ring", (2 * radius + 1, levels, width + 2 * radius), np.int32)
+        spare = scratch.flat("spare", width + 2 * radius, np.int32)
+        flip = np.int32(0 if s.grow > 0 else -1)
+        source, target = value.view(np.int32), out.view(np.int32)
+        morphology.dilate_grey(source, plan.heights, flip, ring, spare, target)
     else:
         out[:] = value
     if s.feather:

@@ -15,47 +15,102 @@ SEGMENT = 64
 
 
 @njit
-def column_distance(plane, g, radius):
-    """Vertical distance, clipped to `radius`, to the nearest 0 of uint8 `plane` (values 0, 1),
-    into `g`.
-
-    Both are [rows, W]; `g` is uint8 (radius <= 254) or uint16.
-    """
-    small = g.dtype.type
-    one, limit = small(1), small(radius)
-    rows, width = plane.shape
-    for y in range(rows):
-        bits, now = plane[y], g[y]
-        if y == 0:
-            for x in range(width):
-                now[x] = small(limit & small(small(0) - small(bits[x])))
-        else:
-            above = g[y - 1]
-            for x in range(width):
-                now[x] = small(min(small(above[x] + one), limit) & small(small(0) - small(bits[x])))
-    for y in range(rows - 2, -1, -1):
-        below, now = g[y + 1], g[y]
-        for x in range(width):
-            now[x] = min(now[x], small(below[x] + one))
+def step_down(bits, limit, state, out):
+    """One row of the sweep down: 0 at a target (bit 0), else one more than above, at most limit."""
+    small = state.dtype.type
+    one = small(1)
+    for x in range(state.shape[0]):
+        mask = small(small(0) - small(bits[x]))
+        near = small(min(small(state[x] + one), limit) & mask)
+        state[x] = near
+        out[x] = near
 
 
 @njit
-def row_minimum(q, acc, x0, x1, radius):
-    """Squared distances acc[x0:x1]: min over |j| < R of q[x + j] + j^2, saturating; q carries R
-    cells each side.
+def step_up(state, out):
+    """One row of the sweep up: the smaller of what is there and one more than below."""
+    small = state.dtype.type
+    one = small(1)
+    for x in range(state.shape[0]):
+        near = min(small(state[x] + one), out[x])
+        state[x] = near
+        out[x] = near
+
+
+@njit
+def column_distance(plane, g, radius, state):
+    """Vertical distance, clipped to `radius`, to the nearest 0 of uint8 `plane` (values 0, 1).
+
+    plane and the result `g` are [rows, W]; `g` and the scratch row `state` [W] are uint8 (radius
+    <= 254) or uint16.
+    """
+    limit = g.dtype.type(radius)
+    rows = plane.shape[0]
+    state[:] = limit
+    for y in range(rows):
+        step_down(plane[y], limit, state, g[y])
+    state[:] = g[rows - 1]
+    for back in range(2, rows + 1):
+        step_up(state, g[rows - back])
+
+
+@njit
+def square(distance, q):
+    small = q.dtype.type
+    for x in range(distance.shape[0]):
+        q[x] = small(distance[x] * distance[x])
+
+
+@njit
+def smallest(row):
+    least = row[0]
+    for x in range(row.shape[0]):
+        least = min(least, row[x])
+    return least
+
+
+@njit
+def largest(row):
+    most = row[0]
+    for x in range(row.shape[0]):
+        most = max(most, row[x])
+    return most
+
+
+@njit
+def parabola(left, right, step, limit, acc):
+    """Lower `acc` to the parabolas of the cells at one offset on either side, saturating."""
+    small = acc.dtype.type
+    for x in range(acc.shape[0]):
+        near = min(min(left[x], right[x]), limit)
+        acc[x] = min(acc[x], small(near + step))
+
+
+@njit
+def nearest_in_row(q, acc, x0, radius):
+    """Squared distances acc [n] of columns x0..x0 + n: min over |j| < R of q[x + j] + j^2.
+
+    q carries R cells on each side of the picture.
     """
     small = q.dtype.type
     top = (1 << (8 * q.itemsize)) - 1
-    target, centre = acc[x0:x1], q[radius + x0 : radius + x1]
-    for x in range(target.shape[0]):
-        target[x] = centre[x]
+    n = acc.shape[0]
+    at = radius + x0
+    acc[:] = q[at : at + n]
     for j in range(1, radius):
         step, limit = small(j * j), small(top - j * j)
-        left = q[radius + x0 - j : radius + x1 - j]
-        right = q[radius + x0 + j : radius + x1 + j]
-        for x in range(target.shape[0]):
-            near = min(min(left[x], right[x]), limit)
-            target[x] = min(target[x], small(near + step))
+        parabola(q[at - j : at - j + n], q[at + j : at + j + n], step, limit, acc)
+
+
+@njit
+def look_up(acc, far, table, inside_only, out):
+    if inside_only:
+        for x in range(out.shape[0]):
+            if acc[x] > 0:
+                out[x] = table[min(acc[x], far)]
+    else:
+        for x in range(out.shape[0]):
+            out[x] = table[min(acc[x], far)]
 
 
 @njit
@@ -85,48 +140,27 @@ def ramp(
     uint8 up to R = 15, else uint16.
     """
     width = words.shape[1]
-    small = g.dtype.type
-    far = small(radius * radius)
+    far = g.dtype.type(radius * radius)
     a, b = max(0, y0 - radius), min(height, y1 + radius)
     bits = plane[: (b - a) * width].reshape((b - a, width))
     distance = g[: (b - a) * width].reshape((b - a, width))
-    if to_background:
-        unpack_bytes(words, bits, 0, 1, row, a, b)
-    else:
-        unpack_bytes(words, bits, 1, 0, row, a, b)
-    column_distance(bits, distance, radius)
-    for x in range(radius):
-        q[x] = far
-        q[radius + width + x] = far
+    unpack_bytes(words, bits, not to_background, row, a, b)
+    column_distance(bits, distance, radius, acc)
+    q[:radius] = far
+    q[radius + width :] = far
+    squares = q[radius : radius + width]
     for y in range(y0, y1):
-        now, target = distance[y - a], out[y + oy, ox : ox + width]
-        square = q[radius : radius + width]
-        for x in range(width):
-            square[x] = small(now[x] * now[x])
-        x0 = 0
-        while x0 < width:
+        target = out[y + oy, ox : ox + width]
+        square(distance[y - a], squares)
+        for x0 in range(0, width, SEGMENT):
             x1 = min(x0 + SEGMENT, width)
-            window, segment = q[x0 : x1 + 2 * radius], square[x0:x1]
-            nearest, farthest = far, small(0)
-            for x in range(window.shape[0]):
-                nearest = min(nearest, window[x])
-            for x in range(segment.shape[0]):
-                farthest = max(farthest, segment[x])
-            cells, found = target[x0:x1], acc[x0:x1]
-            if nearest == far:
-                for x in range(cells.shape[0]):
-                    cells[x] = table[far]
-            elif farthest == small(0):
+            cells = target[x0:x1]
+            if smallest(q[x0 : x1 + 2 * radius]) == far:
+                cells[:] = table[far]
+            elif largest(squares[x0:x1]) == 0:
                 if not inside_only:
-                    for x in range(cells.shape[0]):
-                        cells[x] = table[0]
+                    cells[:] = table[0]
             else:
-                row_minimum(q, acc, x0, x1, radius)
-                if inside_only:
-                    for x in range(cells.shape[0]):
-                        if found[x] > small(0):
-                            cells[x] = table[min(found[x], far)]
-                else:
-                    for x in range(cells.shape[0]):
-                        cells[x] = table[min(found[x], far)]
-            x0 = x1
+                found = acc[x0:x1]
+                nearest_in_row(q, found, x0, radius)
+                look_up(found, far, table, inside_only, cells)
