@@ -30,6 +30,8 @@ DEMO = {
     "canvas": (128, 192),
     "fit": "letterbox",
     "mask_feather": 0,
+    # deterministic: ancestral samplers draw other noise in each ComfyUI version
+    "sampler": "ddim",
     "steps": 20,
     "cfg": 1.0,
     "mask_blur": 0,
@@ -49,6 +51,7 @@ REAL = {
     "canvas": (768, 1024),
     "fit": "crop around mask",
     "mask_feather": 0,
+    "sampler": "euler_ancestral",
     "steps": 50,
     "cfg": 2.5,
     "mask_blur": 9,
@@ -67,17 +70,35 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
     width, height = s["canvas"]
     clip_width, clip_height, frames = s["clip"]
     nodes = {
-        "person": Node("LoadImage", (0, 0), {"image": s["person"]}, title="Person", size=(300, 320)),
-        "mask": Node("LoadImageMask", (0, 370), {"image": s["mask"], "channel": "red"}, title="Mask: what to repaint", size=(300, 320)),
-        "garment": Node("LoadImage", (0, 740), {"image": s["garment"]}, title="Garment", size=(300, 320)),
+        "person": Node(
+            "LoadImage", (0, 0), {"image": s["person"]}, title="Person", size=(300, 320)
+        ),
+        "mask": Node(
+            "LoadImageMask",
+            (0, 370),
+            {"image": s["mask"], "channel": "red"},
+            title="Mask: what to repaint",
+            size=(300, 320),
+        ),
+        "garment": Node(
+            "LoadImage", (0, 740), {"image": s["garment"]}, title="Garment", size=(300, 320)
+        ),
         "catvton": Node(
             "FrugalLoadCatVTON",
             (340, 0),
             {"base": s["base"], "attention": s["attention"]},
             size=(380, 200),
             models=[
-                *model("sd-v1-5-inpainting.safetensors", f"{HUB}/webui/stable-diffusion-inpainting/resolve/main/sd-v1-5-inpainting.safetensors", "diffusion_models"),
-                *model("model.safetensors", f"{HUB}/zhengchong/CatVTON/resolve/main/mix-48k-1024/attention/model.safetensors", "CatVTON"),
+                *model(
+                    "sd-v1-5-inpainting.safetensors",
+                    f"{HUB}/webui/stable-diffusion-inpainting/resolve/main/sd-v1-5-inpainting.safetensors",
+                    "diffusion_models",
+                ),
+                *model(
+                    "model.safetensors",
+                    f"{HUB}/zhengchong/CatVTON/resolve/main/mix-48k-1024/attention/model.safetensors",
+                    "CatVTON",
+                ),
             ]
             if real
             else [],
@@ -87,9 +108,19 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             (340, 250),
             {"vae_name": s["vae"]},
             size=(380, 60),
-            models=model(s["vae"], f"{HUB}/stabilityai/sd-vae-ft-mse-original/resolve/main/{s['vae']}", "vae") if real else [],
+            models=model(
+                s["vae"], f"{HUB}/stabilityai/sd-vae-ft-mse-original/resolve/main/{s['vae']}", "vae"
+            )
+            if real
+            else [],
         ),
-        "refine": Node("FrugalMaskRefine", (340, 360), {"feather": s["mask_feather"]}, {"mask": ("mask", 0)}, size=(380, 480)),
+        "refine": Node(
+            "FrugalMaskRefine",
+            (340, 360),
+            {"feather": s["mask_feather"]},
+            {"mask": ("mask", 0)},
+            size=(380, 480),
+        ),
         "prepare": Node(
             "FrugalTryOnPrepare",
             (760, 0),
@@ -100,13 +131,29 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             "FrugalTryOnConditioning",
             (760, 330),
             {},
-            {"person_canvas": ("prepare", 0), "garment_canvas": ("prepare", 1), "mask_canvas": ("prepare", 2), "vae": ("vae", 0)},
+            {
+                "person_canvas": ("prepare", 0),
+                "garment_canvas": ("prepare", 1),
+                "mask_canvas": ("prepare", 2),
+                "vae": ("vae", 0),
+            },
         ),
         "sample": Node(
             "KSampler",
             (1100, 0),
-            {"seed": 7, "steps": s["steps"], "cfg": s["cfg"], "sampler_name": "euler_ancestral", "scheduler": "ddim_uniform"},
-            {"model": ("catvton", 0), "positive": ("cond", 0), "negative": ("cond", 1), "latent_image": ("cond", 2)},
+            {
+                "seed": 7,
+                "steps": s["steps"],
+                "cfg": s["cfg"],
+                "sampler_name": s["sampler"],
+                "scheduler": "ddim_uniform",
+            },
+            {
+                "model": ("catvton", 0),
+                "positive": ("cond", 0),
+                "negative": ("cond", 1),
+                "latent_image": ("cond", 2),
+            },
         ),
         "stitch": Node(
             "FrugalTryOnStitch",
@@ -114,45 +161,120 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             {"mask_blur": s["mask_blur"]},
             {"samples": ("sample", 0), "vae": ("vae", 0), "frame": ("prepare", 3)},
         ),
-        "save": Node("SaveImage", (1100, 560), {"filename_prefix": "frugal/tryon"}, {"images": ("stitch", 0)}, title="Dressed photo", size=(300, 400)),
+        "save": Node(
+            "SaveImage",
+            (1100, 560),
+            {"filename_prefix": "frugal/tryon"},
+            {"images": ("stitch", 0)},
+            title="Dressed photo",
+            size=(300, 400),
+        ),
         "wan": Node(
             "FrugalLoadWan",
             (1460, 0),
             {"model_name": s["wan"]},
             size=(380, 140),
-            models=model(s["wan"], f"{WAN}/diffusion_models/{s['wan']}", "diffusion_models") if real else [],
+            models=model(s["wan"], f"{WAN}/diffusion_models/{s['wan']}", "diffusion_models")
+            if real
+            else [],
         ),
         "shift": Node("ModelSamplingSD3", (1460, 190), {"shift": 8.0}, {"model": ("wan", 0)}),
-        "wan_vae": Node("VAELoader", (1460, 300), {"vae_name": s["wan_vae"]}, models=model(s["wan_vae"], f"{WAN}/vae/{s['wan_vae']}", "vae") if real else []),
+        "wan_vae": Node(
+            "VAELoader",
+            (1460, 300),
+            {"vae_name": s["wan_vae"]},
+            models=model(s["wan_vae"], f"{WAN}/vae/{s['wan_vae']}", "vae") if real else [],
+        ),
     }
     if real:
         encoder, vision = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
         nodes |= {
-            "clip": Node("CLIPLoader", (1460, 410), {"clip_name": encoder, "type": "wan"}, models=model(encoder, f"{WAN}/text_encoders/{encoder}", "text_encoders")),
-            "positive": Node("CLIPTextEncode", (1460, 560), {"text": "the person turns slowly and smiles, soft daylight"}, {"clip": ("clip", 0)}, size=(300, 110)),
-            "negative": Node("CLIPTextEncode", (1460, 710), {"text": "blurry, distorted, static, worst quality"}, {"clip": ("clip", 0)}, size=(300, 110)),
-            "vision": Node("CLIPVisionLoader", (1460, 860), {"clip_name": vision}, models=model(vision, f"{WAN}/clip_vision/{vision}", "clip_vision")),
-            "look": Node("CLIPVisionEncode", (1460, 960), {"crop": "none"}, {"clip_vision": ("vision", 0), "image": ("stitch", 0)}),
+            "clip": Node(
+                "CLIPLoader",
+                (1460, 410),
+                {"clip_name": encoder, "type": "wan"},
+                models=model(encoder, f"{WAN}/text_encoders/{encoder}", "text_encoders"),
+            ),
+            "positive": Node(
+                "CLIPTextEncode",
+                (1460, 560),
+                {"text": "the person turns slowly and smiles, soft daylight"},
+                {"clip": ("clip", 0)},
+                size=(300, 110),
+            ),
+            "negative": Node(
+                "CLIPTextEncode",
+                (1460, 710),
+                {"text": "blurry, distorted, static, worst quality"},
+                {"clip": ("clip", 0)},
+                size=(300, 110),
+            ),
+            "vision": Node(
+                "CLIPVisionLoader",
+                (1460, 860),
+                {"clip_name": vision},
+                models=model(vision, f"{WAN}/clip_vision/{vision}", "clip_vision"),
+            ),
+            "look": Node(
+                "CLIPVisionEncode",
+                (1460, 960),
+                {"crop": "none"},
+                {"clip_vision": ("vision", 0), "image": ("stitch", 0)},
+            ),
         }
     else:
         nodes |= {
-            "positive": Node("FrugalLoadTextEmbeds", (1460, 410), {"embeds_name": "tiny_positive.safetensors"}),
-            "negative": Node("FrugalLoadTextEmbeds", (1460, 520), {"embeds_name": "tiny_negative.safetensors"}),
+            "positive": Node(
+                "FrugalLoadTextEmbeds", (1460, 410), {"embeds_name": "tiny_positive.safetensors"}
+            ),
+            "negative": Node(
+                "FrugalLoadTextEmbeds", (1460, 520), {"embeds_name": "tiny_negative.safetensors"}
+            ),
         }
-    links = {"positive": ("positive", 0), "negative": ("negative", 0), "vae": ("wan_vae", 0), "start_image": ("stitch", 0)}
+    links = {
+        "positive": ("positive", 0),
+        "negative": ("negative", 0),
+        "vae": ("wan_vae", 0),
+        "start_image": ("stitch", 0),
+    }
     if real:
         links["clip_vision_output"] = ("look", 0)
     return nodes | {
-        "i2v": Node("WanImageToVideo", (1880, 0), {"width": clip_width, "height": clip_height, "length": frames}, links),
+        "i2v": Node(
+            "WanImageToVideo",
+            (1880, 0),
+            {"width": clip_width, "height": clip_height, "length": frames},
+            links,
+        ),
         "sample_clip": Node(
             "KSampler",
             (1880, 280),
-            {"seed": 7, "steps": s["clip_steps"], "cfg": s["clip_cfg"], "sampler_name": "uni_pc", "scheduler": "simple"},
-            {"model": ("shift", 0), "positive": ("i2v", 0), "negative": ("i2v", 1), "latent_image": ("i2v", 2)},
+            {
+                "seed": 7,
+                "steps": s["clip_steps"],
+                "cfg": s["clip_cfg"],
+                "sampler_name": "uni_pc",
+                "scheduler": "simple",
+            },
+            {
+                "model": ("shift", 0),
+                "positive": ("i2v", 0),
+                "negative": ("i2v", 1),
+                "latent_image": ("i2v", 2),
+            },
         ),
-        "decode": Node("VAEDecode", (1880, 600), {}, {"samples": ("sample_clip", 0), "vae": ("wan_vae", 0)}),
+        "decode": Node(
+            "VAEDecode", (1880, 600), {}, {"samples": ("sample_clip", 0), "vae": ("wan_vae", 0)}
+        ),
         "video": Node("CreateVideo", (1880, 700), {"fps": 16.0}, {"images": ("decode", 0)}),
-        "save_clip": Node("SaveVideo", (1880, 820), {"filename_prefix": "frugal/clip"}, {"video": ("video", 0)}, title="Clip", size=(300, 300)),
+        "save_clip": Node(
+            "SaveVideo",
+            (1880, 820),
+            {"filename_prefix": "frugal/clip"},
+            {"video": ("video", 0)},
+            title="Clip",
+            size=(300, 300),
+        ),
         "report": Node(
             "FrugalReport",
             (2220, 0),
@@ -197,7 +319,10 @@ def main() -> None:
         build_demo_wan(Path(base) / "models")
         with ComfyServer(args.tree, base, models=(MODELS,)) as server:
             info = server.object_info()
-    for name, settings, real, note in (("tryon_demo", DEMO, False, DEMO_NOTE), ("tryon_to_video_12gb", REAL, True, REAL_NOTE)):
+    for name, settings, real, note in (
+        ("tryon_demo", DEMO, False, DEMO_NOTE),
+        ("tryon_to_video_12gb", REAL, True, REAL_NOTE),
+    ):
         graph = build(info, tryon_to_video(settings, real), [note], GROUPS)
         path = WORKFLOWS / f"{name}.json"
         path.write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")

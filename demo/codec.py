@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 WIDTH = 64
-SD_SCALE = 0.18215  # SD 1.5's latent factor: the file divides by it, ComfyUI's latent format multiplies
+SD_SCALE = (
+    0.18215  # SD 1.5's latent factor: the file divides by it, ComfyUI's latent format multiplies
+)
 
 
 def conv(inputs: int, outputs: int, **kwargs) -> nn.Conv2d:
@@ -23,7 +25,9 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Sequential(conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH))
+        self.conv = nn.Sequential(
+            conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH)
+        )
         nn.init.zeros_(self.conv[4].weight)
         nn.init.zeros_(self.conv[4].bias)
 
@@ -47,7 +51,13 @@ class Codec(nn.Module):
         self.taesd_encoder = nn.Sequential(*down, conv(WIDTH, 4))
         up: list[nn.Module] = [SoftClamp(), conv(4, WIDTH), nn.ReLU()]
         for _ in range(3):
-            up += [Block(), Block(), Block(), nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)]
+            up += [
+                Block(),
+                Block(),
+                Block(),
+                nn.Upsample(scale_factor=2),
+                conv(WIDTH, WIDTH, bias=False),
+            ]
         self.taesd_decoder = nn.Sequential(*up, Block(), conv(WIDTH, 3))
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

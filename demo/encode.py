@@ -19,11 +19,16 @@ SHARD = 250
 
 
 @torch.no_grad()
-def encode_pairs(codec: Codec, person: np.ndarray, garment: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+def encode_pairs(
+    codec: Codec, person: np.ndarray, garment: np.ndarray, mask: np.ndarray
+) -> dict[str, np.ndarray]:
     """uint8 pictures [N, H, W, 3] and masks [N, H, W] -> one shard."""
     x, hole = to_tensor(person), torch.from_numpy(mask[:, None] > 127)
     parts = [codec.encode(p) for p in (x, torch.where(hole, 0.5, x), to_tensor(garment))]
-    return {"latents": torch.stack(parts, 1).half().numpy(), "mask": (mask[:, ::8, ::8] > 127).astype(np.uint8)}
+    return {
+        "latents": torch.stack(parts, 1).half().numpy(),
+        "mask": (mask[:, ::8, ::8] > 127).astype(np.uint8),
+    }
 
 
 def main() -> None:
@@ -46,7 +51,10 @@ def main() -> None:
             for i in range(first, min(first + SHARD, args.stop), 10)
         ]
         target = args.out / f"{args.data.name}-{first:06d}.npz"
-        np.savez(target.with_suffix(".tmp.npz"), **{k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]})
+        np.savez(
+            target.with_suffix(".tmp.npz"),
+            **{k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]},
+        )
         os.replace(target.with_suffix(".tmp.npz"), target)
 
 

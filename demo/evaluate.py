@@ -45,41 +45,66 @@ def mean_color(flat: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(codec: Codec, net, swaps: int, steps: int, seed: int = 0) -> tuple[dict, list[np.ndarray]]:
+def evaluate(
+    codec: Codec, net, swaps: int, steps: int, seed: int = 0
+) -> tuple[dict, list[np.ndarray]]:
     people = [pair(HELD_OUT + k)[0] for k in range(swaps)]
     garments = [random_garment(np.random.default_rng(HELD_OUT + 5000 + k)) for k in range(swaps)]
     worn = [render_person(p, g) for p, g in zip(people, garments, strict=True)]
     before = [render_person(p, pair(HELD_OUT + k)[1])[0] for k, p in enumerate(people)]
     flats = [render_garment(g) for g in garments]
     masks = np.stack([m for _, m in worn])
-    right, scores, rows = 0, {"result": [], "mean_color": [], "mean_color_true_outline": [], "codec": []}, []
+    right, scores, rows = (
+        0,
+        {"result": [], "mean_color": [], "mean_color_true_outline": [], "codec": []},
+        [],
+    )
     generator = torch.Generator().manual_seed(seed)
     for k in range(swaps):
         shard = encode_pairs(codec, before[k][None], flats[k][None], masks[k][None])
         z, m = torch.from_numpy(shard["latents"]).float(), torch.from_numpy(shard["mask"]).float()
         x0, condition = canvas(z, m, torch.ones(1))
-        out = sample(net, condition, torch.randn(x0.shape, generator=generator), steps)[:, :, : m.shape[1]]
+        out = sample(net, condition, torch.randn(x0.shape, generator=generator), steps)[
+            :, :, : m.shape[1]
+        ]
         picture = codec.decode(out).clamp(0, 1)[0].permute(1, 2, 0).mul(255).round().byte().numpy()
         result = np.where(masks[k][..., None] > 0, picture, before[k])
         truth = worn[k][0]
         candidates = [(k + j) % swaps for j in range(CANDIDATES)]
-        table = np.stack([features(render_person(people[k], garments[j])[0], masks[k]) for j in candidates])
+        table = np.stack(
+            [features(render_person(people[k], garments[j])[0], masks[k]) for j in candidates]
+        )
         right += int(np.argmin(np.square(table - features(result, masks[k])).sum(1)) == 0)
         color = mean_color(flats[k])
-        inks = [replace(garments[k], pattern="plain", colors=(ink, ink)) for ink in ((255, 0, 255), (0, 255, 0))]
+        inks = [
+            replace(garments[k], pattern="plain", colors=(ink, ink))
+            for ink in ((255, 0, 255), (0, 255, 0))
+        ]
         first, second = (render_person(people[k], g)[0].astype(int) for g in inks)
         outline = np.abs(first - second).sum(-1) > 6
         told = np.where(outline[..., None], color, truth)
-        truth_codec = codec.decode(codec.encode(torch.from_numpy(truth).permute(2, 0, 1)[None].float() / 255))
+        truth_codec = codec.decode(
+            codec.encode(torch.from_numpy(truth).permute(2, 0, 1)[None].float() / 255)
+        )
         back = truth_codec.clamp(0, 1)[0].permute(1, 2, 0).mul(255).numpy()
-        answers = {"result": result, "mean_color": np.broadcast_to(color, truth.shape), "mean_color_true_outline": told, "codec": back}
+        answers = {
+            "result": result,
+            "mean_color": np.broadcast_to(color, truth.shape),
+            "mean_color_true_outline": told,
+            "codec": back,
+        }
         for name, answer in answers.items():
             scores[name].append(psnr(answer, truth, masks[k]))
         if len(rows) < 16:
             grey = np.where(masks[k][..., None] > 0, 127, before[k]).astype(np.uint8)
             rows.append(np.concatenate([before[k], grey, flats[k], result, truth], 1))
     mean = {name: round(float(np.mean(values)), 2) for name, values in scores.items()}
-    return {"swaps": swaps, "steps": steps, "retrieval_of_16": right / swaps, "masked_psnr_db": mean}, rows
+    return {
+        "swaps": swaps,
+        "steps": steps,
+        "retrieval_of_16": right / swaps,
+        "masked_psnr_db": mean,
+    }, rows
 
 
 def main() -> None:
@@ -101,7 +126,9 @@ def main() -> None:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
     if args.sheet:
         half = (len(rows) + 1) // 2
-        Image.fromarray(np.concatenate([np.concatenate(rows[:half], 0), np.concatenate(rows[half:], 0)], 1)).save(args.sheet)
+        Image.fromarray(
+            np.concatenate([np.concatenate(rows[:half], 0), np.concatenate(rows[half:], 0)], 1)
+        ).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ TAILS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out
 
 def split(net) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Base state dict (diffusers names, no attn2, zero attn1) and attention state dict (0., 8., 16., ...)."""
-    state = {k: v.detach().half().contiguous() for k, v in net.state_dict().items() if ".attn2." not in k}
+    state = {
+        k: v.detach().half().contiguous() for k, v in net.state_dict().items() if ".attn2." not in k
+    }
     attention = {}
     blocks = [name for name, _ in net.named_modules() if name.endswith(".attn1")]
     for number, block in enumerate(blocks):
@@ -44,7 +46,11 @@ def main() -> None:
     facts = {"num_heads": str(HEADS), "modelspec.prediction_type": "v", **licence}
     for state, path, metadata in (
         (base, MODELS / "diffusion_models" / "frugal_demo_tryon_base.safetensors", facts),
-        (attention, MODELS / "CatVTON" / "frugal-demo" / "attention" / "model.safetensors", licence),
+        (
+            attention,
+            MODELS / "CatVTON" / "frugal-demo" / "attention" / "model.safetensors",
+            licence,
+        ),
         (codec.export(), MODELS / "vae" / "frugal_demo_codec.safetensors", licence),
     ):
         save(state, path, metadata)

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 import numpy as np
 
 WIDTH, HEIGHT = 128, 192
-PATTERNS = ("plain", "hstripes", "vstripes", "diagonal", "halves_lr", "halves_tb", "checks", "yoke", "glyph")
+PATTERNS = (
+    "plain",
+    "hstripes",
+    "vstripes",
+    "diagonal",
+    "halves_lr",
+    "halves_tb",
+    "checks",
+    "yoke",
+    "glyph",
+)
 _PATTERN_SHARE = (0.20, 0.19, 0.13, 0.08, 0.09, 0.09, 0.11, 0.05, 0.06)
 _SKINS = ((250, 218, 190), (232, 184, 148), (205, 148, 108), (158, 104, 70), (98, 62, 42))
 _HAIRS = ((28, 22, 22), (74, 46, 28), (122, 78, 40), (196, 156, 92), (140, 52, 30), (128, 128, 132))
@@ -95,12 +105,17 @@ def random_person(rng: np.random.Generator) -> Person:
         top=top,
         bottom=top + float(rng.uniform(62, 70)),
         shoulder=float(rng.uniform(20, 24)),
-        arms=tuple((float(rng.uniform(0.12, 0.55)), float(rng.uniform(-0.25, 0.45))) for _ in range(2)),  # type: ignore[arg-type]
+        arms=tuple(
+            (float(rng.uniform(0.12, 0.55)), float(rng.uniform(-0.25, 0.45))) for _ in range(2)
+        ),  # type: ignore[arg-type]
         skin=_SKINS[rng.integers(len(_SKINS))],
         hair=_HAIRS[rng.integers(len(_HAIRS))],
         long_hair=bool(rng.random() < 0.5),
         trousers=trousers,
-        ground=(_rgb(hue, rng.uniform(0.1, 0.45), value), _rgb(hue + rng.uniform(-0.1, 0.1), 0.3, value * 0.75)),
+        ground=(
+            _rgb(hue, rng.uniform(0.1, 0.45), value),
+            _rgb(hue + rng.uniform(-0.1, 0.1), 0.3, value * 0.75),
+        ),
         margin=float(rng.uniform(3.5, 7.0)),
     )
 
@@ -142,7 +157,12 @@ def _glyph(garment: Garment, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """One of four marks of our own: disc, ring, lozenge, bar."""
     kind = garment.bands[0] * 3 + garment.bands[1]
     radius = np.hypot(x, y)
-    shapes = (radius - 12, np.abs(radius - 10) - 4, np.abs(x) + np.abs(y) - 15, np.maximum(np.abs(x) - 15, np.abs(y) - 6))
+    shapes = (
+        radius - 12,
+        np.abs(radius - 10) - 4,
+        np.abs(x) + np.abs(y) - 15,
+        np.maximum(np.abs(x) - 15, np.abs(y) - 6),
+    )
     return _step(-shapes[kind % 4])
 
 
@@ -168,7 +188,9 @@ def _torso(garment: Garment, x, y, cx: float, top: float, bottom: float, shoulde
     v = (y - top) / (bottom - top)
     half = shoulder * (1 - 0.16 * np.clip(v, 0, 1)) + garment.hem * np.clip(v, 0, 1)
     u = (x - cx) / half
-    body = np.maximum(np.abs(x - cx) - half, np.maximum(top + 0.18 * np.abs(x - cx) - y, y - bottom))
+    body = np.maximum(
+        np.abs(x - cx) - half, np.maximum(top + 0.18 * np.abs(x - cx) - y, y - bottom)
+    )
     neck = np.hypot((x - cx) / 1.15, y - top) - garment.neck
     return np.maximum(body, -neck), u, v
 
@@ -196,10 +218,26 @@ def _sleeve(img, garment: Garment, x, y, shoulder_xy, elbow, hand, side: int, sc
     parts = [(shoulder_xy, end, 8.0, 7.4, 0.0, 0.5 * upper)]
     if reach > 0.5:
         lower = (reach - 0.5) / 0.5
-        parts.append((elbow, tuple(s + (e - s) * lower for s, e in zip(elbow, hand, strict=True)), 7.4, 6.4, 0.5, lower * 0.5))
+        parts.append(
+            (
+                elbow,
+                tuple(s + (e - s) * lower for s, e in zip(elbow, hand, strict=True)),
+                7.4,
+                6.4,
+                0.5,
+                lower * 0.5,
+            )
+        )
     for a, b, r0, r1, start, length in parts:
         d, t, across = _capsule(x, y, a, b, r0, r1)
-        _paint(img, d, _fabric(garment, side * (1.0 - 0.25 * across), (start + length * np.clip(t, 0, 1)) * 0.9), scale)
+        _paint(
+            img,
+            d,
+            _fabric(
+                garment, side * (1.0 - 0.25 * across), (start + length * np.clip(t, 0, 1)) * 0.9
+            ),
+            scale,
+        )
 
 
 def render_garment(garment: Garment, scale: float = 1.0) -> np.ndarray:
@@ -217,7 +255,9 @@ def render_garment(garment: Garment, scale: float = 1.0) -> np.ndarray:
     return np.clip(np.rint(img), 0, 255).astype(np.uint8)
 
 
-def render_person(person: Person, garment: Garment, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def render_person(
+    person: Person, garment: Garment, scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """The figure wearing the garment, and its try-on mask.
 
     Returns uint8 [H, W, 3] and a uint8 mask [H, W] of 0 or 255: body and arms down to the wrist, grown by
@@ -227,14 +267,20 @@ def render_person(person: Person, garment: Garment, scale: float = 1.0) -> tuple
     x, y = _grid(scale)
     p = person
     ramp = np.clip(y / HEIGHT, 0, 1)[..., None]
-    img = np.asarray(p.ground[0], np.float32) * (1 - ramp) + np.asarray(p.ground[1], np.float32) * ramp
+    img = (
+        np.asarray(p.ground[0], np.float32) * (1 - ramp)
+        + np.asarray(p.ground[1], np.float32) * ramp
+    )
     chin = p.top - 4
     if p.long_hair:
         _paint(img, _ellipse(x, y, p.x, chin - 9, 15, 20), p.hair, scale)
     for side in (-1, 1):
         d, _, _ = _capsule(x, y, (p.x + side * 8.5, p.bottom - 6), (p.x + side * 10.5, 205), 10, 8)
         _paint(img, d, p.trousers, scale)
-    body = np.maximum(np.abs(x - p.x) - p.shoulder * 0.86, np.maximum(p.top + 0.2 * np.abs(x - p.x) - y, y - p.bottom - 2))
+    body = np.maximum(
+        np.abs(x - p.x) - p.shoulder * 0.86,
+        np.maximum(p.top + 0.2 * np.abs(x - p.x) - y, y - p.bottom - 2),
+    )
     _paint(img, np.maximum(body, p.bottom - 8 - y), p.trousers, scale)
     _paint(img, np.maximum(body, y - p.bottom + 6), p.skin, scale)
     joints, limbs = [], [body]
@@ -244,7 +290,10 @@ def render_person(person: Person, garment: Garment, scale: float = 1.0) -> tuple
         hand = (elbow[0] + side * 27 * np.sin(swing + bend), elbow[1] + 27 * np.cos(swing + bend))
         wrist = tuple(e + 0.72 * (h - e) for e, h in zip(elbow, hand, strict=True))
         joints.append((start, elbow, hand, side))
-        limbs += [_capsule(x, y, start, elbow, 7.5, 6.5)[0], _capsule(x, y, elbow, wrist, 6.5, 5.5)[0]]
+        limbs += [
+            _capsule(x, y, start, elbow, 7.5, 6.5)[0],
+            _capsule(x, y, elbow, wrist, 6.5, 5.5)[0],
+        ]
         _paint(img, _capsule(x, y, start, elbow, 6, 5)[0], p.skin, scale)
         _paint(img, _capsule(x, y, elbow, hand, 5, 4)[0], p.skin, scale)
         _paint(img, np.hypot(x - hand[0], y - hand[1]) - 5.5, p.skin, scale)

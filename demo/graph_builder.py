@@ -44,7 +44,9 @@ class Group:
     color: str = "#3f789e"
 
 
-def build(info: dict[str, Any], nodes: dict[str, Node], notes: list[Note], groups: list[Group]) -> dict[str, Any]:
+def build(
+    info: dict[str, Any], nodes: dict[str, Node], notes: list[Note], groups: list[Group]
+) -> dict[str, Any]:
     """Saved graph of `nodes` (by key) with notes and groups; `info` is the answer of /object_info."""
     ids = {key: number for number, key in enumerate(nodes, 1)}
     links: list[list[Any]] = []
@@ -53,7 +55,9 @@ def build(info: dict[str, Any], nodes: dict[str, Node], notes: list[Note], group
         for name, (source, slot) in node.links.items():
             number = len(links) + 1
             kind = placed[source]["outputs"][slot]["type"]
-            place = next((i for i, entry in enumerate(placed[key]["inputs"]) if entry["name"] == name), None)
+            place = next(
+                (i for i, entry in enumerate(placed[key]["inputs"]) if entry["name"] == name), None
+            )
             if place is None:
                 raise KeyError(f"{node.type} has no input {name}")
             placed[key]["inputs"][place]["link"] = number
@@ -66,7 +70,14 @@ def build(info: dict[str, Any], nodes: dict[str, Node], notes: list[Note], group
         "nodes": [*placed.values(), *extra],
         "links": links,
         "groups": [
-            {"id": i + 1, "title": g.title, "bounding": list(g.box), "color": g.color, "font_size": 24, "flags": {}}
+            {
+                "id": i + 1,
+                "title": g.title,
+                "bounding": list(g.box),
+                "color": g.color,
+                "font_size": 24,
+                "flags": {},
+            }
             for i, g in enumerate(groups)
         ],
         "config": {},
@@ -94,7 +105,14 @@ def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str,
             inputs.append(entry)
             continue
         if name in node.links:
-            inputs.append({"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "widget": {"name": name}, "link": None})
+            inputs.append(
+                {
+                    "name": name,
+                    "type": "COMBO" if isinstance(kind, list) else kind,
+                    "widget": {"name": name},
+                    "link": None,
+                }
+            )
         widgets.append(node.values.get(name, _default(kind, options)))
         if options.get("control_after_generate"):
             widgets.append("fixed")

@@ -28,11 +28,20 @@ def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon on tensors of two or more dimensions whose smaller matrix side is at least 16; AdamW on the rest."""
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float = 0.02, adam_lr: float = 1e-3, momentum: float = 0.95):
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        lr: float = 0.02,
+        adam_lr: float = 1e-3,
+        momentum: float = 0.95,
+    ):
         params = list(params)
         wide = [p for p in params if p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 16]
         rest = [p for p in params if not any(p is w for w in wide)]
-        groups = [{"params": wide, "lr": lr, "muon": True}, {"params": rest, "lr": adam_lr, "muon": False}]
+        groups = [
+            {"params": wide, "lr": lr, "muon": True},
+            {"params": rest, "lr": adam_lr, "muon": False},
+        ]
         super().__init__([g for g in groups if g["params"]], {"momentum": momentum})
         for group in self.param_groups:
             group["base"] = group["lr"]
@@ -55,7 +64,10 @@ class Muon(torch.optim.Optimizer):
 
     def _adam(self, p: torch.Tensor, group: dict) -> None:
         state = self.state[p]
-        m, v = state.setdefault("m", torch.zeros_like(p)), state.setdefault("v", torch.zeros_like(p))
+        m, v = (
+            state.setdefault("m", torch.zeros_like(p)),
+            state.setdefault("v", torch.zeros_like(p)),
+        )
         state["t"] = state.get("t", 0) + 1
         m.lerp_(p.grad, 0.1)
         v.lerp_(p.grad.square(), 0.02)
@@ -63,8 +75,14 @@ class Muon(torch.optim.Optimizer):
         p.addcdiv_(m_hat, v_hat.sqrt_().add_(1e-8), value=-group["lr"])
 
 
-def schedule(optimizer: torch.optim.Optimizer, progress: float, warmup: float = 0.03, floor: float = 0.02) -> None:
+def schedule(
+    optimizer: torch.optim.Optimizer, progress: float, warmup: float = 0.03, floor: float = 0.02
+) -> None:
     """Set every group's rate for progress in 0..1: linear warm-up, then linear decay to `floor`."""
-    factor = min(1.0, progress / warmup) if progress < warmup else floor + (1 - floor) * (1 - progress) / (1 - warmup)
+    factor = (
+        min(1.0, progress / warmup)
+        if progress < warmup
+        else floor + (1 - floor) * (1 - progress) / (1 - warmup)
+    )
     for group in optimizer.param_groups:
         group["lr"] = group["base"] * factor

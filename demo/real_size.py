@@ -51,7 +51,11 @@ def needed(graph: dict) -> list[tuple[str, str]]:
 
 def missing(graph: dict, models: Path) -> list[str]:
     """One line per absent file: where it goes and where it comes from."""
-    return [f"  models/{path}\n      from {url}" for path, url in needed(graph) if not (models / path).exists()]
+    return [
+        f"  models/{path}\n      from {url}"
+        for path, url in needed(graph)
+        if not (models / path).exists()
+    ]
 
 
 def mask_of(person: Path, mask: Path | None) -> Image.Image:
@@ -69,28 +73,44 @@ def mask_of(person: Path, mask: Path | None) -> Image.Image:
     )
 
 
-def run_real(tree: Path, out: Path, person: Path, garment: Path, mask: Path | None, models: Path) -> None:
+def run_real(
+    tree: Path, out: Path, person: Path, garment: Path, mask: Path | None, models: Path
+) -> None:
     """Run the 12 GB graph; writes what its save nodes made into `out`. Raises RealSizeError before any start."""
     graph = json.loads(GRAPH.read_text(encoding="utf-8"))
     absent = missing(graph, models)
     if absent:
         raise RealSizeError(
-            f"{len(absent)} model files are missing in {models}; put them there and run again:\n" + "\n".join(absent)
+            f"{len(absent)} model files are missing in {models}; put them there and run again:\n"
+            + "\n".join(absent)
             + "\nThe CatVTON weights are CC BY-NC-SA 4.0 (non-commercial)."
         )
     hole = mask_of(person, mask)
     inputs = out / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
-    named = {"person.png": Image.open(person).convert("RGB"), "person_mask.png": hole.convert("RGB"), "garment.png": Image.open(garment)}
+    named = {
+        "person.png": Image.open(person).convert("RGB"),
+        "person_mask.png": hole.convert("RGB"),
+        "garment.png": Image.open(garment),
+    }
     for name, picture in named.items():
         picture.save(inputs / name)
     import torch
 
-    with ComfyServer(tree, out / "comfyui", models=(models,), cpu=not torch.cuda.is_available()) as server:
+    with ComfyServer(
+        tree, out / "comfyui", models=(models,), cpu=not torch.cuda.is_available()
+    ) as server:
         for name in named:
             server.upload(inputs / name)
         prompt = server.convert(graph)
-        result = server.run(prompt, lambda node, value, top: print(f"  {prompt[node]['class_type'] if node in prompt else node} {value}/{top}", flush=True), timeout=6 * 3600)
+        result = server.run(
+            prompt,
+            lambda node, value, top: print(
+                f"  {prompt[node]['class_type'] if node in prompt else node} {value}/{top}",
+                flush=True,
+            ),
+            timeout=6 * 3600,
+        )
         if result.status != "success":
             raise ServerError("; ".join(result.errors) or f"the graph ended as {result.status}")
         for _, entry in result.files():

@@ -56,7 +56,10 @@ def progress(prompt: dict):
 
     def show(node: str, value: int, maximum: int) -> None:
         if not maximum and node in prompt:
-            print(f"  {time.perf_counter() - started:6.1f} s  {prompt[node]['class_type']}", flush=True)
+            print(
+                f"  {time.perf_counter() - started:6.1f} s  {prompt[node]['class_type']}",
+                flush=True,
+            )
 
     return show
 
@@ -69,7 +72,11 @@ def finished(result: Result) -> Result:
 
 def pictures(server: ComfyServer, result: Result) -> dict[str, bytes]:
     """Saved files of a run by extension."""
-    return {Path(entry["filename"]).suffix: server.view(**entry) for _, entry in result.files() if entry["type"] == "output"}
+    return {
+        Path(entry["filename"]).suffix: server.view(**entry)
+        for _, entry in result.files()
+        if entry["type"] == "output"
+    }
 
 
 def as_array(data: bytes) -> np.ndarray:
@@ -83,16 +90,27 @@ def upload(server: ComfyServer, folder: Path, name: str, picture: np.ndarray) ->
     return server.upload(path)
 
 
-def try_swap(server: ComfyServer, prompt: dict, folder: Path, number: int) -> tuple[dict[str, bytes], dict, str, Result]:
+def try_swap(
+    server: ComfyServer, prompt: dict, folder: Path, number: int
+) -> tuple[dict[str, bytes], dict, str, Result]:
     """Run the graph on one held-out swap: files made, sheet row, its note, the run."""
     before, mask, garment, truth = swap(number)
-    names = tuple(upload(server, folder, f"{number}_{name}", p) for name, p in zip(INPUTS, (before, mask, garment), strict=True))
+    names = tuple(
+        upload(server, folder, f"{number}_{name}", p)
+        for name, p in zip(INPUTS, (before, mask, garment), strict=True)
+    )
     graph = set_pictures(prompt, names)
     result = finished(server.run(graph, progress(graph) if number == 0 else None))
     files = pictures(server, result)
     made = as_array(files[".png"])
     masked = np.where(mask[..., None] > 0, 127, before).astype(np.uint8)
-    row = {"person": before, "masked": masked, "garment": garment, "result": made, "truth (drawn)": truth}
+    row = {
+        "person": before,
+        "masked": masked,
+        "garment": garment,
+        "result": made,
+        "truth (drawn)": truth,
+    }
     same = bool(np.array_equal(made[mask == 0], before[mask == 0]))
     note = f"masked PSNR {psnr(made, truth, mask):.2f} dB; outside the mask {'identical' if same else 'CHANGED'}"
     return files, row, note, result
@@ -106,7 +124,11 @@ def try_photo(server: ComfyServer, prompt: dict, folder: Path) -> tuple[np.ndarr
         return None, "skipped: scikit-image, which ships the photo, is not installed"
     photo, mask = data.astronaut(), np.asarray(Image.open(DEMO / "photo" / "cloth_mask.png"))
     garment = swap(0)[2]
-    names = (upload(server, folder, "photo.png", photo), upload(server, folder, "photo_mask.png", mask), upload(server, folder, "photo_garment.png", garment))
+    names = (
+        upload(server, folder, "photo.png", photo),
+        upload(server, folder, "photo_mask.png", mask),
+        upload(server, folder, "photo_garment.png", garment),
+    )
     graph = set_pictures(prompt, names)
     for node in graph.values():
         if node["class_type"] == "FrugalTryOnPrepare":
@@ -115,7 +137,9 @@ def try_photo(server: ComfyServer, prompt: dict, folder: Path) -> tuple[np.ndarr
             node["inputs"] |= {"fill_holes": -1, "drop_islands": 200, "grow": 4}
     made = as_array(pictures(server, finished(server.run(graph)))[".png"])
     changed = (made != photo).any(-1)
-    return np.concatenate([photo, np.repeat(mask[..., None], 3, 2), made], 1), f"{100 * changed.mean():.1f} % of the pixels repainted, the rest bit-identical"
+    return np.concatenate(
+        [photo, np.repeat(mask[..., None], 3, 2), made], 1
+    ), f"{100 * changed.mean():.1f} % of the pixels repainted, the rest bit-identical"
 
 
 def repeat(server: ComfyServer, prompt: dict, times: int) -> dict:
@@ -128,11 +152,17 @@ def repeat(server: ComfyServer, prompt: dict, times: int) -> dict:
             if "seed" in node["inputs"]:
                 node["inputs"]["seed"] = seed
         files = pictures(server, finished(server.run(prompt)))
-        pixels = b"".join(as_array(data).tobytes() for suffix, data in sorted(files.items()) if suffix == ".png")
+        pixels = b"".join(
+            as_array(data).tobytes() for suffix, data in sorted(files.items()) if suffix == ".png"
+        )
         seen[seed].add(hashlib.sha256(pixels).hexdigest())
         memory.append(server.rss_bytes())
         print(f"  run {number + 1}/{times}: server memory {memory[-1] / 1e6:.0f} MB", flush=True)
-    return {"runs": times, "distinct_results_per_seed": [len(s) for s in seen.values()], "server_rss_bytes": memory}
+    return {
+        "runs": times,
+        "distinct_results_per_seed": [len(s) for s in seen.values()],
+        "server_rss_bytes": memory,
+    }
 
 
 def run_demo(tree: Path, out: Path, times: int) -> None:
@@ -142,7 +172,9 @@ def run_demo(tree: Path, out: Path, times: int) -> None:
     with ComfyServer(tree, base, models=(MODELS,)) as server:
         booted = time.perf_counter() - begin
         print(f"ComfyUI is up after {booted:.1f} s; running workflows/tryon_demo.json", flush=True)
-        prompt = server.convert(json.loads((WORKFLOWS / "tryon_demo.json").read_text(encoding="utf-8")))
+        prompt = server.convert(
+            json.loads((WORKFLOWS / "tryon_demo.json").read_text(encoding="utf-8"))
+        )
         scratch = out / "inputs"
         files, row, note, result = try_swap(server, prompt, scratch, 0)
         made = as_array(files[".png"])
@@ -156,7 +188,9 @@ def run_demo(tree: Path, out: Path, times: int) -> None:
             rows.append(row)
             notes.append(note)
             seconds.append(round(later.seconds, 2))
-        sheet(rows, f"CatVTON architecture, small model of our own: {LABEL}", notes).save(out / "comparison.png")
+        sheet(rows, f"CatVTON architecture, small model of our own: {LABEL}", notes).save(
+            out / "comparison.png"
+        )
         photo, photo_note = try_photo(server, still, scratch)
         if photo is not None:
             Image.fromarray(photo).save(out / "photo.png")
@@ -178,7 +212,9 @@ def run_demo(tree: Path, out: Path, times: int) -> None:
         if times > 1:
             report["repeat"] = repeat(server, prompt, times)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"masked PSNR {report['masked_psnr_db']} dB, peak memory {report['server_peak_rss_bytes'] / 1e6:.0f} MB, {time.perf_counter() - begin:.0f} s in all")
+    print(
+        f"masked PSNR {report['masked_psnr_db']} dB, peak memory {report['server_peak_rss_bytes'] / 1e6:.0f} MB, {time.perf_counter() - begin:.0f} s in all"
+    )
     for name in ("tryon.png", "comparison.png", "photo.png", f"clip{clip}", "report.json"):
         if (out / name).exists():
             print(f"  {out / name}")

@@ -74,7 +74,10 @@ def main() -> None:
                 shown.append(error[late][hole[late]].mean().item())
         step += 1
         if step % 50 == 0:
-            print(f"step {step} progress {progress:.3f} pairs {len(latents)} masked mse t>500 {np.mean(shown[-50:]):.4f}", flush=True)
+            print(
+                f"step {step} progress {progress:.3f} pairs {len(latents)} masked mse t>500 {np.mean(shown[-50:]):.4f}",
+                flush=True,
+            )
         if step % 250 == 0:
             torch.save(average, args.out)
     torch.save(average, args.out)

@@ -22,7 +22,9 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def crops(sources: list[tuple[np.ndarray, np.ndarray, np.ndarray]], n: int, size: int, rng) -> torch.Tensor:
+def crops(
+    sources: list[tuple[np.ndarray, np.ndarray, np.ndarray]], n: int, size: int, rng
+) -> torch.Tensor:
     """Random crops: half persons, a fifth masked persons (grey inside), the rest garments."""
     out = np.empty((n, size, size, 3), np.uint8)
     for i in range(n):
@@ -42,7 +44,11 @@ def crops(sources: list[tuple[np.ndarray, np.ndarray, np.ndarray]], n: int, size
 
 def picture_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     d = 2 * (y - x)
-    return d.abs().mean() + 2 * d.square().mean() + 0.3 * (d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean())
+    return (
+        d.abs().mean()
+        + 2 * d.square().mean()
+        + 0.3 * (d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean())
+    )
 
 
 def main() -> None:
@@ -79,7 +85,9 @@ def main() -> None:
         y = codec.decode(z + 0.04 * torch.randn_like(z))
         loss = picture_loss(y, x)
         if not args.decoder_only:
-            loss = loss + 0.02 * (z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean())
+            loss = loss + 0.02 * (
+                z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -88,7 +96,10 @@ def main() -> None:
         step += 1
         if step % 50 == 1:
             psnr = -10 * np.log10(np.mean(shown[-50:]))
-            print(f"step {step} progress {progress:.3f} loss {loss.item():.4f} psnr {psnr:.2f} z {z.std((0, 2, 3)).tolist()}", flush=True)
+            print(
+                f"step {step} progress {progress:.3f} loss {loss.item():.4f} psnr {psnr:.2f} z {z.std((0, 2, 3)).tolist()}",
+                flush=True,
+            )
             torch.save(codec.state_dict(), args.out)
     torch.save(codec.state_dict(), args.out)
 

@@ -31,16 +31,22 @@ def build() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D",) * 3,
     )
-    net.set_attn_processor({k: SkipAttention() if "attn2" in k else p for k, p in net.attn_processors.items()})
+    net.set_attn_processor(
+        {k: SkipAttention() if "attn2" in k else p for k, p in net.attn_processors.items()}
+    )
     return net.to(memory_format=torch.channels_last)
 
 
 def alphas_cumprod() -> torch.Tensor:
     """SD 1.5's schedule: beta from 0.00085 to 0.012, linear in its square root, 1000 steps."""
-    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
+    return torch.cumprod(
+        1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
+    ).float()
 
 
-def canvas(latents: torch.Tensor, mask: torch.Tensor, keep_garment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def canvas(
+    latents: torch.Tensor, mask: torch.Tensor, keep_garment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """latents [B, 3, 4, h, w] and mask [B, h, w] -> x0 [B, 4, 2h, w] and condition [B, 5, 2h, w].
 
     keep_garment [B] is 0 where the garment half of the condition is emptied (the negative side of CFG).
