@@ -1,6 +1,8 @@
-"""Write the saved graphs in workflows/ against a real ComfyUI: `python demo/build_workflows.py --tree DIR`.
+"""Write the saved graphs in workflows/ against a real ComfyUI: `python demo/build_workflows.py
+--tree DIR`.
 
-The demo graph and its real-size twin are one description with two sets of names and sizes, so they cannot drift apart.
+The demo graph and its real-size twin are one description with two sets of names and sizes, so they
+cannot drift apart.
 """
 
 from __future__ import annotations
@@ -292,20 +294,35 @@ GROUPS = [
     Group("4. Report", (2210, -60, 390, 500), "#6b3f9e"),
 ]
 DEMO_NOTE = Note(
-    "## Demo: drawn figures, not photos\n\nA small try-on model of our own puts the garment on the figure. It was trained on drawn "
-    "people only and knows nothing of photos.\n\nThe clip comes from a **tiny Wan with random weights**: it shows that every part "
-    "of the video chain runs, not what Wan can paint.\n\nFor real photos open `tryon_to_video_12gb`.",
+    """## Demo: drawn figures, not photos
+
+A small try-on model of our own puts the garment on the figure. It was trained on drawn people only
+and knows nothing of photos.
+
+The clip comes from a **tiny Wan with random weights**: it shows that every part of the video chain
+runs, not what Wan can paint.
+
+For real photos open `tryon_to_video_12gb`.""",
     (2220, 460),
     (360, 320),
 )
 REAL_NOTE = Note(
-    "## Dress a photo, then animate it\n\nPaint the mask over the clothes to replace (white = repaint). Files and folders:\n\n"
-    "- `models/diffusion_models/sd-v1-5-inpainting.safetensors`\n- `models/CatVTON/mix-48k-1024/attention/model.safetensors`\n"
-    "- `models/vae/vae-ft-mse-840000-ema-pruned.safetensors`\n- `models/diffusion_models/wan2.1_i2v_480p_14B_fp8_scaled.safetensors`\n"
-    "- `models/vae/wan_2.1_vae.safetensors`\n- `models/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors`\n"
-    "- `models/clip_vision/clip_vision_h.safetensors`\n\n**Licence:** the CatVTON weights are CC BY-NC-SA 4.0 (non-commercial).\n\n"
-    "On a 12 GB card ComfyUI keeps part of the 14B model in RAM (16 GB of weights in fp8): have 32 GB. Sizes here are a "
-    "starting point that we could not yet measure on such a card.",
+    """## Dress a photo, then animate it
+
+Paint the mask over the clothes to replace (white = repaint). Files and folders:
+
+- `models/diffusion_models/sd-v1-5-inpainting.safetensors`
+- `models/CatVTON/mix-48k-1024/attention/model.safetensors`
+- `models/vae/vae-ft-mse-840000-ema-pruned.safetensors`
+- `models/diffusion_models/wan2.1_i2v_480p_14B_fp8_scaled.safetensors`
+- `models/vae/wan_2.1_vae.safetensors`
+- `models/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors`
+- `models/clip_vision/clip_vision_h.safetensors`
+
+**Licence:** the CatVTON weights are CC BY-NC-SA 4.0 (non-commercial).
+
+On a 12 GB card ComfyUI keeps part of the 14B model in RAM (16 GB of weights in fp8): have 32 GB.
+The sizes here are a starting point that we could not yet measure on such a card.""",
     (2220, 460),
     (360, 460),
 )

@@ -1,8 +1,10 @@
-"""The demo's picture codec, in the layout of TAESD (tiny autoencoder for Stable Diffusion; factor 8, 4 channels).
+"""The demo's picture codec, in the layout of TAESD (tiny autoencoder for Stable Diffusion; factor
+8, 4 channels).
 
-That layout is the small one that ComfyUI's own `VAELoader` reads, so the demo needs no loader of its own. It has
-no normalisation layers; with pictures in 0..1 every ReLU passes them unchanged, which allows the start below: an
-exact 8x8 block mean on the way in, its inverse on the way out. Training then only has to add the detail.
+That layout is the small one that ComfyUI's own `VAELoader` reads, so the demo needs no loader of
+its own. It has no normalisation layers; with pictures in 0..1 every ReLU passes them unchanged,
+which allows the start below: an exact 8x8 block mean on the way in, its inverse on the way out.
+Training then only has to add the detail.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class SoftClamp(nn.Module):
 
 
 class Codec(nn.Module):
-    """encode: pictures [B, 3, H, W] in 0..1 -> latents [B, 4, H/8, W/8] of about unit scale; decode: the reverse."""
+    """encode: pictures [B, 3, H, W] in 0..1 -> latents [B, 4, H/8, W/8] of about unit scale;
+    decode: the reverse.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +80,8 @@ class Codec(nn.Module):
 def start_from_block_means(codec: Codec, colors: torch.Tensor) -> None:
     """Set channels 0..2 to the block-mean path; `colors` [N, 3] in 0..1 are sampled block means.
 
-    The three colour latents are whitened (mean 0, variance 1, uncorrelated), because a diffusion model learns fastest
-    on latents of unit scale; the fourth stays free for detail.
+    The three colour latents are whitened (mean 0, variance 1, uncorrelated), because a diffusion
+    model learns fastest on latents of unit scale; the fourth stays free for detail.
     """
     mean = colors.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(colors.T))

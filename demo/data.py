@@ -1,7 +1,8 @@
 """Render and store the drawn data set: `python demo/data.py OUT --pairs 4000 --first 0`.
 
-Writes person.npy, garment.npy (uint8 [N, 192, 128, 3]) and mask.npy (uint8 [N, 192, 128]). Pair i depends on
-its number alone, so a set can be made in pieces by several processes and made again anywhere.
+Writes person.npy, garment.npy (uint8 [N, 192, 128, 3]) and mask.npy (uint8 [N, 192, 128]). Pair i
+depends on its number alone, so a set can be made in pieces by several processes and made again
+anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ HELD_OUT = 1_000_000
 
 
 def pair(number: int) -> tuple:
-    """Person and garment parameters of pair `number`; numbers from HELD_OUT up are never trained on."""
+    """Person and garment parameters of pair `number`; numbers from HELD_OUT up are never trained
+    on.
+    """
     rng = np.random.default_rng(number)
     return random_person(rng), random_garment(rng)
 

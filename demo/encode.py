@@ -1,7 +1,8 @@
 """Encode drawn pairs once: `python demo/encode.py DATA_FOLDER codec.pt OUT --start 0 --stop 2000`.
 
-Writes shards of 250 pairs: latents float16 [N, 3, 4, 24, 16] (person, masked person, garment) and the mask at latent
-size uint8 [N, 24, 16] (nearest, as the conditioning node takes it). The masked person is grey (0.5) inside the mask.
+Writes shards of 250 pairs: latents float16 [N, 3, 4, 24, 16] (person, masked person, garment) and
+the mask at latent size uint8 [N, 24, 16] (nearest, as the conditioning node takes it). The masked
+person is grey (0.5) inside the mask.
 """
 
 from __future__ import annotations

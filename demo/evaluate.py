@@ -1,9 +1,14 @@
-"""Measure the demo try-on model on held-out swaps: `python demo/evaluate.py codec.pt unet.pt --out results.json`.
+"""Measure the demo try-on model on held-out swaps: `python demo/evaluate.py codec.pt unet.pt --out
+results.json`.
 
-Person k wears the garment of another pair; the renderer gives the truth. Two figures, both inside the mask only:
-* retrieval: among 16 garments drawn on the same person, the one nearest to the result by colour and texture statistics
-  (mean, deviation, mean absolute horizontal and vertical difference of each channel) must be the right one;
-* PSNR against the truth, beside two plain answers: the garment's mean colour over the whole mask, and, told the true
+Person k wears the garment of another pair; the renderer gives the truth. Two figures, both inside
+the mask only:
+* retrieval: among 16 garments drawn on the same person, the one nearest to the result by colour and
+  texture statistics
+  (mean, deviation, mean absolute horizontal and vertical difference of each channel) must be the
+  right one;
+* PSNR against the truth, beside two plain answers: the garment's mean colour over the whole mask,
+  and, told the true
   outline of the garment (which no model is), that mean colour inside it and the truth elsewhere.
 """
 

@@ -1,8 +1,9 @@
 """Write the trained demo models where ComfyUI looks: `python demo/export.py codec.pt unet.pt`.
 
-Three files under demo/models, in the arrangement of the real ones: a 9-channel base UNet, CatVTON's attention file
-(integer prefixes, stride 8) and a codec for `VAELoader`. The base's self-attention is zeroed, so that without the
-attention file nothing is dressed: a loader that drops it cannot pass unnoticed.
+Three files under demo/models, in the arrangement of the real ones: a 9-channel base UNet, CatVTON's
+attention file (integer prefixes, stride 8) and a codec for `VAELoader`. The base's self-attention
+is zeroed, so that without the attention file nothing is dressed: a loader that drops it cannot pass
+unnoticed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ TAILS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out
 
 
 def split(net) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Base state dict (diffusers names, no attn2, zero attn1) and attention state dict (0., 8., 16., ...)."""
+    """Base state dict (diffusers names, no attn2, zero attn1) and attention state dict (0., 8.,
+    16., ...).
+    """
     state = {
         k: v.detach().half().contiguous() for k, v in net.state_dict().items() if ".attn2." not in k
     }

@@ -1,9 +1,9 @@
 """Drawn people and garments: the only training and test data of the demo try-on model.
 
-Everything is a signed distance function evaluated on a pixel grid, so the same figure can be drawn at
-any size without another renderer. A garment is a cut plus a texture in its own (u, v) space; the flat
-picture and the worn one sample that same texture, which makes an exact ground truth for every swap
-("person A wearing garment B"). No outside picture, font or palette is used.
+Everything is a signed distance function evaluated on a pixel grid, so the same figure can be drawn
+at any size without another renderer. A garment is a cut plus a texture in its own (u, v) space; the
+flat picture and the worn one sample that same texture, which makes an exact ground truth for every
+swap ("person A wearing garment B"). No outside picture, font or palette is used.
 
 Units: one drawing unit is one pixel of the 128 x 192 default canvas; `scale` multiplies it.
 """
@@ -34,7 +34,7 @@ _HAIRS = ((28, 22, 22), (74, 46, 28), (122, 78, 40), (196, 156, 92), (140, 52, 3
 
 @dataclass(frozen=True)
 class Garment:
-    """Cut and texture of one upper-body garment; lengths in drawing units, colours in 0..255 RGB."""
+    """Cut and texture of one garment; lengths in drawing units, colours in 0..255 RGB."""
 
     pattern: str
     colors: tuple[tuple[int, int, int], tuple[int, int, int]]
@@ -78,7 +78,7 @@ def _cloth_color(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def random_garment(rng: np.random.Generator) -> Garment:
-    """Draw the parameters of one garment; the two colours are at least 180 apart (summed over RGB)."""
+    """Parameters of one garment; its two colours are at least 180 apart (summed over RGB)."""
     first = _cloth_color(rng)
     second = _cloth_color(rng)
     while sum(abs(a - b) for a, b in zip(first, second, strict=True)) < 180:
@@ -121,7 +121,9 @@ def random_person(rng: np.random.Generator) -> Person:
 
 
 def texture(garment: Garment, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Share of the second colour at garment coordinates; u in -1..1 across, v in 0..1 from neck to hem."""
+    """Share of the second colour at garment coordinates; u in -1..1 across, v in 0..1 from neck to
+    hem.
+    """
     across, down = garment.bands
     if garment.pattern == "hstripes":
         return _bands(v * down + garment.phase, 14.0)
@@ -173,7 +175,9 @@ def _grid(scale: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _capsule(x, y, a, b, r0: float, r1: float):
-    """Distance to a tapered limb from a to b, and the coordinates along (0..1) and across (-1..1) it."""
+    """Distance to a tapered limb from a to b, and the coordinates along (0..1) and across (-1..1)
+    it.
+    """
     dx, dy = b[0] - a[0], b[1] - a[1]
     t = ((x - a[0]) * dx + (y - a[1]) * dy) / (dx * dx + dy * dy)
     tc = np.clip(t, 0.0, 1.0)
@@ -196,7 +200,9 @@ def _torso(garment: Garment, x, y, cx: float, top: float, bottom: float, shoulde
 
 
 def _paint(img: np.ndarray, d: np.ndarray, color, scale: float) -> None:
-    """Blend a colour (3,) or picture (H, W, 3) over img where the distance d is negative, one pixel soft."""
+    """Blend a colour (3,) or picture (H, W, 3) over img where the distance d is negative, one pixel
+    soft.
+    """
     a = _step(-d * scale)[..., None]
     img *= 1 - a
     img += a * np.asarray(color, np.float32)
@@ -260,9 +266,9 @@ def render_person(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The figure wearing the garment, and its try-on mask.
 
-    Returns uint8 [H, W, 3] and a uint8 mask [H, W] of 0 or 255: body and arms down to the wrist, grown by
-    the figure's margin and cut below the chin; hands, face and legs stay visible. The mask depends on the
-    person alone, so it tells nothing of the garment that is worn.
+    Returns uint8 [H, W, 3] and a uint8 mask [H, W] of 0 or 255: body and arms down to the wrist,
+    grown by the figure's margin and cut below the chin; hands, face and legs stay visible. The mask
+    depends on the person alone, so it tells nothing of the garment that is worn.
     """
     x, y = _grid(scale)
     p = person

@@ -1,7 +1,7 @@
 """Turn a short description of a graph into ComfyUI's saved-graph format (version 0.4).
 
-The order of a node's widgets is read from a running ComfyUI's `/object_info`, so no widget can shift: a description
-that names an unknown node, input or output is refused.
+The order of a node's widgets is read from a running ComfyUI's `/object_info`, so no widget can
+shift: a description that names an unknown node, input or output is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Group:
 def build(
     info: dict[str, Any], nodes: dict[str, Node], notes: list[Note], groups: list[Group]
 ) -> dict[str, Any]:
-    """Saved graph of `nodes` (by key) with notes and groups; `info` is the answer of /object_info."""
+    """Saved graph of `nodes` with notes and groups; `info` is the answer of /object_info."""
     ids = {key: number for number, key in enumerate(nodes, 1)}
     links: list[list[Any]] = []
     placed = {key: _place(info, key, node, ids[key]) for key, node in nodes.items()}

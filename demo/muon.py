@@ -1,8 +1,10 @@
-"""Muon for small convolutional nets: orthogonalised momentum for matrices, AdamW for everything else.
+"""Muon for small convolutional nets: orthogonalised momentum for matrices, AdamW for everything
+else.
 
-Used by the training scripts only. On these few-thousand-step runs it needs about half the steps of AdamW,
-which matters because the demo models are meant to be trained on two CPU cores. Formula: Jordan et al.,
-"Muon: An optimizer for hidden layers in neural networks" (2024); quintic Newton-Schulz iteration.
+Used by the training scripts only. On these few-thousand-step runs it needs about half the steps of
+AdamW, which matters because the demo models are meant to be trained on two CPU cores. Formula:
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); quintic
+Newton-Schulz iteration.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import torch
 
 
 def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix of g [rows, cols], approximately (singular values in about 0.7..1.2)."""
+    """Nearest semi-orthogonal matrix of g [rows, cols], approximately (singular values in about
+    0.7..1.2).
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g / (g.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
@@ -26,7 +30,9 @@ def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on tensors of two or more dimensions whose smaller matrix side is at least 16; AdamW on the rest."""
+    """Muon on tensors of two or more dimensions whose smaller matrix side is at least 16; AdamW on
+    the rest.
+    """
 
     def __init__(
         self,

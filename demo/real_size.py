@@ -1,6 +1,7 @@
 """The real-size graph on a person's own photo, with the public weights in their models folder.
 
-Before anything starts, every file the graph names is looked for; what is missing is listed with its folder and address.
+Before anything starts, every file the graph names is looked for; what is missing is listed with its
+folder and address.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from layout import WORKFLOWS
 from PIL import Image
 
 GRAPH = WORKFLOWS / "tryon_to_video_12gb.json"
-# Which widget of which loader names a file, and the models sub-folder it lies in ("" = the value begins with it).
+# Which widget of which loader names a file, and its models sub-folder ("" = the value has it).
 LOADERS = {
     "FrugalLoadCatVTON": (("base", ""), ("attention", "CatVTON")),
     "VAELoader": (("vae_name", "vae"),),
@@ -29,7 +30,9 @@ class RealSizeError(RuntimeError):
 
 
 def addresses(graph: dict) -> dict[str, str]:
-    """File name -> download address, from the graph's own model entries; keyed by name and by the end of the address."""
+    """File name -> download address, from the graph's own model entries; keyed by name and by the
+    end of the address.
+    """
     found = {}
     for node in graph["nodes"]:
         for entry in node.get("properties", {}).get("models", ()):
@@ -68,15 +71,18 @@ def mask_of(person: Path, mask: Path | None) -> Image.Image:
         if (alpha < 128).any():
             return Image.fromarray(np.where(alpha < 128, 255, 0).astype(np.uint8))
     raise RealSizeError(
-        f"{person.name} has no mask; expected --mask FILE (white over the clothes to replace) or a picture whose clothes "
-        "are erased to transparent; paint one in any editor, or in ComfyUI's mask editor, and run again."
+        f"{person.name} has no mask; expected --mask FILE (white over the clothes to replace) or a "
+        "picture whose clothes are erased to transparent; paint one in any editor, or in ComfyUI's "
+        "mask editor, and run again."
     )
 
 
 def run_real(
     tree: Path, out: Path, person: Path, garment: Path, mask: Path | None, models: Path
 ) -> None:
-    """Run the 12 GB graph; writes what its save nodes made into `out`. Raises RealSizeError before any start."""
+    """Run the 12 GB graph; writes what its save nodes made into `out`. Raises RealSizeError before
+    any start.
+    """
     graph = json.loads(GRAPH.read_text(encoding="utf-8"))
     absent = missing(graph, models)
     if absent:

@@ -1,8 +1,8 @@
 """The demo's job: run the shipped graph in a real ComfyUI and save what it made.
 
-Called by `dev.py demo`. Without pictures it dresses drawn figures with the small committed models and leaves tryon.png,
-comparison.png, photo.png, clip.mp4 and report.json in --out. With --person, --garment and --models it runs the
-real-size graph on the public weights instead.
+Called by `dev.py demo`. Without pictures it dresses drawn figures with the small committed models
+and leaves tryon.png, comparison.png, photo.png, clip.mp4 and report.json in --out. With --person,
+--garment and --models it runs the real-size graph on the public weights instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ VIDEO_OUTPUTS = ("SaveVideo", "FrugalReport")
 
 
 def swap(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Held-out swap: person in their own clothes, mask, the other garment, and the true picture of the swap."""
+    """Held-out swap: person in their own clothes, mask, the other garment, and the true picture of
+    the swap.
+    """
     person, own = pair(HELD_OUT + number)
     garment = random_garment(np.random.default_rng(HELD_OUT + 5000 + number))
     before, mask = render_person(person, own)
@@ -112,12 +114,15 @@ def try_swap(
         "truth (drawn)": truth,
     }
     same = bool(np.array_equal(made[mask == 0], before[mask == 0]))
-    note = f"masked PSNR {psnr(made, truth, mask):.2f} dB; outside the mask {'identical' if same else 'CHANGED'}"
+    outside = "identical" if same else "CHANGED"
+    note = f"masked PSNR {psnr(made, truth, mask):.2f} dB; outside the mask {outside}"
     return files, row, note, result
 
 
 def try_photo(server: ComfyServer, prompt: dict, folder: Path) -> tuple[np.ndarray | None, str]:
-    """Mask chain, crop window and stitch on a real photo; None where scikit-image (which ships the photo) is absent."""
+    """Mask chain, crop window and stitch on a real photo; None where scikit-image (which ships the
+    photo) is absent.
+    """
     try:
         from skimage import data
     except ImportError:
@@ -143,7 +148,9 @@ def try_photo(server: ComfyServer, prompt: dict, folder: Path) -> tuple[np.ndarr
 
 
 def repeat(server: ComfyServer, prompt: dict, times: int) -> dict:
-    """Queue the graph `times` times with two alternating seeds (an unchanged prompt would be answered from the cache)."""
+    """Queue the graph `times` times with two alternating seeds (an unchanged prompt would be
+    answered from the cache).
+    """
     seen: dict[int, set[str]] = {7: set(), 8: set()}
     memory = []
     for number in range(times):
@@ -213,7 +220,9 @@ def run_demo(tree: Path, out: Path, times: int) -> None:
             report["repeat"] = repeat(server, prompt, times)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(
-        f"masked PSNR {report['masked_psnr_db']} dB, peak memory {report['server_peak_rss_bytes'] / 1e6:.0f} MB, {time.perf_counter() - begin:.0f} s in all"
+        f"masked PSNR {report['masked_psnr_db']} dB, "
+        f"peak memory {report['server_peak_rss_bytes'] / 1e6:.0f} MB, "
+        f"{time.perf_counter() - begin:.0f} s in all"
     )
     for name in ("tryon.png", "comparison.png", "photo.png", f"clip{clip}", "report.json"):
         if (out / name).exists():

@@ -17,7 +17,9 @@ def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
 def sheet(
     rows: list[dict[str, np.ndarray]], title: str, notes: list[str], zoom: int = 2
 ) -> Image.Image:
-    """Rows of equal pictures uint8 [H, W, 3] by label; labels stand over the first row, one note beside each row."""
+    """Rows of equal pictures uint8 [H, W, 3] by label; labels stand over the first row, one note
+    beside each row.
+    """
     height, width = next(iter(rows[0].values())).shape[:2]
     cell_w, cell_h = width * zoom + MARGIN, height * zoom + MARGIN
     labels = list(rows[0])

@@ -1,7 +1,9 @@
-"""Train the demo try-on model: `python demo/train_unet.py LATENT_FOLDER --out unet.pt --minutes 80`.
+"""Train the demo try-on model: `python demo/train_unet.py LATENT_FOLDER --out unet.pt --minutes
+80`.
 
-v-prediction on SD 1.5's schedule, 8 % empty garments for CFG, the masked part of the person weighted most. Shards that
-appear in the folder while it runs are picked up, so encoding can go on beside it.
+v-prediction on SD 1.5's schedule, 8 % empty garments for CFG, the masked part of the person
+weighted most. Shards that appear in the folder while it runs are picked up, so encoding can go on
+beside it.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def main() -> None:
         step += 1
         if step % 50 == 0:
             print(
-                f"step {step} progress {progress:.3f} pairs {len(latents)} masked mse t>500 {np.mean(shown[-50:]):.4f}",
+                f"step {step} progress {progress:.3f} pairs {len(latents)} "
+                f"masked mse t>500 {np.mean(shown[-50:]):.4f}",
                 flush=True,
             )
         if step % 250 == 0:

@@ -1,7 +1,9 @@
-"""Train the demo's picture codec: `python demo/train_vae.py DATA_FOLDER... --out codec.pt --minutes 15`.
+"""Train the demo's picture codec: `python demo/train_vae.py DATA_FOLDER... --out codec.pt --minutes
+15`.
 
-`--decoder-only` keeps the encoder, and so every latent already stored, and improves the pictures alone.
-Loss: L1 + 2 MSE + 0.3 gradient L1 (pictures in -1..1), and a pull of the latents to mean 0 and deviation 1.
+`--decoder-only` keeps the encoder, and so every latent already stored, and improves the pictures
+alone. Loss: L1 + 2 MSE + 0.3 gradient L1 (pictures in -1..1), and a pull of the latents to mean 0
+and deviation 1.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ def main() -> None:
         if step % 50 == 1:
             psnr = -10 * np.log10(np.mean(shown[-50:]))
             print(
-                f"step {step} progress {progress:.3f} loss {loss.item():.4f} psnr {psnr:.2f} z {z.std((0, 2, 3)).tolist()}",
+                f"step {step} progress {progress:.3f} psnr {psnr:.2f} "
+                f"z {z.std((0, 2, 3)).tolist()}",
                 flush=True,
             )
             torch.save(codec.state_dict(), args.out)

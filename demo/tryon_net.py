@@ -1,10 +1,14 @@
-"""The demo's denoiser: CatVTON's arrangement at a hundredth of its size, and the arithmetic of its training.
+"""The demo's denoiser: CatVTON's arrangement at a hundredth of its size, and the arithmetic of its
+training.
 
-9 input channels [x_t (4), mask (1), masked picture (4)], person over garment on the height axis, self-attention only:
-the cross-attention layers exist in the module but return their input, as in CatVTON, and are left out of the file.
+9 input channels [x_t (4), mask (1), masked picture (4)], person over garment on the height axis,
+self-attention only: the cross-attention layers exist in the module but return their input, as in
+CatVTON, and are left out of the file.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -49,7 +53,8 @@ def canvas(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """latents [B, 3, 4, h, w] and mask [B, h, w] -> x0 [B, 4, 2h, w] and condition [B, 5, 2h, w].
 
-    keep_garment [B] is 0 where the garment half of the condition is emptied (the negative side of CFG).
+    keep_garment [B] is 0 where the garment half of the condition is emptied (the negative side of
+    CFG).
     """
     person, masked, garment = latents.unbind(1)
     x0 = torch.cat([person, garment], 2)
@@ -64,7 +69,7 @@ def sample(net, condition: torch.Tensor, noise: torch.Tensor, steps: int = 10) -
     abar = alphas_cumprod()
     times = torch.linspace(999, 0, steps + 1).round().long()
     x, context = noise, torch.zeros(len(noise), 1, 8)
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         a, s = abar[now].sqrt(), (1 - abar[now]).sqrt()
         v = net(torch.cat([x, condition], 1), now, context).sample
         x0, eps = a * x - s * v, s * x + a * v
