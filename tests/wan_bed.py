@@ -167,7 +167,7 @@ def fp8_layouts(source: Weights) -> dict[str, Callable[[], File]]:
         "e4m3 scale_weight, no marker": lambda: scaled(source, E4),
         "e4m3 weight_scale, no marker": lambda: scaled(source, E4, **ONE_STEP),
         "e4m3 weight_scale with marker": lambda: scaled(source, E4, marker=mark(2), **ONE_STEP),
-        "e4m3 weight_scale of shape [1], bf16": lambda: scaled(
+        "e4m3 weight_scale of shape [1], no marker": lambda: scaled(
             source,
             E4,
             scale_shape=lambda scale: scale.reshape(1),
@@ -320,7 +320,7 @@ def split(folder: Path, tensors: Weights) -> Path:
 
 
 def to_diffusers(name: str) -> str:
-    """The name that diffusers gives a canonical T2V tensor (its conversion table, read backwards)."""
+    """The name that diffusers gives a canonical T2V tensor."""
     pairs = (
         ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
         ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),

@@ -111,6 +111,8 @@ def classify(
         )
     stored = {name: SIDE[name] for name in side if name != "comfy_quant"}
     canonical = {SIDE[name]: info for name, info in side.items()}
+    if "input_scale" in canonical:
+        _scalar(where, "an activation scale", canonical["input_scale"])
     if declared is not None:
         return _declared(where, shape, weight, canonical, stored, declared)
     extra = sorted(set(canonical) - {"weight_scale", "input_scale", "comfy_quant"})
@@ -132,6 +134,7 @@ def classify(
             raise FrugalError(
                 f"{where} is int8 without a scale", "weight_scale beside it", "choose another file"
             )
+        _only(where, INT8, canonical, {"weight_scale"}, {"weight_scale"})
         _rows(where, scale, shape)
         return LayerLayout(INT8, stored=stored)
     if weight.dtype not in FLOATS:

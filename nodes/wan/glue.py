@@ -69,9 +69,13 @@ def model_path(name: str) -> Path:
 
 
 def fingerprint(name: str) -> str:
-    """Changes when the chosen file, or the index of a sharded model, is replaced."""
-    state = model_path(name).stat()
-    return f"{name}:{state.st_size}:{state.st_mtime_ns}"
+    """Changes when the chosen file, or the index or a part of a model in parts, is replaced."""
+    path = model_path(name)
+    parts = []
+    if path.name.endswith(INDEX_SUFFIX):
+        parts = sorted(path.parent.glob(f"{path.name.removesuffix(INDEX_SUFFIX)}-*"))
+    states = [(file.name, file.stat()) for file in (path, *parts)]
+    return ";".join(f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states)
 
 
 def load_wan(

@@ -126,6 +126,16 @@ REFUSED = {
         "scale in int32",
     ),
     "int8 without scale": (int8, None, "int8 without a scale"),
+    "int8 with an activation scale": (
+        lambda: int8("weight_scale") | {f"{Q}.input_scale": torch.ones(())},
+        None,
+        "int8_tensorwise with input_scale",
+    ),
+    "activation scale per channel": (
+        lambda: scaled() | {f"{Q}.scale_input": torch.ones(8)},
+        None,
+        r"an activation scale of shape \[8\]",
+    ),
     "packed int8": (
         lambda: int8("weight_scale") | {f"{Q}.weight": torch.ones(8, 4, dtype=torch.int8)},
         None,

@@ -80,7 +80,11 @@ def test_combo_offers_an_index_in_place_of_its_parts(folders):
     (place / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     names = [name.replace("\\", "/") for name in glue.model_names()]
     assert names == ["Wan2.1/lone-00001-of-00002.safetensors", "Wan2.1/m.safetensors.index.json"]
-    assert glue.model_path(glue.model_names()[1]).is_file()
+    index = glue.model_names()[1]
+    assert glue.model_path(index).is_file()
+    before = glue.fingerprint(index)
+    os.utime(place / "m-00002-of-00002.safetensors", (1, 1))
+    assert glue.fingerprint(index) != before
 
 
 @pytest.mark.parametrize("kind", ["gone", "empty", "gguf"])
