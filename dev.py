@@ -223,6 +223,9 @@ def test(options: argparse.Namespace, arguments: list[str]) -> int:
         command = [str(PYTHON), "-P", "-m", "pytest", *paths, *arguments]
         code, counts = run_pytest(command, environment(FRUGAL_COMFYUI_TREE=tree))
         test_codes.append(code)
+        if code not in (0, 1, NO_TESTS):
+            say(f"pytest did not come to its end (status {code})")
+            counts["errors"] += 1
         totals = {name: totals[name] + counts[name] for name in COUNTS}
     codes += [code for code in test_codes if code != NO_TESTS]
     if all(code == NO_TESTS for code in test_codes):
