@@ -1,4 +1,4 @@
-"""Write the saved graphs in workflows/ against a real ComfyUI: `python demo/build_workflows.py
+"""Write the saved graphs in workflows/ against a real ComfyUI: `python -m demo.build_workflows
 --tree DIR`.
 
 The demo graph and its real-size twin are one description with two sets of names and sizes, so they
@@ -12,10 +12,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from comfy_server import ComfyServer
-from graph_builder import Group, Node, Note, build
-from layout import MODELS, WORKFLOWS
-from tiny_wan import build_demo_wan
+from .comfy_server import ComfyServer
+from .graph_builder import Group, Node, Note, build
+from .layout import MODELS, WORKFLOWS
+from .tiny_wan import build_demo_wan
 
 HUB = "https://huggingface.co"
 WAN = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"

@@ -1,4 +1,4 @@
-"""Render and store the drawn data set: `python demo/data.py OUT --pairs 4000 --first 0`.
+"""Render and store the drawn data set: `python -m demo.data OUT --pairs 4000 --first 0`.
 
 Writes person.npy, garment.npy (uint8 [N, 192, 128, 3]) and mask.npy (uint8 [N, 192, 128]). Pair i
 depends on its number alone, so a set can be made in pieces by several processes and made again
@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from figures import HEIGHT, WIDTH, random_garment, random_person, render_garment, render_person
+
+from .figures import HEIGHT, WIDTH, random_garment, random_person, render_garment, render_person
 
 HELD_OUT = 1_000_000
 

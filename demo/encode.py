@@ -1,4 +1,4 @@
-"""Encode drawn pairs once: `python demo/encode.py DATA_FOLDER codec.pt OUT --start 0 --stop 2000`.
+"""Encode drawn pairs once: `python -m demo.encode DATA_FOLDER codec.pt OUT --start 0 --stop 2000`.
 
 Writes shards of 250 pairs: latents float16 [N, 3, 4, 24, 16] (person, masked person, garment) and
 the mask at latent size uint8 [N, 24, 16] (nearest, as the conditioning node takes it). The masked
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from codec import Codec
-from train_vae import to_tensor
+
+from .codec import Codec
+from .train_vae import to_tensor
 
 SHARD = 250
 

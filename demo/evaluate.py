@@ -1,4 +1,4 @@
-"""Measure the demo try-on model on held-out swaps: `python demo/evaluate.py codec.pt unet.pt --out
+"""Measure the demo try-on model on held-out swaps: `python -m demo.evaluate codec.pt unet.pt --out
 results.json`.
 
 Person k wears the garment of another pair; the renderer gives the truth. Two figures, both inside
@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from codec import Codec
-from data import HELD_OUT, pair
-from encode import encode_pairs
-from figures import random_garment, render_garment, render_person
 from PIL import Image
-from tryon_net import build, canvas, sample
+
+from .codec import Codec
+from .data import HELD_OUT, pair
+from .encode import encode_pairs
+from .figures import random_garment, render_garment, render_person
+from .tryon_net import build, canvas, sample
 
 CANDIDATES = 16
 

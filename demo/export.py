@@ -1,4 +1,4 @@
-"""Write the trained demo models where ComfyUI looks: `python demo/export.py codec.pt unet.pt`.
+"""Write the trained demo models where ComfyUI looks: `python -m demo.export codec.pt unet.pt`.
 
 Three files under demo/models, in the arrangement of the real ones: a 9-channel base UNet, CatVTON's
 attention file (integer prefixes, stride 8) and a codec for `VAELoader`. The base's self-attention
@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from codec import Codec
-from layout import LABEL, MODELS
-from tiny_wan import save
-from tryon_net import HEADS, build
+
+from .codec import Codec
+from .layout import LABEL, MODELS
+from .tiny_wan import save
+from .tryon_net import HEADS, build
 
 TAILS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
 

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from comfy_server import ComfyServer, ServerError
-from layout import WORKFLOWS
 from PIL import Image
+
+from .comfy_server import ComfyServer, ServerError
+from .layout import WORKFLOWS
 
 GRAPH = WORKFLOWS / "tryon_to_video_12gb.json"
 # Which widget of which loader names a file, and its models sub-folder ("" = the value has it).

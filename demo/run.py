@@ -16,14 +16,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from comfy_server import ComfyServer, Result, ServerError
-from data import HELD_OUT, pair
-from figures import random_garment, render_garment, render_person
-from layout import DEMO, LABEL, MODELS, WORKFLOWS
 from PIL import Image
-from real_size import RealSizeError, run_real
-from sheet import psnr, sheet
-from tiny_wan import build_demo_wan
+
+from .comfy_server import ComfyServer, Result, ServerError
+from .data import HELD_OUT, pair
+from .figures import random_garment, render_garment, render_person
+from .layout import DEMO, LABEL, MODELS, WORKFLOWS
+from .real_size import RealSizeError, run_real
+from .sheet import psnr, sheet
+from .tiny_wan import build_demo_wan
 
 SWAPS = 5
 INPUTS = ("frugal_demo_person.png", "frugal_demo_mask.png", "frugal_demo_garment.png")

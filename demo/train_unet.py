@@ -1,4 +1,4 @@
-"""Train the demo try-on model: `python demo/train_unet.py LATENT_FOLDER --out unet.pt --minutes
+"""Train the demo try-on model: `python -m demo.train_unet LATENT_FOLDER --out unet.pt --minutes
 80`.
 
 v-prediction on SD 1.5's schedule, 8 % empty garments for CFG, the masked part of the person
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from muon import Muon, schedule
-from tryon_net import alphas_cumprod, build, canvas
+
+from .muon import Muon, schedule
+from .tryon_net import alphas_cumprod, build, canvas
 
 
 def load(folder: Path, known: dict[str, tuple]) -> dict[str, tuple]:

@@ -1,4 +1,4 @@
-"""Train the demo's picture codec: `python demo/train_vae.py DATA_FOLDER... --out codec.pt --minutes
+"""Train the demo's picture codec: `python -m demo.train_vae DATA_FOLDER... --out codec.pt --minutes
 15`.
 
 `--decoder-only` keeps the encoder, and so every latent already stored, and improves the pictures
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from codec import Codec, start_from_block_means
-from muon import Muon, schedule
+
+from .codec import Codec, start_from_block_means
+from .muon import Muon, schedule
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
