@@ -22,8 +22,10 @@ def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 
 def show_text(node_id: str | None, text: str) -> None:
     """Show plain text on a node while it runs; silent outside a server."""
+    if not node_id:
+        return
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id:
+    if server is not None:
         server.send_progress_text(text, str(node_id))
