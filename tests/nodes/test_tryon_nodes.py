@@ -9,7 +9,6 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-import utils.extra_config  # noqa: F401  (as main.py does: `nodes` later hides this package)
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
