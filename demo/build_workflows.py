@@ -72,24 +72,20 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
     width, height = s["canvas"]
     clip_width, clip_height, frames = s["clip"]
     nodes = {
-        "person": Node(
-            "LoadImage", (0, 0), {"image": s["person"]}, title="Person", size=(300, 320)
-        ),
+        "person": Node("LoadImage", 0, {"image": s["person"]}, title="Person", size=(340, 340)),
         "mask": Node(
             "LoadImageMask",
-            (0, 370),
+            0,
             {"image": s["mask"], "channel": "red"},
             title="Mask: what to repaint",
-            size=(300, 320),
+            size=(340, 340),
         ),
-        "garment": Node(
-            "LoadImage", (0, 740), {"image": s["garment"]}, title="Garment", size=(300, 320)
-        ),
+        "garment": Node("LoadImage", 0, {"image": s["garment"]}, title="Garment", size=(340, 340)),
         "catvton": Node(
             "FrugalLoadCatVTON",
-            (340, 0),
+            1,
             {"base": s["base"], "attention": s["attention"]},
-            size=(380, 200),
+            size=(380, 300),
             models=[
                 *model(
                     "sd-v1-5-inpainting.safetensors",
@@ -107,9 +103,9 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
         ),
         "vae": Node(
             "VAELoader",
-            (340, 250),
+            1,
             {"vae_name": s["vae"]},
-            size=(380, 60),
+            size=(380, 70),
             models=model(
                 s["vae"], f"{HUB}/stabilityai/sd-vae-ft-mse-original/resolve/main/{s['vae']}", "vae"
             )
@@ -118,20 +114,20 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
         ),
         "refine": Node(
             "FrugalMaskRefine",
-            (340, 360),
+            1,
             {"feather": s["mask_feather"]},
             {"mask": ("mask", 0)},
-            size=(380, 480),
+            size=(380, 600),
         ),
         "prepare": Node(
             "FrugalTryOnPrepare",
-            (760, 0),
+            2,
             {"width": width, "height": height, "fit": s["fit"]},
             {"person": ("person", 0), "garment": ("garment", 0), "mask": ("refine", 0)},
         ),
         "cond": Node(
             "FrugalTryOnConditioning",
-            (760, 330),
+            2,
             {},
             {
                 "person_canvas": ("prepare", 0),
@@ -142,7 +138,7 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
         ),
         "sample": Node(
             "KSampler",
-            (1100, 0),
+            3,
             {
                 "seed": 7,
                 "steps": s["steps"],
@@ -159,31 +155,31 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
         ),
         "stitch": Node(
             "FrugalTryOnStitch",
-            (1100, 330),
+            3,
             {"mask_blur": s["mask_blur"]},
             {"samples": ("sample", 0), "vae": ("vae", 0), "frame": ("prepare", 3)},
         ),
         "save": Node(
             "SaveImage",
-            (1100, 560),
+            3,
             {"filename_prefix": "frugal/tryon"},
             {"images": ("stitch", 0)},
             title="Dressed photo",
-            size=(300, 400),
+            size=(340, 460),
         ),
         "wan": Node(
             "FrugalLoadWan",
-            (1460, 0),
+            4,
             {"model_name": s["wan"]},
-            size=(380, 140),
+            size=(380, 220),
             models=model(s["wan"], f"{WAN}/diffusion_models/{s['wan']}", "diffusion_models")
             if real
             else [],
         ),
-        "shift": Node("ModelSamplingSD3", (1460, 190), {"shift": 8.0}, {"model": ("wan", 0)}),
+        "shift": Node("ModelSamplingSD3", 4, {"shift": 8.0}, {"model": ("wan", 0)}),
         "wan_vae": Node(
             "VAELoader",
-            (1460, 300),
+            4,
             {"vae_name": s["wan_vae"]},
             models=model(s["wan_vae"], f"{WAN}/vae/{s['wan_vae']}", "vae") if real else [],
         ),
@@ -193,33 +189,33 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
         nodes |= {
             "clip": Node(
                 "CLIPLoader",
-                (1460, 410),
+                4,
                 {"clip_name": encoder, "type": "wan"},
                 models=model(encoder, f"{WAN}/text_encoders/{encoder}", "text_encoders"),
             ),
             "positive": Node(
                 "CLIPTextEncode",
-                (1460, 560),
+                4,
                 {"text": "the person turns slowly and smiles, soft daylight"},
                 {"clip": ("clip", 0)},
-                size=(300, 110),
+                size=(380, 110),
             ),
             "negative": Node(
                 "CLIPTextEncode",
-                (1460, 710),
+                4,
                 {"text": "blurry, distorted, static, worst quality"},
                 {"clip": ("clip", 0)},
-                size=(300, 110),
+                size=(380, 110),
             ),
             "vision": Node(
                 "CLIPVisionLoader",
-                (1460, 860),
+                4,
                 {"clip_name": vision},
                 models=model(vision, f"{WAN}/clip_vision/{vision}", "clip_vision"),
             ),
             "look": Node(
                 "CLIPVisionEncode",
-                (1460, 960),
+                4,
                 {"crop": "none"},
                 {"clip_vision": ("vision", 0), "image": ("stitch", 0)},
             ),
@@ -227,10 +223,10 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
     else:
         nodes |= {
             "positive": Node(
-                "FrugalLoadTextEmbeds", (1460, 410), {"embeds_name": "tiny_positive.safetensors"}
+                "FrugalLoadTextEmbeds", 4, {"embeds_name": "tiny_positive.safetensors"}
             ),
             "negative": Node(
-                "FrugalLoadTextEmbeds", (1460, 520), {"embeds_name": "tiny_negative.safetensors"}
+                "FrugalLoadTextEmbeds", 4, {"embeds_name": "tiny_negative.safetensors"}
             ),
         }
     links = {
@@ -244,13 +240,13 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
     return nodes | {
         "i2v": Node(
             "WanImageToVideo",
-            (1880, 0),
+            5,
             {"width": clip_width, "height": clip_height, "length": frames},
             links,
         ),
         "sample_clip": Node(
             "KSampler",
-            (1880, 280),
+            5,
             {
                 "seed": 7,
                 "steps": s["clip_steps"],
@@ -265,33 +261,31 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
                 "latent_image": ("i2v", 2),
             },
         ),
-        "decode": Node(
-            "VAEDecode", (1880, 600), {}, {"samples": ("sample_clip", 0), "vae": ("wan_vae", 0)}
-        ),
-        "video": Node("CreateVideo", (1880, 700), {"fps": 16.0}, {"images": ("decode", 0)}),
+        "decode": Node("VAEDecode", 5, {}, {"samples": ("sample_clip", 0), "vae": ("wan_vae", 0)}),
+        "video": Node("CreateVideo", 5, {"fps": 16.0}, {"images": ("decode", 0)}),
         "save_clip": Node(
             "SaveVideo",
-            (1880, 820),
+            6,
             {"filename_prefix": "frugal/clip"},
             {"video": ("video", 0)},
             title="Clip",
-            size=(300, 300),
+            size=(380, 700),
         ),
         "report": Node(
             "FrugalReport",
-            (2220, 0),
+            7,
             {},
             {"model": ("catvton", 0), "model_2": ("wan", 0), "images": ("decode", 0)},
-            size=(360, 400),
+            size=(420, 460),
         ),
     }
 
 
 GROUPS = [
-    Group("1. Photo, garment, mask", (-20, -60, 340, 1140)),
-    Group("2. Try-on", (330, -60, 1090, 1140), "#3f9e6b"),
-    Group("3. Video", (1450, -60, 740, 1200), "#9e6b3f"),
-    Group("4. Report", (2210, -60, 390, 500), "#6b3f9e"),
+    Group("1. Photo, garment, mask", 0, 0),
+    Group("2. Try-on", 1, 3, "#3f9e6b"),
+    Group("3. Video", 4, 6, "#9e6b3f"),
+    Group("4. Report", 7, 7, "#6b3f9e"),
 ]
 DEMO_NOTE = Note(
     """## Demo: drawn figures, not photos
@@ -303,8 +297,7 @@ The clip comes from a **tiny Wan with random weights**: it shows that every part
 runs, not what Wan can paint.
 
 For real photos open `tryon_to_video_12gb`.""",
-    (2220, 460),
-    (360, 320),
+    7,
 )
 REAL_NOTE = Note(
     """## Dress a photo, then animate it
@@ -323,8 +316,8 @@ Paint the mask over the clothes to replace (white = repaint). Files and folders:
 
 On a 12 GB card ComfyUI keeps part of the 14B model in RAM (16 GB of weights in fp8): have 32 GB.
 The sizes here are a starting point that we could not yet measure on such a card.""",
-    (2220, 460),
-    (360, 460),
+    7,
+    (380, 480),
 )
 
 

@@ -10,16 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-NODE_WIDTH = 300
+WIDTH = 340
 ROW, HEAD = 26, 46
+GAP, TITLE, MARGIN = 40, 30, 20
 
 
 @dataclass
 class Node:
-    """One node: values by widget name, links as input name -> (node key, output number)."""
+    """One node: values by widget name, links as input name -> (node key, output number).
+
+    column: nodes of a column stand under each other in the order given. size: [width, height] of
+    the node in canvas units, for nodes that show a picture or text; else as its widgets need.
+    """
 
     type: str
-    at: tuple[int, int]
+    column: int
     values: dict[str, Any] = field(default_factory=dict)
     links: dict[str, tuple[str, int]] = field(default_factory=dict)
     title: str = ""
@@ -32,15 +37,18 @@ class Note:
     """A Markdown note on the canvas."""
 
     text: str
-    at: tuple[int, int]
-    size: tuple[int, int] = (420, 200)
+    column: int
+    size: tuple[int, int] = (380, 320)
     title: str = "Read me"
 
 
 @dataclass
 class Group:
+    """A coloured frame round the columns first..last."""
+
     title: str
-    box: tuple[int, int, int, int]
+    first: int
+    last: int
     color: str = "#3f789e"
 
 
@@ -64,6 +72,13 @@ def build(
             placed[source]["outputs"][slot]["links"].append(number)
             links.append([number, ids[source], slot, ids[key], place, kind])
     extra = [_note(note, len(nodes) + 1 + i) for i, note in enumerate(notes)]
+    columns: dict[int, list[dict[str, Any]]] = {}
+    for item, made in [
+        *zip(nodes.values(), placed.values(), strict=True),
+        *zip(notes, extra, strict=True),
+    ]:
+        columns.setdefault(item.column, []).append(made)
+    _stand_in_columns(columns)
     return {
         "last_node_id": len(nodes) + len(notes),
         "last_link_id": len(links),
@@ -73,7 +88,7 @@ def build(
             {
                 "id": i + 1,
                 "title": g.title,
-                "bounding": list(g.box),
+                "bounding": _frame([n for c in range(g.first, g.last + 1) for n in columns[c]]),
                 "color": g.color,
                 "font_size": 24,
                 "flags": {},
@@ -84,6 +99,24 @@ def build(
         "extra": {},
         "version": 0.4,
     }
+
+
+def _stand_in_columns(columns: dict[int, list[dict[str, Any]]]) -> None:
+    x = 0
+    for number in sorted(columns):
+        y = 0
+        for node in columns[number]:
+            node["pos"] = [x, y]
+            y += node["size"][1] + TITLE + GAP
+        x += max(node["size"][0] for node in columns[number]) + 2 * GAP
+
+
+def _frame(nodes: list[dict[str, Any]]) -> list[int]:
+    """[x, y, width, height] round the nodes, their titles included."""
+    left = min(node["pos"][0] for node in nodes) - MARGIN
+    right = max(node["pos"][0] + node["size"][0] for node in nodes) + MARGIN
+    bottom = max(node["pos"][1] + node["size"][1] for node in nodes) + MARGIN
+    return [left, -2 * TITLE - MARGIN, right - left, bottom + 2 * TITLE + MARGIN]
 
 
 def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str, Any]:
@@ -133,8 +166,8 @@ def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str,
     return {
         "id": number,
         "type": node.type,
-        "pos": list(node.at),
-        "size": list(node.size or (NODE_WIDTH, height)),
+        "pos": [0, 0],
+        "size": list(node.size or (WIDTH, height)),
         "flags": {},
         "order": number - 1,
         "mode": 0,
@@ -160,7 +193,7 @@ def _note(note: Note, number: int) -> dict[str, Any]:
     return {
         "id": number,
         "type": "MarkdownNote",
-        "pos": list(note.at),
+        "pos": [0, 0],
         "size": list(note.size),
         "flags": {},
         "order": number - 1,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class FrugalError(ValueError):
-    """A refusal with its remedy. ComfyUI shows the first sentence, so the whole message is one sentence."""
+    """A refusal with its remedy. ComfyUI shows the first sentence, so the whole message is one
+    sentence.
+    """
 
     def __init__(self, found: str, expected: str, do: str):
         super().__init__(f"{found}; expected {expected}; {do.rstrip('.')}.")

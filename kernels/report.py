@@ -8,7 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Facts of one load: `files` name -> bytes on disk, `formats` name -> bytes of weights held in it, seconds, notes."""
+    """Facts of one load: `files` name -> bytes on disk, `formats` name -> bytes of weights held in
+    it, seconds, notes.
+    """
 
     title: str
     files: dict[str, int]

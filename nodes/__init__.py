@@ -1,7 +1,7 @@
 """The extension: collects the node families, one at a time.
 
-A family whose dependency is missing costs that family and one log line; the others still load. Only a missing
-module is forgiven: a mistake of our own must fail loudly.
+A family whose dependency is missing costs that family and one log line; the others still load. Only
+a missing module is forgiven: a mistake of our own must fail loudly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 FAMILIES = ("wan", "tryon", "masks", "plan")
 
 
+def _pack_name() -> str:
+    return __name__.rpartition(".")[0]
+
+
 class FrugalExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         found: list[type[io.ComfyNode]] = []
@@ -21,9 +25,11 @@ class FrugalExtension(ComfyExtension):
             try:
                 module = importlib.import_module(f".{family}.nodes", __package__)
             except ModuleNotFoundError as error:
-                if (error.name or "").startswith(__package__ or "frugal"):
+                if error.name is None or error.name.startswith(_pack_name()):
                     raise
-                logging.warning("[Frugal] the %s nodes are off: install '%s' to get them.", family, error.name)
+                logging.warning(
+                    "[Frugal] the %s nodes are off: install '%s' to get them.", family, error.name
+                )
                 continue
             found.extend(module.NODES)
         return found

@@ -1,7 +1,7 @@
 """What the families share of ComfyUI: feature detection and messages on a node.
 
-Features are looked for, versions are never compared: an argument that the running ComfyUI does not know is left
-out, so one source serves 0.3.75 and newer.
+Features are looked for, versions are never compared: an argument that the running ComfyUI does not
+know is left out, so one source serves 0.3.75 and newer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ REPORT_KEY = "frugal.load_report"
 
 
 def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
-    """The given arguments that `target` accepts; used as `io.Schema(..., **known(io.Schema, search_aliases=[...]))`."""
+    """The given arguments that `target` accepts; used as `io.Schema(..., **known(io.Schema,
+    search_aliases=[...]))`.
+    """
     accepted = inspect.signature(target).parameters
     return {name: value for name, value in arguments.items() if name in accepted}
 

@@ -142,12 +142,3 @@ def decode(samples: dict[str, torch.Tensor], vae, size: tuple[int, int]) -> torc
     """Person canvases [B, H, W, 3] out of a stacked LATENT; size is (H, W) of the canvas."""
     upper = latents.person_half(samples["samples"], size, vae_factor(vae))
     return vae.decode(upper)
-
-
-def vae_choices() -> list[str]:
-    """VAE files of models/vae."""
-    return folder_paths.get_filename_list("vae")
-
-
-def vae_path(name: str) -> str:
-    return folder_paths.get_full_path_or_raise("vae", name)

@@ -17,7 +17,7 @@ import torch
 from comfy.model_base import ModelType
 from comfy.model_detection import detect_unet_config
 
-from ...kernels.checkpoints import autoencoder_kl, catvton
+from ...kernels.checkpoints import catvton
 from ...kernels.checkpoints.header import read_header
 from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
@@ -305,35 +305,3 @@ def weight_bytes(module: torch.nn.Module) -> dict[str, int]:
         kind = str(parameter.dtype).removeprefix("torch.")
         found[kind] = found.get(kind, 0) + parameter.nbytes
     return found
-
-
-def load_vae(path: str):
-    """(comfy.sd.VAE, LoadReport) of an SD-style autoencoder of any width, every tensor accounted
-    for.
-    """
-    start = time.perf_counter()
-    name = os.path.basename(path)
-    tensors, _ = read_file(path)
-    layout, table = autoencoder_kl.canonical_autoencoder(shapes_of(tensors), name)
-    state_dict = {new: tensors[old].reshape(shape) for old, (new, shape) in table.items()}
-    vae = comfy.sd.VAE(sd=state_dict, config={"params": layout.params()})
-    vae.latent_channels = layout.z_channels
-    vae.downscale_ratio = vae.upscale_ratio = layout.factor
-    if hasattr(vae.patcher, "cached_patcher_init"):
-        vae.patcher.cached_patcher_init = (_vae_patcher, (path,))
-    report = LoadReport(
-        title=f"autoencoder from {name}",
-        files={name: os.path.getsize(path)},
-        formats=weight_bytes(vae.first_stage_model),
-        seconds=time.perf_counter() - start,
-        notes=(
-            f"levels of {', '.join(map(str, layout.widths))} channels, "
-            f"{layout.num_res_blocks} residual blocks each, {layout.factor} px per latent cell",
-        ),
-    )
-    return vae, report
-
-
-def _vae_patcher(path: str, disable_dynamic: bool = False):
-    """Reload for core's per-device copies; VAE itself decides on dynamic loading."""
-    return load_vae(path)[0].patcher

@@ -71,41 +71,6 @@ class FrugalLoadCatVTON(io.ComfyNode):
         return io.NodeOutput(patcher, text, ui=ui.PreviewText(text))
 
 
-class FrugalLoadVAE(io.ComfyNode):
-    """An SD-style autoencoder of any width as a VAE."""
-
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="FrugalLoadVAE",
-            display_name="Load VAE (any width)",
-            category=FAMILY,
-            description="Loads an SD-style picture VAE of any width, in LDM or diffusers naming, "
-            "and checks every tensor. The stock loader fits the standard widths alone.",
-            inputs=[
-                io.Combo.Input(
-                    "vae_name",
-                    options=glue.vae_choices(),
-                    tooltip="VAE file in models/vae; for CatVTON sd-vae-ft-mse.",
-                )
-            ],
-            outputs=[
-                io.Vae.Output("vae", display_name="vae", tooltip="The VAE."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="What was loaded, as text."
-                ),
-            ],
-            hidden=[io.Hidden.unique_id],
-            **known(io.Schema, search_aliases=["vae", "autoencoder", "sd-vae-ft-mse", "load vae"]),
-        )
-
-    @classmethod
-    def execute(cls, vae_name):
-        vae, report = loading.load_vae(glue.vae_path(vae_name))
-        show_text(cls.hidden.unique_id, report.text())
-        return io.NodeOutput(vae, report.text(), ui=ui.PreviewText(report.text()))
-
-
 class FrugalTryOnPrepare(io.ComfyNode):
     """Person, garment and mask on canvases of one size."""
 
@@ -326,7 +291,6 @@ class FrugalTryOnSigmas(io.ComfyNode):
 
 NODES = [
     FrugalLoadCatVTON,
-    FrugalLoadVAE,
     FrugalTryOnPrepare,
     FrugalTryOnConditioning,
     FrugalTryOnStitch,

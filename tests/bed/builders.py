@@ -85,17 +85,9 @@ def tryon_model(path: Path, seed: int = 0, in_channels: int = 9) -> Path:
 
 
 def tryon_vae(path: Path, seed: int = 0) -> Path:
-    """A small diffusers AutoencoderKL with SD 1.5's factor 8 and 4 latent channels."""
-    from diffusers import AutoencoderKL
+    """A random picture codec that ComfyUI's own VAELoader reads (factor 8, 4 latent channels)."""
+    from frugal.demo.codec import Codec
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoencoderKL(
-            block_out_channels=(32, 32, 64, 128),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            norm_num_groups=32,
-            latent_channels=4,
-        )
-    return save({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+        return save(Codec().export(), path)

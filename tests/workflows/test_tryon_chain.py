@@ -59,7 +59,7 @@ def graph(info: dict, inputs: dict[str, str], **widgets) -> dict:
         "mask": node("LoadImageMask", image=inputs["mask"], channel="red"),
         "refine": node("FrugalMaskRefine", mask=["mask", 0]),
         "model": node("FrugalLoadCatVTON", base=f"diffusion_models/{inputs['base']}"),
-        "vae": node("FrugalLoadVAE", vae_name=inputs["vae"]),
+        "vae": node("VAELoader", vae_name=inputs["vae"]),
         "prepare": node(
             "FrugalTryOnPrepare",
             person=["person", 0],
