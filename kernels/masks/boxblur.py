@@ -13,6 +13,8 @@ import numpy as np
 from ._jit import njit
 from .bits import unpack_bytes
 
+BLOCK = 64
+
 
 def exact_dtypes(widths: tuple[int, int, int]) -> tuple[type, type, type]:
     """Smallest unsigned dtypes whose sums stay exact: first vertical box, all three, and all six
@@ -162,15 +164,29 @@ def box_span(values, ra, rb, rc, at_start, at_end, total):
 
 
 @njit
+def is_level(row, value):
+    """Whether every cell equals `value`."""
+    other = row.dtype.type(0)
+    for x in range(row.shape[0]):
+        other |= row[x] ^ value
+    return other == 0
+
+
+@njit
 def level_span(row):
-    """Where `row` changes: length of its constant head, and start of its constant tail (0 if it
-    never changes).
+    """Where `row` changes: length of its constant head, and start of its constant tail.
+
+    A row that never changes gives its length and 0.
     """
     n = row.shape[0]
-    head = 1
+    head = 0
+    while head + BLOCK <= n and is_level(row[head : head + BLOCK], row[0]):
+        head += BLOCK
     while head < n and row[head] == row[0]:
         head += 1
-    tail = n - 1
+    tail = n
+    while tail >= BLOCK and is_level(row[tail - BLOCK : tail], row[n - 1]):
+        tail -= BLOCK
     while tail > 0 and row[tail - 1] == row[n - 1]:
         tail -= 1
     return head, tail

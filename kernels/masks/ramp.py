@@ -8,10 +8,13 @@ and a table gives the values.
 
 from __future__ import annotations
 
+import numpy as np
+
 from ._jit import njit
 from .bits import unpack_bytes
 
 SEGMENT = 64
+FAR, AT, MIXED = 0, 1, 2
 
 
 @njit
@@ -78,28 +81,55 @@ def largest(row):
 
 
 @njit
-def parabola(left, right, step, limit, acc):
-    """Lower `acc` to the parabolas of the cells at one offset on either side, saturating."""
+def two_parabolas(left, right, left2, right2, step, step2, limit, limit2, acc):
+    """Lower `acc` to the parabolas of the cells at two offsets on either side, saturating."""
     small = acc.dtype.type
     for x in range(acc.shape[0]):
-        near = min(min(left[x], right[x]), limit)
-        acc[x] = min(acc[x], small(near + step))
+        near = small(min(min(left[x], right[x]), limit) + step)
+        near2 = small(min(min(left2[x], right2[x]), limit2) + step2)
+        acc[x] = min(acc[x], min(near, near2))
 
 
 @njit
 def nearest_in_row(q, acc, x0, radius):
     """Squared distances acc [n] of columns x0..x0 + n: min over |j| < R of q[x + j] + j^2.
 
-    q carries R cells on each side of the picture.
+    q carries R cells on each side of the picture. Sums are cut at the largest value of the dtype;
+    offsets up to R, which change nothing, make the number of offsets even.
     """
     small = q.dtype.type
     top = (1 << (8 * q.itemsize)) - 1
     n = acc.shape[0]
     at = radius + x0
     acc[:] = q[at : at + n]
-    for j in range(1, radius):
-        step, limit = small(j * j), small(top - j * j)
-        parabola(q[at - j : at - j + n], q[at + j : at + j + n], step, limit, acc)
+    for j in range(1, radius, 2):
+        k = j + 1
+        two_parabolas(
+            q[at - j : at - j + n],
+            q[at + j : at + j + n],
+            q[at - k : at - k + n],
+            q[at + k : at + k + n],
+            small(j * j),
+            small(k * k),
+            small(top - j * j),
+            small(top - k * k),
+            acc,
+        )
+
+
+@njit
+def classify(q, far, radius, kinds):
+    """FAR, AT or MIXED for every segment of a row: no target in reach, targets only, or between."""
+    width = q.shape[0] - 2 * radius
+    for n in range(kinds.shape[0]):
+        x0 = n * SEGMENT
+        x1 = min(x0 + SEGMENT, width)
+        if smallest(q[x0 : x1 + 2 * radius]) == far:
+            kinds[n] = FAR
+        elif largest(q[radius + x0 : radius + x1]) == 0:
+            kinds[n] = AT
+        else:
+            kinds[n] = MIXED
 
 
 @njit
@@ -149,18 +179,22 @@ def ramp(
     q[:radius] = far
     q[radius + width :] = far
     squares = q[radius : radius + width]
+    kinds = np.empty(-(-width // SEGMENT), np.uint8)
     for y in range(y0, y1):
         target = out[y + oy, ox : ox + width]
         square(distance[y - a], squares)
-        for x0 in range(0, width, SEGMENT):
-            x1 = min(x0 + SEGMENT, width)
+        classify(q, far, radius, kinds)
+        n = 0
+        while n < kinds.shape[0]:
+            first, kind = n, kinds[n]
+            while n < kinds.shape[0] and kinds[n] == kind:
+                n += 1
+            x0, x1 = first * SEGMENT, min(n * SEGMENT, width)
             cells = target[x0:x1]
-            if smallest(q[x0 : x1 + 2 * radius]) == far:
+            if kind == FAR:
                 cells[:] = table[far]
-            elif largest(squares[x0:x1]) == 0:
-                if not inside_only:
-                    cells[:] = table[0]
-            else:
-                found = acc[x0:x1]
-                nearest_in_row(q, found, x0, radius)
-                look_up(found, far, table, inside_only, cells)
+            elif kind == MIXED:
+                nearest_in_row(q, acc[x0:x1], x0, radius)
+                look_up(acc[x0:x1], far, table, inside_only, cells)
+            elif not inside_only:
+                cells[:] = table[0]

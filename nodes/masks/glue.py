@@ -13,6 +13,7 @@ from ...kernels.masks import driver
 from ...kernels.masks.refine import RefineSettings, bbox, invert, refine
 
 PREVIEWS = 4
+PREPARING = "preparing: the first use after an install compiles for some seconds"
 
 
 def to_array(mask: torch.Tensor) -> np.ndarray:

@@ -153,7 +153,9 @@ class FrugalMaskRefine(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask, **settings) -> io.NodeOutput:
-        refined, inverted, box, text = glue.refine_mask(mask, RefineSettings(**settings))
+        chosen = RefineSettings(**settings)
+        show_text(cls.hidden.unique_id, glue.PREPARING)
+        refined, inverted, box, text = glue.refine_mask(mask, chosen)
         show_text(cls.hidden.unique_id, text)
         preview = ui.PreviewMask(glue.preview_frames(refined)) if len(refined) else None
         return io.NodeOutput(refined, inverted, *box, ui=preview)

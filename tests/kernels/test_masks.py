@@ -19,7 +19,7 @@ from frugal.kernels.masks.settings import FEATHERS, SHAPES, TEMPORAL, box_widths
 CROSS = ndimage.generate_binary_structure(2, 1)
 SIDES = [1, 2, 3, 63, 64, 65, 100, 129]
 BACKENDS = ["numba", "scipy"]
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def run(mask, backend: str = "numba", threads: int | None = 1, **changes) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_fill_all_equals_binary_fill_holes(backend, picture):
 
 @backends
 @few
-@given(picture=pictures(), area=st.integers(1, 60))
+@given(picture=pictures(), area=st.sampled_from([1, 2, 3, 5, 30]))
 def test_fill_by_area_leaves_larger_holes_and_the_border(backend, picture, area):
     bits = picture > 0.5
     labels = measure.label(~bits, connectivity=1)
@@ -100,7 +100,7 @@ def test_fill_by_area_leaves_larger_holes_and_the_border(backend, picture, area)
 
 @backends
 @few
-@given(picture=pictures(), area=st.integers(2, 60))
+@given(picture=pictures(), area=st.sampled_from([2, 3, 4, 5, 30]))
 def test_drop_islands_equals_skimage(backend, picture, area):
     bits = picture > 0.5
     expected = morphology.remove_small_objects(bits, max_size=area - 1, connectivity=2)
