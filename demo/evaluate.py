@@ -1,15 +1,15 @@
-"""Measure the demo try-on model on held-out swaps: `python -m demo.evaluate codec.pt unet.pt --out
-results.json`.
+"""Measure the demo try-on model on held-out swaps: `python -m demo.evaluate --out FILE`.
 
 Person k wears the garment of another pair; the renderer gives the truth. Two figures, both inside
 the mask only:
-* retrieval: among 16 garments drawn on the same person, the one nearest to the result by colour and
-  texture statistics
-  (mean, deviation, mean absolute horizontal and vertical difference of each channel) must be the
-  right one;
-* PSNR against the truth, beside two plain answers: the garment's mean colour over the whole mask,
-  and, told the true
-  outline of the garment (which no model is), that mean colour inside it and the truth elsewhere.
+
+retrieval: among 16 garments drawn on the same person, the one nearest to the result by colour and
+texture statistics (mean, deviation, mean absolute horizontal and vertical difference of each
+channel) must be the right one.
+
+PSNR against the truth, beside two plain answers: the garment's mean colour over the whole mask,
+and, told the true outline of the garment (which no model is), that mean colour inside it and the
+truth elsewhere. "codec" is the truth after the codec alone: the ceiling of this model.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from PIL import Image
 from .codec import Codec
 from .data import HELD_OUT, pair
 from .encode import encode_pairs
+from .export import read
 from .figures import random_garment, render_garment, render_person
-from .tryon_net import build, canvas, sample
+from .layout import MODELS
+from .tryon_net import canvas, sample
 
 CANDIDATES = 16
 
@@ -115,18 +117,14 @@ def evaluate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("codec", type=Path)
-    parser.add_argument("unet", type=Path)
+    parser.add_argument("--models", type=Path, default=MODELS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--swaps", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    codec, net = Codec(), build()
-    codec.load_state_dict(torch.load(args.codec, weights_only=True))
-    net.load_state_dict(torch.load(args.unet, weights_only=True))
-    figures, rows = evaluate(codec, net.eval(), args.swaps, args.steps)
+    figures, rows = evaluate(*read(args.models), args.swaps, args.steps)
     print(json.dumps(figures, indent=1))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")

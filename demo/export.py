@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from .codec import Codec
 from .layout import LABEL, MODELS
@@ -19,6 +20,11 @@ from .tiny_wan import save
 from .tryon_net import HEADS, build
 
 TAILS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+
+
+def attention_blocks(net) -> list[str]:
+    """Names of the self-attention modules in CatVTON's order: down, up, mid."""
+    return [name for name, _ in net.named_modules() if name.endswith(".attn1")]
 
 
 def split(net) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -29,12 +35,29 @@ def split(net) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         k: v.detach().half().contiguous() for k, v in net.state_dict().items() if ".attn2." not in k
     }
     attention = {}
-    blocks = [name for name, _ in net.named_modules() if name.endswith(".attn1")]
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(attention_blocks(net)):
         for tail in TAILS:
             attention[f"{8 * number}.{tail}"] = state[f"{block}.{tail}"]
             state[f"{block}.{tail}"] = torch.zeros_like(state[f"{block}.{tail}"])
     return state, attention
+
+
+def read(models: Path = MODELS):
+    """(Codec, UNet2DConditionModel) from the exported files, attention put back by its number."""
+    folder = models / "CatVTON" / "frugal-demo" / "attention"
+    attention = load_file(folder / "model.safetensors")
+    codec, net = Codec(), build()
+    stored = load_file(models / "vae" / "frugal_demo_codec.safetensors")
+    codec.load_state_dict({k: v.float() for k, v in stored.items() if k.startswith("taesd_")})
+    state = load_file(models / "diffusion_models" / "frugal_demo_tryon_base.safetensors")
+    for number, block in enumerate(attention_blocks(net)):
+        state |= {f"{block}.{tail}": attention[f"{8 * number}.{tail}"] for tail in TAILS}
+    missing, unexpected = net.load_state_dict(
+        {k: v.float() for k, v in state.items()}, strict=False
+    )
+    if unexpected or any(".attn2." not in key for key in missing):
+        raise ValueError(f"the demo models do not fit the net: {unexpected or missing}")
+    return codec.eval(), net.eval()
 
 
 def main() -> None:
