@@ -194,12 +194,12 @@ def demo(options: argparse.Namespace) -> int:
     install("demo")
     tree = find_trees(named)[0]
     say(f"ComfyUI: {tree}")
-    command = [str(PYTHON), str(ROOT / "demo" / "run.py"), "--tree", str(tree)]
+    command = [str(PYTHON), "-m", "demo.run", "--tree", str(tree)]
     command += ["--out", str(Path(options.out).resolve()), "--repeat", str(options.repeat)]
     for name in ("person", "garment", "models"):
         if value := getattr(options, name):
             command += [f"--{name}", str(Path(value).resolve())]
-    return subprocess.call(command, env=environment())
+    return subprocess.call(command, cwd=ROOT, env=environment())
 
 
 def test(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -19,11 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-# Imported both from a script in this folder and as a part of the package.
-if __package__:
-    from .comfy_client import ComfyClient, Result, ServerError
-else:
-    from comfy_client import ComfyClient, Result, ServerError
+from .comfy_client import ComfyClient, Result, ServerError
 
 __all__ = ["PACK", "ComfyServer", "Result", "ServerError", "link_folder", "pack_node_ids"]
 
