@@ -186,7 +186,9 @@ def demo(options: argparse.Namespace) -> int:
     given = (options.person, options.garment, options.models)
     if any(given) and not all(given):
         raise SetupError("--person, --garment, --models go together; give all three or none.")
-    for path in given:
+    if options.mask and not options.person:
+        raise SetupError("--mask belongs to --person; give --person, --garment, --models too.")
+    for path in (*given, options.mask):
         if path and not Path(path).exists():
             raise SetupError(f"{path} does not exist.")
     named = named_trees(options.comfyui)
@@ -196,7 +198,7 @@ def demo(options: argparse.Namespace) -> int:
     say(f"ComfyUI: {tree}")
     command = [str(PYTHON), "-m", "demo.run", "--tree", str(tree)]
     command += ["--out", str(Path(options.out).resolve()), "--repeat", str(options.repeat)]
-    for name in ("person", "garment", "models"):
+    for name in ("person", "garment", "mask", "models"):
         if value := getattr(options, name):
             command += [f"--{name}", str(Path(value).resolve())]
     return subprocess.call(command, cwd=ROOT, env=environment())
@@ -291,6 +293,7 @@ def main() -> int:
     show = commands.add_parser("demo", help="run the pack in a real ComfyUI and write pictures")
     show.add_argument("--person", metavar="P", help="photo (needs --garment and --models too)")
     show.add_argument("--garment", metavar="G", help="picture of a garment")
+    show.add_argument("--mask", metavar="M", help="white over the clothes to replace")
     show.add_argument("--models", metavar="DIR", help="ComfyUI models folder, CatVTON files in it")
     show.add_argument("--out", metavar="DIR", default=str(ROOT / "demo" / "out"))
     show.add_argument("--repeat", type=int, metavar="N", default=1, help="times to run each graph")

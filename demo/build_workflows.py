@@ -45,7 +45,7 @@ REAL = {
     "person": "person.png",
     "mask": "person_mask.png",
     "garment": "garment.png",
-    "base": "diffusion_models/sd-v1-5-inpainting.safetensors",
+    "base": "checkpoints/sd-v1-5-inpainting.safetensors",
     "attention": "mix-48k-1024/attention/model.safetensors",
     "vae": "vae-ft-mse-840000-ema-pruned.safetensors",
     "wan": "wan2.1_i2v_480p_14B_fp8_scaled.safetensors",
@@ -90,7 +90,7 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
                 *model(
                     "sd-v1-5-inpainting.safetensors",
                     f"{HUB}/webui/stable-diffusion-inpainting/resolve/main/sd-v1-5-inpainting.safetensors",
-                    "diffusion_models",
+                    "checkpoints",
                 ),
                 *model(
                     "model.safetensors",
@@ -304,7 +304,7 @@ REAL_NOTE = Note(
 
 Paint the mask over the clothes to replace (white = repaint). Files and folders:
 
-- `models/diffusion_models/sd-v1-5-inpainting.safetensors`
+- `models/checkpoints/sd-v1-5-inpainting.safetensors`
 - `models/CatVTON/mix-48k-1024/attention/model.safetensors`
 - `models/vae/vae-ft-mse-840000-ema-pruned.safetensors`
 - `models/diffusion_models/wan2.1_i2v_480p_14B_fp8_scaled.safetensors`
