@@ -123,8 +123,10 @@ def measure(end, column, parent, area):
 
 @njit
 def mark_holes(column, colour, parent, area, border, max_hole):
-    """Turn enclosed background runs of at most `max_hole` px (negative: any size) to foreground;
-    joins them.
+    """Turn enclosed background of at most `max_hole` px (negative: any size) to foreground.
+
+    Joining each of its runs with the run above is enough: above the top of a hole lies what
+    surrounds it, and above some run of the hole lies the bottom of every island inside.
     """
     width = column.shape[0] - 1
     for x in range(width):
@@ -146,7 +148,6 @@ def mark_holes(column, colour, parent, area, border, max_hole):
             if colour[i] == 2:
                 colour[i] = 1
                 unite(parent, i, i - 1)
-                unite(parent, i, i + 1)
     return filled
 
 

@@ -206,13 +206,19 @@ def test_gaussian_is_three_uniform_filters(backend, picture, sigma, soft):
     assert result.max() <= 1
 
 
-@pytest.mark.parametrize("sigma", [1.0, 3.0, 12.0, 18.0, 40.0, 127.0, 255.0])
-def test_box_widths_have_the_standard_deviation_asked_for(sigma):
-    """Kovesi's bound: widths two apart leave at most about a quarter of a pixel."""
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.2, 3.0, 12.0, 12.4, 18.0, 40.7, 127.0, 255.0])
+def test_box_widths_come_nearest_to_the_variance(sigma):
+    """No other mix of those two widths has a variance, sum of (w^2 - 1) / 12, nearer to sigma^2."""
     widths = box_widths(sigma)
+    lower = min(widths) if len(set(widths)) == 2 else widths[0]
+
+    def error(chosen):
+        return abs(sum(w * w - 1 for w in chosen) / 12 - sigma * sigma)
+
+    mixes = [[low] * n + [low + 2] * (3 - n) for low in (lower - 2, lower) for n in range(4)]
     assert all(w % 2 for w in widths)
-    assert max(widths) - min(widths) in (0, 2)
-    assert abs(np.sqrt(sum(w * w - 1 for w in widths) / 12) - sigma) < 0.26
+    assert error(widths) <= min(error(mix) for mix in mixes if mix[0] > 0) + 1e-9
+    assert abs(np.sqrt(sum(w * w - 1 for w in widths) / 12) - sigma) < 0.32
 
 
 def test_gaussian_is_near_a_true_gaussian():

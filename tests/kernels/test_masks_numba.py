@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -150,6 +151,21 @@ def test_numbas_own_settings_are_left_alone():
     before = numba.core.config.CACHE_DIR
     _jit.njit(lambda x: x + 1)
     assert before == numba.core.config.CACHE_DIR
+
+
+@pytest.mark.parametrize("height", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("grow", [0, 3, -3, 70, -70])
+def test_bits_past_the_picture_stay_clear(height, grow):
+    """The other kernels count and measure on whole words and rely on it."""
+    chain, bits = driver.numba_chain(), importlib.import_module("frugal.kernels.masks.bits")
+    mask = np.random.default_rng(0).random((height, 40), np.float32)
+    words = np.empty((-(-height // 64), 40), np.uint64)
+    bits.pack(mask, np.float32(0.5), words, np.empty(40, np.uint8), 0, len(words))
+    plan, scratch = chain.Plan.of(RefineSettings(grow=grow)), chain.Scratch()
+    if grow:
+        chain._grow(words, height, plan, scratch, 1, lambda tasks: [t(scratch) for t in tasks])
+    past = np.unpackbits(words.T.copy().view(np.uint8), axis=1, bitorder="little")[:, height:]
+    assert not past.any()
 
 
 def test_four_callers_at_once_for_some_seconds():
