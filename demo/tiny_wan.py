@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-TEXT_WIDTH, CLIP_WIDTH, CLIP_TOKENS, TIME_WIDTH = 4096, 1280, 257, 256
+TEXT_WIDTH, CLIP_WIDTH, TIME_WIDTH = 4096, 1280, 256
 LATENT_CHANNELS, VAE_LEVELS, VAE_BLOCKS = 16, (1, 2, 4, 4), 2
 Shapes = dict[str, tuple[int, ...]]
 

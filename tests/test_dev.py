@@ -139,9 +139,13 @@ def test_counts_come_from_pytest(dev, tmp_path):
 
 
 def test_the_demo_wants_all_three_or_none(dev, tmp_path):
-    options = Namespace(person="p.jpg", garment=None, models=None, out="", repeat=1, comfyui=[])
+    options = Namespace(person="p.jpg", garment=None, models=None, mask=None, comfyui=[])
     with pytest.raises(dev.SetupError, match="go together"):
         dev.demo(options)
+    options.person, options.mask = None, "m.png"
+    with pytest.raises(dev.SetupError, match="--mask belongs"):
+        dev.demo(options)
+    options.person, options.mask = "p.jpg", None
     options.garment = options.models = str(tmp_path)
     with pytest.raises(dev.SetupError, match=r"p\.jpg does not exist"):
         dev.demo(options)

@@ -1,7 +1,7 @@
-"""Tiny seeded model files for tests: small enough for a CPU, laid out like the real ones.
+"""Tiny seeded try-on files for tests, laid out like the real ones.
 
-Wan files come from the shape tables in demo/tiny_wan.py, which need no ComfyUI; the try-on UNet
-from diffusers, whose naming it keeps. Every function writes safetensors and returns the path.
+The UNet comes from diffusers, whose naming it keeps. Wan files come from demo/tiny_wan.py. Every
+function writes safetensors and returns the path.
 """
 
 from __future__ import annotations
@@ -10,46 +10,9 @@ from pathlib import Path
 
 import torch
 
-from frugal.demo.tiny_wan import (
-    CLIP_TOKENS,
-    CLIP_WIDTH,
-    I2V,
-    T2V,
-    WanSize,
-    fill,
-    save,
-    text_embedding,
-    vae_shapes,
-    wan_shapes,
-)
+from frugal.demo.tiny_wan import save
 
 TRYON_CHANNELS = (64, 128, 192)
-
-
-def wan_model(
-    path: Path, size: WanSize = T2V, seed: int = 0, dtype: torch.dtype = torch.float16
-) -> Path:
-    """A Wan 2.1 diffusion model in canonical keys, without metadata."""
-    return save(fill(wan_shapes(size), seed, dtype), path)
-
-
-def wan_i2v(path: Path, seed: int = 0) -> Path:
-    return wan_model(path, I2V, seed)
-
-
-def wan_vae(path: Path, dim: int = 8, seed: int = 0) -> Path:
-    return save(fill(vae_shapes(dim), seed), path)
-
-
-def text_embeds(path: Path, tokens: int = 12, seed: int = 0) -> Path:
-    """One float32 tensor [1, tokens, 4096], the shape the umT5 encoder gives."""
-    return save({"embeds": text_embedding(tokens, seed)}, path)
-
-
-def clip_vision_embeds(path: Path, seed: int = 0) -> Path:
-    """One float32 tensor [1, 257, 1280], ViT-H's penultimate hidden states."""
-    noise = torch.randn(1, CLIP_TOKENS, CLIP_WIDTH, generator=torch.Generator().manual_seed(seed))
-    return save({"penultimate_hidden_states": noise}, path)
 
 
 def tryon_unet(channels: tuple[int, ...] = TRYON_CHANNELS, in_channels: int = 9):
