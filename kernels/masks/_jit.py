@@ -67,14 +67,14 @@ def njit(function: Callable[..., Any]) -> Any:
     process, and the pack shares that process with others. Raises ImportError (or SystemError, from
     an old Numba on a new NumPy) when Numba cannot be used; `driver` then takes the reference.
     """
-    import numba
+    import numba.core.config
 
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     folder = cache_folder(function.__module__, function.__code__.co_filename)
     if folder is None:
         return numba.njit(**options)(function)
     with _decorating:
-        config = numba.core.config
+        config: Any = numba.core.config
         before = config.CACHE_DIR
         config.CACHE_DIR = folder
         try:

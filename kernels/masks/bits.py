@@ -7,6 +7,8 @@ loop along x.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -19,24 +21,23 @@ ONE = np.uint64(1)
 BYTE = 8
 
 
-@intrinsic
-def trailing_zeros(typingctx, value):
-    """Number of zero bits below the lowest set bit of a uint64; undefined for 0."""
-
+def _count_trailing_zeros(typingctx, value):
     def codegen(context, builder, signature, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
     return types.uint64(types.uint64), codegen
 
 
-@intrinsic
-def popcount(typingctx, value):
-    """Number of set bits of a uint64."""
-
+def _count_ones(typingctx, value):
     def codegen(context, builder, signature, args):
         return builder.ctpop(args[0])
 
     return types.uint64(types.uint64), codegen
+
+
+# Number of zero bits below the lowest set bit of a uint64 (undefined for 0), and of its set bits.
+trailing_zeros: Any = intrinsic(_count_trailing_zeros)
+popcount: Any = intrinsic(_count_ones)
 
 
 @njit

@@ -43,11 +43,12 @@ class Plan:
     settings: RefineSettings
     heights: np.ndarray
     reach: int
-    tables: tuple[np.ndarray, np.ndarray] | None
+    tables: tuple[np.ndarray, np.ndarray]
 
     @classmethod
     def of(cls, settings: RefineSettings) -> Plan:
-        tables, reach = None, 0
+        unused = np.empty(0, np.float32)
+        tables, reach = (unused, unused), 0
         if settings.feather and settings.feather_mode == "gaussian":
             reach = sum(settings.widths) // 2
         elif settings.feather:

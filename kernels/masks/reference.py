@@ -18,13 +18,19 @@ EIGHT = np.ones((3, 3), bool)
 CROSS = ndimage.generate_binary_structure(2, 1)
 
 
+def label(bits: np.ndarray, structure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Region numbers from 1 (0 where `bits` is False), int [H, W], and the px of each number."""
+    labels = np.empty(bits.shape, np.int32)
+    count = ndimage.label(bits, structure, output=labels)
+    return labels, np.bincount(labels.ravel(), minlength=int(count) + 1)  # pyright: ignore
+
+
 def fill_holes(bits: np.ndarray, max_hole: int) -> np.ndarray:
     """Fill 4-connected background regions that do not touch the border and hold at most `max_hole`
     px (-1: any).
     """
-    labels, count = ndimage.label(~bits, CROSS)
-    area = np.bincount(labels.ravel(), minlength=count + 1)
-    hole = np.ones(count + 1, bool) if max_hole < 0 else area <= max_hole
+    labels, area = label(~bits, CROSS)
+    hole = np.ones(len(area), bool) if max_hole < 0 else area <= max_hole
     hole[np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))] = False
     hole[0] = False
     return bits | hole[labels]
@@ -36,8 +42,7 @@ def drop_islands(bits: np.ndarray, min_island: int, keep: int) -> np.ndarray:
 
     Among equal areas the region whose first pixel comes first, column by column, is kept.
     """
-    labels, count = ndimage.label(bits, EIGHT)
-    area = np.bincount(labels.ravel(), minlength=count + 1)
+    labels, area = label(bits, EIGHT)
     stays = area >= min_island
     stays[0] = False
     if keep > 0:
@@ -64,7 +69,11 @@ def squared_distance(target: np.ndarray) -> np.ndarray:
     """
     if not target.any():
         return np.full(target.shape, np.iinfo(np.int64).max // 2)
-    y, x = ndimage.distance_transform_edt(~target, return_distances=False, return_indices=True)
+    nearest = np.empty((2, *target.shape), np.int32)
+    ndimage.distance_transform_edt(
+        ~target, return_distances=False, return_indices=True, indices=nearest
+    )
+    y, x = nearest
     rows, columns = np.indices(target.shape)
     return (y - rows).astype(np.int64) ** 2 + (x - columns).astype(np.int64) ** 2
 
@@ -164,5 +173,5 @@ def refine_frame(frame: np.ndarray, settings: RefineSettings, out: np.ndarray) -
 
 def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Columns and rows that hold a value above 0 in any frame of [B, H, W]: bool [W], bool [H]."""
-    seen = (mask > 0).any(axis=0)
-    return seen.any(axis=0), seen.any(axis=1)
+    seen = mask > 0
+    return np.any(seen, axis=(0, 1)), np.any(seen, axis=(0, 2))
