@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,6 @@ class LoadReport:
     seconds: float
     notes: tuple[str, ...] = field(default=())
     licence: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def text(self) -> str:
         lines = [self.title]

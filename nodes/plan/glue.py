@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
 from typing import Any
 
 import comfy.model_management
@@ -32,10 +31,6 @@ def model_facts(model: Any) -> LoadReport | ModelFacts:
     left = model.get_attachment(REPORT_KEY)
     if isinstance(left, LoadReport):
         return left
-    if isinstance(left, dict):
-        known = {field.name for field in fields(LoadReport)}
-        values = {name: value for name, value in left.items() if name in known}
-        return LoadReport(**values | {"notes": tuple(values.get("notes", ()))})
     formats: Counter[str] = Counter()
     for tensor in (*model.model.parameters(), *model.model.buffers()):
         kind = type(tensor).__name__

@@ -115,7 +115,7 @@ def load_wan(
         time.perf_counter() - started,
         plan.notes,
     )
-    patcher.set_attachments(REPORT_KEY, report.to_dict())
+    patcher.set_attachments(REPORT_KEY, report)
     return patcher, report
 
 

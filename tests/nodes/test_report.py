@@ -97,11 +97,10 @@ def test_process_memory_follows_an_allocation():
     assert Meter().memory(CPU).peak > 0.99 * after.now  # the kernel counts in batches of pages
 
 
-@pytest.mark.parametrize("as_dict", [True, False])
-def test_a_load_report_on_the_model_is_used(as_dict):
+def test_a_load_report_on_the_model_is_used():
     left = LoadReport("Wan 2.1", {"wan.safetensors": 5_000_000}, {"fp8": 4_000_000}, 1.5, ("note",))
     model = patcher()
-    model.set_attachments(REPORT_KEY, left.to_dict() if as_dict else left)
+    model.set_attachments(REPORT_KEY, left)
     text, data = execute(model=model).args
     assert left.text() in text
     assert json.loads(data)["models"][0]["formats"] == {"fp8": 4_000_000}
