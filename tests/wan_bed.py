@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -202,6 +203,117 @@ def fp8_layouts(source: Weights) -> dict[str, Callable[[], File]]:
         ),
         "e5m2 weight_scale [rows,1], no marker": lambda: scaled(source, E5, rows=True, **ONE_STEP),
     }
+
+
+def packed_words(columns: list[np.ndarray], bits: int, places: Sequence[int]) -> np.ndarray:
+    """Words int32 from arrays of small integers: array i goes to place `places[i]`, one at a time
+    as the reference packers do.
+    """
+    words = np.zeros(columns[0].shape, dtype=np.uint32)
+    for values, place in zip(columns, places, strict=True):
+        words |= values.astype(np.uint32) << np.uint32(bits * place)
+    return words.view(np.int32)
+
+
+def gptq_or_awq_layer(
+    weight: torch.Tensor,
+    kind: str = "gptq",
+    bits: int = 4,
+    group: int = 64,
+    symmetric: bool = False,
+    act_order: bool = False,
+    version: int = 1,
+) -> tuple[Weights, torch.Tensor]:
+    """Tensors of one layer (leaf -> tensor) and the float32 weight that they stand for."""
+    rows, width = weight.shape
+    index = np.arange(width) // group
+    if act_order:
+        index = index[np.random.default_rng(width).permutation(width)]
+    floats = weight.double().numpy()
+    scales = np.zeros((width // group, rows), dtype=np.float16)
+    zeros = np.zeros((width // group, rows), dtype=np.int64)
+    top = 2**bits - 1
+    for number in range(width // group):
+        part = floats[:, index == number]
+        low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
+        if symmetric:
+            high = np.maximum(high, -low)
+            low = -high
+        scales[number] = (high - low) / top
+        least = 1 if kind == "gptq" and version == 1 else 0
+        zeros[number] = (
+            2 ** (bits - 1)
+            if symmetric
+            else np.clip(np.round(-low / scales[number].astype(np.float64)), least, top)
+        )
+    q = np.clip(np.round(floats.T / scales[index]) + zeros[index], 0, top).astype(np.int64)
+    meant = (q - zeros[index]) * scales[index].astype(np.float64)
+    count = 32 // bits
+    if kind == "awq":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        words = packed_words([q[:, i::8] for i in order], 4, range(8))
+        stored = packed_words([zeros[:, i::8] for i in order], 4, range(8))
+    else:
+        words = packed_words([q[i::count] for i in range(count)], bits, range(count))
+        away = zeros - (1 if version == 1 else 0)
+        stored = packed_words([away[:, i::count] for i in range(count)], bits, range(count))
+    layer = {"qweight": words, "qzeros": stored, "scales": scales}
+    if kind == "gptq":
+        layer["g_idx"] = index.astype(np.int32)
+    tensors = {leaf: torch.from_numpy(np.ascontiguousarray(value)) for leaf, value in layer.items()}
+    return tensors, torch.from_numpy(np.ascontiguousarray(meant.T)).float()
+
+
+def gptq_or_awq(source: Weights, config: WanConfig = T2V, **options: Any) -> File:
+    held, meant = base(source)
+    for layer in block_linears(source, config):
+        tensors, meant[f"{layer}.weight"] = gptq_or_awq_layer(
+            held.pop(f"{layer}.weight"), **options
+        )
+        held.update({f"{layer}.{leaf}": tensor for leaf, tensor in tensors.items()})
+    metadata = {}
+    if options.get("version") == 2:
+        metadata = {"quantization_config": json.dumps({"checkpoint_format": "gptq_v2"})}
+    return held, metadata, meant
+
+
+PACKED_LAYOUTS: dict[str, dict[str, Any]] = {
+    "GPTQ 4 bits, asymmetric": {},
+    "GPTQ 4 bits, symmetric": {"symmetric": True},
+    "GPTQ 4 bits, act-order": {"act_order": True},
+    "GPTQ 4 bits, version 2": {"version": 2},
+    "GPTQ 8 bits": {"bits": 8, "group": 128},
+    "AWQ 4 bits": {"kind": "awq"},
+}
+
+
+def lightx2v_nvfp4(source: Weights, older: bool = False, config: WanConfig = T2V) -> File:
+    """NVFP4 as LightX2V writes it, from comfy-kitchen's quantiser: even input in the low half
+    byte, outer scales inverted; `older` files carry input_absmax in place of alpha.
+    """
+    import comfy_kitchen
+
+    held, meant = base(source)
+    for layer in block_linears(source, config):
+        weight = source[f"{layer}.weight"]
+        inverse = 2688.0 / weight.abs().amax()
+        stored, blocks = comfy_kitchen.quantize_nvfp4(weight, 1 / inverse)
+        meant[f"{layer}.weight"] = comfy_kitchen.dequantize_nvfp4(
+            stored, 1 / inverse, blocks, torch.float32
+        )
+        low, high = stored & 15, stored // 16
+        absmax = torch.tensor(5.0)
+        own = {
+            "weight": low * 16 + high,
+            "weight_scale": blocks,
+            **(
+                {"weight_global_scale": inverse, "input_absmax": absmax}
+                if older
+                else {"alpha": 1 / (2688.0 / absmax * inverse), "input_global_scale": 2688 / absmax}
+            ),
+        }
+        held.update({f"{layer}.{leaf}": value for leaf, value in own.items()})
+    return held, {}, meant
 
 
 def write(path: Path, tensors: Weights, metadata: dict[str, str] | None = None) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from ..quant.packed_int import PackedSpec
 from .header import TensorInfo
 
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
@@ -53,9 +54,6 @@ SIDE = {
 }
 # Tensors of conventions that no supported ComfyUI reads rightly; the value names the convention.
 FOREIGN = {
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
-    "g_idx": "GPTQ",
     "weight._data": "quanto (Wan2GP)",
     "weight._scale": "quanto (Wan2GP)",
     "weight.absmax": "bitsandbytes",
@@ -63,10 +61,6 @@ FOREIGN = {
     "weight.nested_absmax": "bitsandbytes",
     "weight.quant_state.bitsandbytes__nf4": "bitsandbytes",
     "weight.quant_state.bitsandbytes__fp4": "bitsandbytes",
-    "alpha": "LightX2V NVFP4",
-    "input_global_scale": "LightX2V NVFP4",
-    "weight_global_scale": "LightX2V NVFP4",
-    "input_absmax": "LightX2V NVFP4",
     "weight_correction": "asymmetric W4A8 with correction",
     "smooth_factor": "SVDQuant",
     "proj_down": "SVDQuant",
@@ -82,7 +76,8 @@ class LayerLayout:
 
     `stored` maps a side tensor's name in the file (such as scale_weight) to its canonical name;
     `unit_scale` says that the file holds no scale because the weight is a plain cast; `options`
-    are the declared format options.
+    are the declared format options; `packed` says how GPTQ or AWQ words are read; `lightx2v` marks
+    NVFP4 in LightX2V's own convention; `computed` that the file holds floats, quantised on load.
     """
 
     format: str
@@ -90,6 +85,9 @@ class LayerLayout:
     unit_scale: bool = False
     stored: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    packed: PackedSpec | None = None
+    lightx2v: bool = False
+    computed: bool = False
 
 
 def classify(
@@ -112,7 +110,7 @@ def classify(
     stored = {name: SIDE[name] for name in side if name != "comfy_quant"}
     canonical = {SIDE[name]: info for name, info in side.items()}
     if "input_scale" in canonical:
-        _scalar(where, "an activation scale", canonical["input_scale"])
+        check_scalar(where, "an activation scale", canonical["input_scale"])
     if declared is not None:
         return _declared(where, shape, weight, canonical, stored, declared)
     extra = sorted(set(canonical) - {"weight_scale", "input_scale", "comfy_quant"})
@@ -134,7 +132,7 @@ def classify(
             raise FrugalError(
                 f"{where} is int8 without a scale", "weight_scale beside it", "choose another file"
             )
-        _only(where, INT8, canonical, {"weight_scale"}, {"weight_scale"})
+        check_only(where, INT8, canonical, {"weight_scale"}, {"weight_scale"})
         _rows(where, scale, shape)
         return LayerLayout(INT8, stored=stored)
     if weight.dtype not in FLOATS:
@@ -178,7 +176,7 @@ def _declared(
                 "choose another file",
             )
         _check_shape(where, weight, shape)
-        _only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
+        check_only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
         # The bytes decide: files labelled e4m3fn with e5m2 inside are known.
         return LayerLayout(
             FLOAT8[weight.dtype],
@@ -199,11 +197,11 @@ def _declared(
         )
     if form == INT8:
         _check(where, weight, torch.int8, shape)
-        _only(where, form, side, {"weight_scale"}, {"weight_scale"})
+        check_only(where, form, side, {"weight_scale"}, {"weight_scale"})
         _rows(where, side["weight_scale"], shape)
     elif form == W4A4:
         _check(where, weight, torch.int8, (out, inside // 2))
-        _only(where, form, side, {"weight_scale"}, {"weight_scale"})
+        check_only(where, form, side, {"weight_scale"}, {"weight_scale"})
         if not _rows(where, side["weight_scale"], shape):
             raise FrugalError(
                 f"{where} has one scale for {out} rows", f"{out} scales", "convert the model again"
@@ -213,11 +211,11 @@ def _declared(
     elif form == NVFP4:
         _check(where, weight, torch.uint8, (out, inside // 2))
         allowed = {"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"}
-        _only(where, form, side, allowed, {"weight_scale", "weight_scale_2"})
-        _block_scales(
+        check_only(where, form, side, allowed, {"weight_scale", "weight_scale_2"})
+        check_block_scales(
             where, side["weight_scale"], out, inside // 16, (torch.float8_e4m3fn, torch.uint8)
         )
-        _scalar(where, "weight_scale_2", side["weight_scale_2"])
+        check_scalar(where, "weight_scale_2", side["weight_scale_2"])
         if "pre_quant_scale" in side and side["pre_quant_scale"].numel != inside:
             raise FrugalError(
                 f"{where} has {side['pre_quant_scale'].numel} smoothing factors",
@@ -226,8 +224,8 @@ def _declared(
             )
     else:
         _check(where, weight, torch.float8_e4m3fn, shape)
-        _only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
-        _block_scales(
+        check_only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
+        check_block_scales(
             where, side["weight_scale"], out, inside // 32, (torch.float8_e8m0fnu, torch.uint8)
         )
     return LayerLayout(form, stored=stored, options=options)
@@ -242,7 +240,7 @@ def _w4a8(
 ) -> None:
     out, inside = shape
     _check(where, weight, torch.int8, (out, inside // 2))
-    _only(where, W4A8, side, {"weight_s_rel", "weight_s_channel", "weight_codebook"},
+    check_only(where, W4A8, side, {"weight_s_rel", "weight_s_channel", "weight_codebook"},
           {"weight_s_rel", "weight_s_channel"})  # fmt: skip
     group = options.get("group_size", 16)
     if type(group) is not int or group < 4 or inside % group:
@@ -292,7 +290,7 @@ def _rows(where: str, scale: TensorInfo, shape: tuple[int, int]) -> bool:
     )
 
 
-def _block_scales(
+def check_block_scales(
     where: str, scale: TensorInfo, rows: int, groups: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     padded = (math.ceil(rows / 128) * 128) * (math.ceil(groups / 4) * 4)
@@ -304,21 +302,21 @@ def _block_scales(
         )
 
 
-def _scalar(where: str, name: str, info: TensorInfo) -> None:
+def check_scalar(where: str, name: str, info: TensorInfo) -> None:
     if info.numel != 1:
         raise FrugalError(
             f"{where} has {name} of shape {list(info.shape)}", "one number", "choose another file"
         )
 
 
-def _only(
+def check_only(
     where: str, form: str, side: Mapping[str, Any], allowed: set[str], needed: set[str]
 ) -> None:
     absent, extra = sorted(needed - set(side)), sorted(set(side) - allowed - {"comfy_quant"})
     if absent:
         raise FrugalError(
             f"{where} is {form} without {', '.join(absent)}",
-            "its scales",
+            "all its tensors",
             "download the file again",
         )
     if extra:

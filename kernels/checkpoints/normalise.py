@@ -8,24 +8,31 @@ change (scales, and small parameters stored as fp8) are copied, never changed in
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from ..errors import FrugalError
+from ..quant.packed_int import PackedWeight
 from .layouts import FLOAT8, MXFP8, NVFP4, W4A4, LayerLayout
+from .packed import PACKED, check_packed, from_lightx2v
 from .plan import Plan
 
 E5M2, E4M3 = "float8_e5m2", "float8_e4m3fn"
+Quantise = Callable[[torch.Tensor, LayerLayout], Mapping[str, torch.Tensor]]
 
 
-def normalise(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def normalise(
+    plan: Plan, tensors: Mapping[str, torch.Tensor], quantise: Quantise | None = None
+) -> dict[str, torch.Tensor]:
     """The state dict under canonical names, from the planned file's tensors under their own names.
 
     Scales of fp8 and int8 come out as float32, shape [] or [rows, 1]; parameters that are no linear
-    weights and are stored as fp8 come out as bfloat16, which holds every fp8 value. Raises
-    FrugalError for a scale that is not finite and for a tensor that is not there.
+    weights and are stored as fp8 come out as bfloat16, which holds every fp8 value; GPTQ and AWQ
+    layers come out packed, to be taken out with `take_packed`. `quantise` turns the float weight of
+    a layer to be quantised on load into its tensors, leaf -> tensor. Raises FrugalError for a scale
+    that is not finite and for a tensor that is not there.
     """
     out: dict[str, torch.Tensor] = {}
     for raw, name in plan.rename.items():
@@ -35,7 +42,11 @@ def normalise(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
             )
         layer, _, leaf = name.rpartition(".")
         layout = plan.layers.get(layer)
-        if layout is None or leaf in ("weight", "bias"):
+        if layout is not None and layout.computed and leaf == "weight":
+            assert quantise is not None, "a plan that quantises needs a quantiser"
+            made = quantise(tensors[raw], layout)
+            out.update({f"{layer}.{part}": value for part, value in made.items()})
+        elif layout is None or leaf in ("weight", "bias"):
             stays = layout is not None and leaf == "weight"
             out[name] = tensors[raw] if stays else _without_float8(tensors[raw])
         elif leaf != "input_scale" or layout.format not in FLOAT8.values():
@@ -43,7 +54,40 @@ def normalise(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     for layer, layout in plan.layers.items():
         if layout.unit_scale:
             out[f"{layer}.weight_scale"] = torch.ones((), dtype=torch.float32)
+        if layout.lightx2v:
+            parts = {leaf: out.pop(f"{layer}.{leaf}") for leaf in ("weight", *layout.stored)}
+            made = from_lightx2v(f"{plan.file}: {layer}", parts)
+            out.update({f"{layer}.{leaf}": value for leaf, value in made.items()})
     return out
+
+
+def take_packed(plan: Plan, state_dict: dict[str, torch.Tensor]) -> dict[str, PackedWeight]:
+    """Take GPTQ and AWQ layers out of a normalised state dict (which changes): layer -> weight.
+
+    In their place the state dict gets one fp8 element seen as the whole weight and a scale of one,
+    so that a loader which knows fp8 builds the layer without memory for it. Raises FrugalError for
+    ambiguous or meaningless values.
+    """
+    taken: dict[str, PackedWeight] = {}
+    for name in plan.packed:
+        layout = plan.layers[name]
+        assert layout.packed is not None
+        parts = {
+            leaf: state_dict.pop(f"{name}.{leaf}") for leaf in ("weight", *layout.stored.values())
+        }
+        weight = PackedWeight(
+            parts["weight"],
+            parts["weight_scale"],
+            parts["weight_zeros"],
+            parts.get("weight_g_idx"),
+            layout.packed,
+        )
+        check_packed(f"{plan.file}: {name}", weight, plan.settings)
+        shape = (layout.packed.rows, layout.packed.width)
+        state_dict[f"{name}.weight"] = torch.zeros(1, 1, dtype=torch.float8_e4m3fn).expand(shape)
+        state_dict[f"{name}.weight_scale"] = torch.ones((), dtype=torch.float32)
+        taken[name] = weight
+    return taken
 
 
 def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,7 +96,7 @@ def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
 
 def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor) -> torch.Tensor:
     leaf = name.rpartition(".")[2]
-    blocks = layout.format in (NVFP4, MXFP8) and leaf == "weight_scale"
+    blocks = layout.format in (NVFP4, MXFP8, *PACKED) and leaf == "weight_scale"
     if blocks or leaf not in ("weight_scale", "weight_scale_2"):
         return tensor
     scale = _scale(file, name, tensor)
@@ -85,6 +129,9 @@ def declaration(plan: Plan, known: Collection[str]) -> dict[str, str]:
         form = layout.format
         if form == E5M2 and form not in known and E4M3 in known:
             # Where only one fp8 format is known, its reader takes the type from the bytes.
+            form = E4M3
+        if form in PACKED:
+            # Declared as the stand-in that take_packed leaves in their place.
             form = E4M3
         if form not in known:
             count = sum(layer.format == layout.format for layer in plan.layers.values())

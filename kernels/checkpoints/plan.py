@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,17 @@ import torch
 from ..errors import FrugalError
 from .header import TensorInfo
 from .layouts import FLOAT8, FLOATS, FOREIGN, PLAIN, SIDE, LayerLayout, classify
+from .packed import (
+    LIGHTX2V,
+    PACKED,
+    WORDS,
+    classify_lightx2v,
+    classify_packed,
+    is_lightx2v,
+    settings,
+)
+from .packed import SIDE as PACKED_SIDE
+from .plan_notes import format_name, plan_notes
 from .wan_keys import COMPANIONS, Naming, find_naming
 from .wan_shapes import TEXT_DIM, WanConfig, detect_config, parameters
 
@@ -32,8 +43,8 @@ class Plan:
 
     `rename` maps each tensor of the file that is kept to its canonical name, `layers` each linear
     layer that is quantised to its layout, `transformer` holds what the file's own configuration
-    adds to the shapes, `formats` counts bytes of weights per format, and `notes` says in words
-    what a user should know.
+    adds to the shapes, `formats` counts bytes of weights per format, `notes` says in words what a
+    user should know, and `settings` holds what the file states of a GPTQ or AWQ quantisation.
     """
 
     file: str
@@ -44,10 +55,15 @@ class Plan:
     transformer: Mapping[str, Any]
     formats: Mapping[str, int]
     notes: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def per_row_float8(self) -> tuple[str, ...]:
         return tuple(name for name, layer in self.layers.items() if layer.per_row)
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        return tuple(name for name, layer in self.layers.items() if layer.format in PACKED)
 
 
 def plan_wan(
@@ -73,23 +89,30 @@ def plan_wan(
     side = _side_tensors(file, names, table)
     _check_keys(file, names, table, side, config)
     declared = _declared(file, naming, metadata, side, names, value)
+    packed_settings = settings(file, metadata)
 
     layers: dict[str, LayerLayout] = {}
     rename: dict[str, str] = {}
     formats: Counter[str] = Counter()
     unit_scales_dropped = 0
     for name, parameter in table.items():
-        raw = names[name]
-        rename[raw] = name
         layer = name.removesuffix(".weight")
+        raw = names[name] if name in names else names[f"{layer}.{WORDS}"]
+        rename[raw] = name
         info = tensors[raw]
         if not parameter.linear:
             _check_plain(file, name, info, parameter.shape)
             formats[str(info.dtype).removeprefix("torch.")] += info.nbytes
             continue
         beside = {leaf: tensors[names[f"{layer}.{leaf}"]] for leaf in side.get(layer, ())}
-        layout = classify(f"{file}: {layer}", parameter.shape, info, beside, declared.get(layer))  # type: ignore[arg-type]
-        formats[_format_name(layout, info)] += info.nbytes
+        where, shape = f"{file}: {layer}", (parameter.shape[0], parameter.shape[1])
+        if any(leaf in PACKED_SIDE for leaf in beside):
+            layout = classify_packed(where, shape, beside, packed_settings)
+        elif is_lightx2v(beside):
+            layout = classify_lightx2v(where, shape, info, beside)
+        else:
+            layout = classify(where, shape, info, beside, declared.get(layer))
+        formats[format_name(layout, info)] += info.nbytes
         if layout.format == PLAIN:
             unit_scales_dropped += _refuse_scale(file, layer, layout, names, tensors, value)
             continue
@@ -101,11 +124,13 @@ def plan_wan(
             }
         )
     _check_scaled(file, layers, markers)
-    notes = _notes(naming, layers, left_out, unit_scales_dropped, markers, tensors)
+    notes = plan_notes(naming, layers, left_out, unit_scales_dropped, markers, tensors)
     ignored = sorted(set(stated) - {*FORWARDED, *FIXED, *_derived(config)})
     if ignored:
         notes += (f"configuration entries left out: {ascii(', '.join(ignored))[1:-1][:200]}",)
-    return Plan(file, config, naming, rename, layers, transformer, dict(formats), notes)
+    return Plan(
+        file, config, naming, rename, layers, transformer, dict(formats), notes, packed_settings
+    )
 
 
 def _canonical_names(
@@ -203,8 +228,15 @@ def _side_tensors(
                     "use an fp8, int8 or native 4-bit file of the same model",
                 )
         layer, _, leaf = name.rpartition(".")
-        if leaf in SIDE and f"{layer}.weight" in table and table[f"{layer}.weight"].linear:
+        known = leaf in SIDE or leaf in PACKED_SIDE or leaf in LIGHTX2V
+        if known and f"{layer}.weight" in table and table[f"{layer}.weight"].linear:
             found.setdefault(layer, []).append(leaf)
+            if leaf == WORDS and f"{layer}.weight" in names:
+                raise FrugalError(
+                    f"{file} holds {layer} both as weight and as {WORDS}",
+                    "one of them",
+                    "choose another file",
+                )
     return {layer: tuple(leaves) for layer, leaves in found.items()}
 
 
@@ -216,7 +248,8 @@ def _check_keys(
     config: WanConfig,
 ) -> None:
     explained = {f"{layer}.{leaf}" for layer, leaves in side.items() for leaf in leaves}
-    missing = [name for name in table if name not in names]
+    words = {f"{layer}.weight" for layer, leaves in side.items() if WORDS in leaves}
+    missing = [name for name in table if name not in names and name not in words]
     unknown = [name for name in names if name not in table and name not in explained]
     what = f"a Wan {config.variant} {config.size} file with {config.layers} blocks"
     if missing:
@@ -354,42 +387,3 @@ def _check_scaled(file: str, layers: Mapping[str, LayerLayout], markers: list[st
             "fp8 weights",
             "choose another file",
         )
-
-
-def _format_name(layout: LayerLayout, info: TensorInfo) -> str:
-    if layout.format == PLAIN:
-        return str(info.dtype).removeprefix("torch.")
-    if layout.format in FLOAT8.values():
-        scale = "per row" if layout.per_row else "none" if layout.unit_scale else "per tensor"
-        return f"{layout.format}, scale {scale}"
-    return f"{layout.format}, rotated" if layout.options.get("convrot") else layout.format
-
-
-def _notes(
-    naming: Naming,
-    layers: Mapping[str, LayerLayout],
-    left_out: Mapping[str, int],
-    unit_scales_dropped: int,
-    markers: list[str],
-    tensors: Mapping[str, TensorInfo],
-) -> tuple[str, ...]:
-    notes = [naming.text()]
-    counts = Counter(layer.format for layer in layers.values())
-    notes += [f"{count} linear layers in {form}" for form, count in counts.items()]
-    notes += [f"{count} tensors under {part} are left out" for part, count in left_out.items()]
-    if unit_scales_dropped:
-        notes.append(f"{unit_scales_dropped} scales beside unquantised weights are left out")
-    inputs = sum(
-        "input_scale" in layer.stored.values() and layer.format in FLOAT8.values()
-        for layer in layers.values()
-    )
-    if inputs:
-        notes.append(
-            f"{inputs} activation scales are left out: fp8 layers multiply in full precision"
-        )
-    elif markers and tensors[markers[0]].numel != 2:
-        notes.append(
-            "the file allows fp8 matmul; fp8 layers multiply in full precision, which "
-            "suits Wan better"
-        )
-    return tuple(notes)

@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from ..errors import FrugalError
 from .header import DOWNLOAD, Header, TensorInfo, read_header
+from .packed import CONFIG, WORDS
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SAFETENSORS = (".safetensors", ".sft")
@@ -24,6 +25,8 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 MAX_SMALL_BYTES = 65_536
 MAX_INDEX_BYTES = 100_000_000
+# Files in which the writers of GPTQ and AWQ models leave their settings, the most specific first.
+SETTINGS = ("quantize_config.json", "quant_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             "refresh the list of models and choose again",
         )
     if lower.endswith(INDEX_SUFFIX):
-        return _open_shards(path)
+        return _with_settings(_open_shards(path))
     if lower.endswith(SAFETENSORS):
         header = read_header(path)
         _refuse_lone_shard(path, header)
-        return Source(
-            path.name, (path,), header.tensors, header.metadata, dict.fromkeys(header.tensors, path)
-        )
+        owner = dict.fromkeys(header.tensors, path)
+        return _with_settings(Source(path.name, (path,), header.tensors, header.metadata, owner))
     if lower.endswith(PICKLES):
         return _open_pickle(path)
     if lower.endswith(".gguf"):
@@ -101,6 +103,35 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         f"a file ending in {', '.join(SAFETENSORS + PICKLES)}",
         "choose another file",
     )
+
+
+def _with_settings(source: Source) -> Source:
+    """The source with the quantisation settings beside it among its metadata, where its tensors
+    are GPTQ or AWQ and the folder holds no other model that the settings could belong to.
+    """
+    folder = source.files[0].parent
+    packed = any(name.endswith(f".{WORDS}") for name in source.tensors)
+    if not packed or CONFIG in source.metadata:
+        return source
+    others = [path for path in folder.iterdir() if path.name.lower().endswith(SAFETENSORS)]
+    if {path.name for path in others} != {path.name for path in source.files}:
+        return source
+    for name in SETTINGS:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
+            continue
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            found = content if name != "config.json" else content.get(CONFIG)
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise FrugalError(
+                f"{name} beside {source.name} is no readable settings file",
+                "JSON with settings of GPTQ or AWQ",
+                DOWNLOAD,
+            ) from error
+        if found is not None:
+            return replace(source, metadata={**source.metadata, CONFIG: json.dumps(found)})
+    return source
 
 
 def _refuse_lone_shard(path: Path, header: Header) -> None:

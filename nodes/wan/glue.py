@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,19 @@ import folder_paths
 import torch
 
 from ...kernels.checkpoints.layouts import FLOAT8
-from ...kernels.checkpoints.normalise import declaration, normalise
+from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
 from ...kernels.checkpoints.plan import Plan, plan_wan
 from ...kernels.checkpoints.source import INDEX_SUFFIX, SHARD, Source, open_source
 from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
 from ...kernels.errors import FrugalError
+from ...kernels.quant.packed_int import PackedWeight
 from ...kernels.report import LoadReport
 from .._comfy import REPORT_KEY
-from . import row_scaled
+from . import packed_int, row_scaled
 
 FOLDER = "diffusion_models"
 DEFAULT = "default"
+KEPT_BESIDE = ("input_scale", "pre_quant_scale")
 WEIGHT_DTYPES = {
     DEFAULT: None,
     "fp16": torch.float16,
@@ -93,6 +96,8 @@ def load_wan(
         metadata["config"] = json.dumps({"transformer": dict(plan.transformer)})
     _check_detection(plan, metadata)
     state_dict = normalise(plan, _tensors(source))
+    packed = take_packed(plan, state_dict)
+    state_types = {name: tensor.dtype for name, tensor in state_dict.items()}
     options = {} if weight_dtype == DEFAULT else {"dtype": WEIGHT_DTYPES[weight_dtype]}
     extra = {"disable_dynamic": True} if disable_dynamic else {}
     patcher = comfy.sd.load_diffusion_model_state_dict(
@@ -104,8 +109,8 @@ def load_wan(
             "a Wan variant that it knows",
             "update ComfyUI",
         )
-    _check_loaded(plan, source, patcher.model.diffusion_model)
-    _finish_quantised(plan, patcher.model.diffusion_model)
+    _check_loaded(plan, state_types, patcher.model.diffusion_model)
+    _finish_quantised(plan, packed, patcher.model.diffusion_model)
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (load_patcher, (path, weight_dtype))
     report = LoadReport(
@@ -136,11 +141,12 @@ def _check_weight_dtype(plan: Plan, weight_dtype: str) -> None:
             f"an unquantised file for the weight type {weight_dtype}",
             f"set weight_dtype to {DEFAULT}",
         )
-    if plan.per_row_float8 and not row_scaled.supported():
+    own = (*plan.per_row_float8, *plan.packed)
+    if own and not row_scaled.supported():
         raise FrugalError(
-            f"{plan.file} holds {len(plan.per_row_float8)} fp8 layers with one scale per row",
+            f"{plan.file} holds {len(own)} layers in GPTQ, AWQ or fp8 with one scale per row",
             "a ComfyUI with quantised tensors",
-            "update ComfyUI, or use a file with one scale per tensor",
+            "update ComfyUI, or use an fp8 file with one scale per tensor",
         )
 
 
@@ -179,12 +185,14 @@ def _tensors(source: Source) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _check_loaded(plan: Plan, source: Source, model: torch.nn.Module) -> None:
+def _check_loaded(plan: Plan, given: Mapping[str, torch.dtype], model: torch.nn.Module) -> None:
     """ComfyUI only logs missing and unexpected keys, and casts a weight whose label differs
-    from its type.
+    from its type. `given` are the types of the state dict that it got.
     """
     loaded = dict(model.named_parameters())
     wanted = set(parameters(plan.config))
+    # ComfyUI keeps these beside an NVFP4 weight as parameters of the layer.
+    wanted |= {name for name in given if name.rpartition(".")[2] in KEPT_BESIDE}
     missing, unknown = sorted(set(loaded) - wanted), sorted(wanted - set(loaded))
     if missing or unknown:
         raise FrugalError(
@@ -194,23 +202,26 @@ def _check_loaded(plan: Plan, source: Source, model: torch.nn.Module) -> None:
             f"the {len(loaded)} parameters of the model that ComfyUI built",
             "update ComfyUI, or report the file to ComfyUI-Frugal",
         )
-    stored = {name: source.tensors[raw].dtype for raw, name in plan.rename.items()}
     for layer in plan.layers:
         data = getattr(loaded[f"{layer}.weight"], "_qdata", None)
-        if data is None or data.dtype != stored[f"{layer}.weight"]:
+        if data is None or data.dtype != given[f"{layer}.weight"]:
             raise FrugalError(
                 f"{plan.file}: {layer} arrived as "
                 f"{getattr(data, 'dtype', 'an unquantised tensor')}",
-                f"{stored[f'{layer}.weight']} as in the file",
+                f"{given[f'{layer}.weight']} as it was handed over",
                 "update ComfyUI, or report the file to ComfyUI-Frugal",
             )
 
 
-def _finish_quantised(plan: Plan, model: torch.nn.Module) -> None:
+def _finish_quantised(
+    plan: Plan, packed: Mapping[str, PackedWeight], model: torch.nn.Module
+) -> None:
     for name, layout in plan.layers.items():
         module = model.get_submodule(name)
-        if layout.format in FLOAT8.values():
+        if layout.format in FLOAT8.values() or name in packed:
             # Older versions ignore the declaration of full precision.
             module._full_precision_mm = True
+        if name in packed:
+            packed_int.wrap(module, packed[name])
         if layout.per_row:
             row_scaled.wrap(module)

@@ -205,10 +205,33 @@ REFUSED = {
         None,
         "rotation group 256 for width 16",
     ),
-    "GPTQ": (lambda: bf16() | {f"{Q}.qweight": torch.ones(2)}, None, "a tensor of GPTQ"),
+    "weight and words": (lambda: bf16() | {f"{Q}.qweight": torch.ones(2)}, None, "both as weight"),
+    "words of another shape": (
+        lambda: without(bf16(), f"{Q}.weight")
+        | {f"{Q}.{leaf}": torch.ones(2, 2) for leaf in ("qweight", "qzeros", "scales")},
+        None,
+        r"words of shape \[2, 2\] for a weight of \[8, 8\]",
+    ),
+    "zero points of nothing": (
+        lambda: bf16() | {f"{Q}.qzeros": torch.ones(2)},
+        None,
+        "q is packed without qweight, scales",
+    ),
+    "damaged settings of GPTQ": (bf16, {"quantization_config": "[]"}, "no JSON object"),
     "quanto": (lambda: bf16() | {f"{Q}.weight._data": torch.ones(2)}, None, "quanto"),
     "bitsandbytes": (lambda: bf16() | {f"{Q}.weight.absmax": torch.ones(2)}, None, "bitsandbytes"),
-    "LightX2V NVFP4": (lambda: bf16() | {f"{Q}.alpha": torch.ones(())}, None, "LightX2V NVFP4"),
+    "LightX2V NVFP4 in part": (
+        lambda: bf16() | {f"{Q}.alpha": torch.ones(())},
+        None,
+        "has alpha of LightX2V NVFP4; expected alpha with input_global_scale",
+    ),
+    "LightX2V scales of a plain weight": (
+        lambda: bf16()
+        | {f"{Q}.{leaf}": torch.ones(()) for leaf in ("alpha", "input_global_scale")}
+        | {f"{Q}.weight_scale": torch.ones(())},
+        None,
+        r"holds bfloat16 \[8, 8\]; expected uint8 \[8, 4\]",
+    ),
     "S2V": (
         lambda: bf16() | {"casual_audio_encoder.x.weight": torch.ones(2)},
         None,

@@ -1,0 +1,64 @@
+"""What a user reads about a plan: names of formats, and every decision that changes something."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from ..quant.packed_int import GPTQ
+from .header import TensorInfo
+from .layouts import FLOAT8, PLAIN, LayerLayout
+from .wan_keys import Naming
+
+
+def format_name(layout: LayerLayout, info: TensorInfo | None = None) -> str:
+    """The name of a layer's format as the report gives it; a plain layer needs its tensor."""
+    if layout.format == PLAIN:
+        return str(info.dtype).removeprefix("torch.") if info else PLAIN
+    if layout.packed:
+        spec = layout.packed
+        reordered = "reordered " if "g_idx" in layout.stored else ""
+        version = "" if spec.order != GPTQ else " v1" if spec.zero_offset else " v2"
+        return (
+            f"{spec.order.upper()}{version}, {spec.bits} bits, {reordered}groups of "
+            f"{spec.group_size}"
+        )
+    if layout.format in FLOAT8.values():
+        scale = "per row" if layout.per_row else "none" if layout.unit_scale else "per tensor"
+        return f"{layout.format}, scale {scale}"
+    return f"{layout.format}, rotated" if layout.options.get("convrot") else layout.format
+
+
+def plan_notes(
+    naming: Naming,
+    layers: Mapping[str, LayerLayout],
+    left_out: Mapping[str, int],
+    unit_scales_dropped: int,
+    markers: list[str],
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[str, ...]:
+    """Sentences for the report; `markers` are the names of fp8 markers in the file."""
+    notes = [naming.text()]
+    counts = Counter(layer.format for layer in layers.values())
+    notes += [f"{count} linear layers in {form}" for form, count in counts.items()]
+    if any(layer.lightx2v for layer in layers.values()):
+        notes.append("LightX2V NVFP4: half bytes change places, which copies the packed weights")
+    if any(layer.packed for layer in layers.values()):
+        notes.append("GPTQ and AWQ layers stay packed; one layer at a time is unpacked")
+    notes += [f"{count} tensors under {part} are left out" for part, count in left_out.items()]
+    if unit_scales_dropped:
+        notes.append(f"{unit_scales_dropped} scales beside unquantised weights are left out")
+    inputs = sum(
+        "input_scale" in layer.stored.values() and layer.format in FLOAT8.values()
+        for layer in layers.values()
+    )
+    if inputs:
+        notes.append(
+            f"{inputs} activation scales are left out: fp8 layers multiply in full precision"
+        )
+    elif markers and tensors[markers[0]].numel != 2:
+        notes.append(
+            "the file allows fp8 matmul; fp8 layers multiply in full precision, which "
+            "suits Wan better"
+        )
+    return tuple(notes)

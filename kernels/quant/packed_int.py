@@ -1,0 +1,172 @@
+"""Linear weights packed as small integers in 32-bit words, as GPTQ and AWQ files hold them.
+
+Both store the transposed weight of a layer with `rows` outputs and `width` inputs:
+
+    w[n, k] = (q[k, n] - z[g, n]) * s[g, n],  g = group of input k
+
+GPTQ packs neighbouring inputs into a word, low bits first, and numbers the groups in `g_idx` where
+inputs were reordered (act-order). AWQ packs eight neighbouring outputs, in the order 0 2 4 6 1 3 5
+7 from the low bits up. Zero points are packed along the outputs in the order of their convention,
+and GPTQ's first version stores z - 1. Sources: the GPTQ and AWQ papers' reference packers.
+
+Nothing here repacks: the words stay as the file holds them, so a memory-mapped file stays mapped,
+and one layer at a time is unpacked in pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+GPTQ, AWQ = "gptq", "awq"
+WORD = 32
+# Place of output 0..7 within an AWQ word, in units of one value from the low bits up.
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+# Values unpacked at a time: bounds the working memory beyond the result to about 64 MB.
+PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """How the words of one layer are read: convention (GPTQ or AWQ), bits per value, what is added
+    to a stored zero point, outputs, inputs, inputs per group (unused where a g_idx is given).
+    """
+
+    order: str
+    bits: int
+    zero_offset: int
+    rows: int
+    width: int
+    group_size: int
+
+    @property
+    def per_word(self) -> int:
+        return WORD // self.bits
+
+    @property
+    def largest(self) -> int:
+        return (1 << self.bits) - 1
+
+    def words_shape(self) -> tuple[int, int]:
+        if self.order == GPTQ:
+            return self.width // self.per_word, self.rows
+        return self.width, self.rows // self.per_word
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One layer: words int32 `spec.words_shape()`, scales float [groups, rows], zeros int32
+    [groups, rows / values per word], g_idx int32 [width] or None, and how to read them.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor | None
+    spec: PackedSpec
+
+
+def dequantise(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [rows, width] in `dtype`, each value rounded once; a transposed view of
+    contiguous memory. Works on the device of the words.
+    """
+    spec, device = weight.spec, weight.words.device
+    zeros = zero_points(weight.zeros, spec)
+    out = torch.empty(spec.width, spec.rows, dtype=dtype, device=device)
+    for start, stop in _pieces(spec):
+        group = _groups(weight.g_idx, spec, start, stop, device)
+        values = _unpack(weight.words, spec, start, stop).sub_(zeros[group])
+        # Small integer times a 16-bit float fits in float32, so only the last step rounds.
+        out[start:stop] = values * weight.scales[group].float()
+    return out.t()
+
+
+def requantise(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
+    """Round a float weight [rows, width] to the nearest values of the same layout as `like`: same
+    groups, new scales and zero points from each group's smallest and largest value (0 included).
+    The result is on the device of `weight`.
+    """
+    spec, source = like.spec, weight.t()
+    count, device = like.scales.shape[0], weight.device
+    g_idx = None if like.g_idx is None else like.g_idx.to(device)
+    group = _groups(g_idx, spec, 0, spec.width, device)
+    place = group[:, None].expand(spec.width, spec.rows)
+    zero = torch.zeros(count, spec.rows, dtype=torch.float32, device=device)
+    low = zero.clone().scatter_reduce_(0, place, source.float(), "amin")
+    high = zero.scatter_reduce_(0, place, source.float(), "amax")
+    least = torch.finfo(like.scales.dtype).tiny
+    scales = ((high - low) / spec.largest).clamp_(min=least).to(like.scales.dtype)
+    zeros = (-low / scales.float()).round_().clamp_(spec.zero_offset, spec.largest).int()
+    words = torch.empty(spec.words_shape(), dtype=torch.int32, device=device)
+    for start, stop in _pieces(spec):
+        own = group[start:stop]
+        values = (source[start:stop].float() / scales[own].float()).round_()
+        values = values.add_(zeros[own]).clamp_(0, spec.largest).int()
+        _store(words, values, spec, start, stop)
+    stored = _pack(zeros - spec.zero_offset, spec, along_rows=True)
+    return PackedWeight(words, scales, stored, g_idx, spec)
+
+
+def zero_points(zeros: torch.Tensor, spec: PackedSpec) -> torch.Tensor:
+    """The true zero points, int32 [groups, rows], from their packed form."""
+    return stored_zero_points(zeros, spec).add_(spec.zero_offset)
+
+
+def stored_zero_points(zeros: torch.Tensor, spec: PackedSpec) -> torch.Tensor:
+    """The zero points as they are stored, int32 [groups, rows], before the offset."""
+    values = (zeros[:, :, None] >> _shifts(spec, zeros.device)) & spec.largest
+    return values.reshape(zeros.shape[0], spec.rows)
+
+
+def _pieces(spec: PackedSpec) -> list[tuple[int, int]]:
+    step = max(1, PIECE // spec.rows // spec.per_word) * spec.per_word
+    return [(start, min(start + step, spec.width)) for start in range(0, spec.width, step)]
+
+
+def _groups(
+    g_idx: torch.Tensor | None, spec: PackedSpec, start: int, stop: int, device: torch.device
+) -> torch.Tensor:
+    if g_idx is not None:
+        return g_idx[start:stop].long()
+    inputs = torch.arange(start, stop, device=device)
+    return torch.div(inputs, spec.group_size, rounding_mode="floor")
+
+
+def _shifts(spec: PackedSpec, device: torch.device) -> torch.Tensor:
+    places = AWQ_PLACES if spec.order == AWQ else range(spec.per_word)
+    return torch.tensor([spec.bits * place for place in places], dtype=torch.int32, device=device)
+
+
+def _unpack(words: torch.Tensor, spec: PackedSpec, start: int, stop: int) -> torch.Tensor:
+    """Values int32 [stop - start, rows] of the given inputs."""
+    shifts = _shifts(spec, words.device)
+    if spec.order == GPTQ:
+        part = words[start // spec.per_word : stop // spec.per_word]
+        values = (part[:, None, :] >> shifts[None, :, None]) & spec.largest
+    else:
+        values = (words[start:stop, :, None] >> shifts) & spec.largest
+    return values.reshape(stop - start, spec.rows)
+
+
+def _pack(values: torch.Tensor, spec: PackedSpec, along_rows: bool) -> torch.Tensor:
+    """Words int32 from int32 values [n, rows], packed along the last axis or the first."""
+    shifts = _shifts(spec, values.device).long()
+    count = spec.per_word
+    if along_rows:
+        parts = values.long().reshape(values.shape[0], -1, count) << shifts
+        words = parts.sum(dim=2)
+    else:
+        parts = values.long().reshape(-1, count, values.shape[1]) << shifts[None, :, None]
+        words = parts.sum(dim=1)
+    # The top value reaches the sign bit of a 32-bit word.
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+def _store(
+    words: torch.Tensor, values: torch.Tensor, spec: PackedSpec, start: int, stop: int
+) -> None:
+    if spec.order == GPTQ:
+        words[start // spec.per_word : stop // spec.per_word] = _pack(values, spec, False)
+    else:
+        words[start:stop] = _pack(values, spec, True)

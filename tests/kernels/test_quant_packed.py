@@ -1,0 +1,195 @@
+"""GPTQ and AWQ words against an independent packer, and rounding back to the same layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from frugal.kernels.checkpoints.header import TensorInfo
+from frugal.kernels.checkpoints.packed import check_packed, classify_packed
+from frugal.kernels.errors import FrugalError
+from frugal.kernels.quant import packed_int
+from frugal.kernels.quant.packed_int import PackedWeight, dequantise, requantise
+from frugal.tests import wan_bed as bed
+
+V2 = {"checkpoint_format": "gptq_v2"}
+SHAPES = [(64, 128), (24, 256), (256, 64)]
+
+
+def weight(rows: int, width: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(tensors: bed.Weights, shape: tuple[int, int], stated=None) -> PackedWeight:
+    """What a loader makes of the tensors of one layer."""
+    facts = {leaf: TensorInfo(t.dtype, tuple(t.shape)) for leaf, t in tensors.items()}
+    layout = classify_packed("x: q", shape, facts, stated or {})
+    assert layout.packed is not None
+    found = PackedWeight(
+        tensors["qweight"], tensors["scales"], tensors["qzeros"], tensors.get("g_idx"),
+        layout.packed,
+    )  # fmt: skip
+    check_packed("x: q", found, stated or {})
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("label", bed.PACKED_LAYOUTS)
+def test_weights_are_what_the_words_say(label, shape, monkeypatch):
+    options = bed.PACKED_LAYOUTS[label] | {"group": 32}
+    tensors, meant = bed.gptq_or_awq_layer(weight(*shape), **options)
+    found = packed(tensors, shape, V2 if options.get("version") == 2 else None)
+    whole = dequantise(found, torch.float32)
+    assert whole.shape == shape and torch.equal(whole, meant)
+    assert torch.equal(dequantise(found, torch.float16), meant.half())
+    assert torch.equal(dequantise(found, torch.bfloat16), meant.bfloat16())
+    monkeypatch.setattr(packed_int, "PIECE", 1)
+    assert torch.equal(dequantise(found, torch.float32), meant)
+    # The weight itself is near, so the packer of the test is no nonsense.
+    assert bed.relative(meant, weight(*shape)) < (0.01 if options.get("bits") == 8 else 0.12)
+
+
+def test_zero_point_conventions_differ_by_one_step():
+    tensors, meant = bed.gptq_or_awq_layer(weight(64, 128), version=2, group=32)
+    as_v1 = dequantise(packed(tensors, (64, 128)), torch.float32)
+    steps = tensors["scales"].float()[tensors["g_idx"].long()].t()
+    torch.testing.assert_close(as_v1, meant - steps)
+
+
+@pytest.mark.parametrize("label", bed.PACKED_LAYOUTS)
+def test_rounding_back_keeps_layout_and_is_near(label, monkeypatch):
+    options = bed.PACKED_LAYOUTS[label] | {"group": 32}
+    tensors, meant = bed.gptq_or_awq_layer(weight(64, 128), **options)
+    like = packed(tensors, (64, 128), V2 if options.get("version") == 2 else None)
+    changed = meant + 0.1 * weight(64, 128, seed=2)
+    again = requantise(changed, like)
+    for name in ("words", "scales", "zeros"):
+        old, new = getattr(like, name), getattr(again, name)
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    held = dequantise(again, torch.float32)
+    group = torch.arange(128) // 32 if like.g_idx is None else like.g_idx.long()
+    # Half a step from the rounding, half from a zero point that is a whole number.
+    steps = again.scales.float()[group].t()
+    assert bool(((held - changed).abs() <= 1.02 * steps).all())
+    assert bed.relative(held, changed) < (0.01 if options.get("bits") == 8 else 0.12)
+    monkeypatch.setattr(packed_int, "PIECE", 1)
+    pieces = requantise(changed, like)
+    assert torch.equal(pieces.words, again.words) and torch.equal(pieces.zeros, again.zeros)
+    check_packed("x: q", again, V2 if options.get("version") == 2 else {})
+
+
+def test_group_of_zeros_stays_zero():
+    tensors, _ = bed.gptq_or_awq_layer(weight(64, 128), group=32)
+    like = packed(tensors, (64, 128))
+    assert dequantise(requantise(torch.zeros(64, 128), like), torch.float32).abs().max() == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_working_memory_is_bounded(bits):
+    """Beyond result and words, unpacking a large layer takes pieces only."""
+    import resource
+
+    rows, width = 2048, 4096
+    make = torch.Generator().manual_seed(1)
+    words = torch.randint(-(2**31), 2**31 - 1, (width * bits // 32, rows), generator=make)
+    zeros = torch.zeros(width // 128, rows * bits // 32, dtype=torch.int32)
+    spec = packed_int.PackedSpec("gptq", bits, 1, rows, width, 128)
+    held = PackedWeight(words.int(), torch.ones(width // 128, rows).half(), zeros, None, spec)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = dequantise(held, torch.float16)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown <= out.nbytes + 100e6
+
+
+def awq():
+    return bed.gptq_or_awq_layer(weight(64, 128), kind="awq", group=32)[0]
+
+
+def gptq(**options):
+    return bed.gptq_or_awq_layer(weight(64, 128), group=32, **options)[0]
+
+
+def with_leaf(tensors, leaf, value):
+    return tensors | {leaf: value}
+
+
+# label -> (maker of tensors, settings, what the message must say)
+REFUSED = {
+    "stored 15": (
+        lambda: with_leaf(gptq(), "qzeros", gptq()["qzeros"] | 0x70000000 | 0x0000000F),
+        {},
+        "zero points as 15, which readers of GPTQ version 1 take differently",
+    ),
+    "undecided version": (lambda: gptq(symmetric=True, version=2), {}, "in version 2 and not in"),
+    "symmetric against the words": (gptq, {"sym": True}, "expected 7 for symmetric"),
+    "version 2 symmetric against the words": (
+        lambda: gptq(symmetric=True),
+        V2 | {"sym": True},
+        "expected 8 for symmetric",
+    ),
+    "other checkpoint format": (
+        gptq,
+        {"checkpoint_format": "marlin"},
+        "checkpoint format 'marlin'",
+    ),
+    "other bits": (gptq, {"bits": 8}, "gptq with 4 bits, while the settings say"),
+    "other method": (awq, {"quant_method": "gptq"}, "awq with 4 bits, while the settings say"),
+    "g_idx out of range": (
+        lambda: with_leaf(gptq(), "g_idx", torch.full((128,), 4, dtype=torch.int32)),
+        {},
+        "group numbers 4 to 4; expected 0 to 3",
+    ),
+    "g_idx of another width": (
+        lambda: with_leaf(gptq(), "g_idx", torch.zeros(64, dtype=torch.int32)),
+        {},
+        r"g_idx of shape \[64\]",
+    ),
+    "AWQ with g_idx": (
+        lambda: with_leaf(awq(), "g_idx", torch.zeros(128, dtype=torch.int32)),
+        {},
+        "g_idx",
+    ),
+    "scales that are not finite": (
+        lambda: with_leaf(awq(), "scales", awq()["scales"] * float("inf")),
+        {},
+        "scales that are not finite",
+    ),
+    "scales turned round (GEMV)": (
+        lambda: with_leaf(awq(), "scales", awq()["scales"].t().contiguous()),
+        {},
+        r"scales float16 \[64, 4\]",
+    ),
+    "three bits": (
+        lambda: with_leaf(gptq(), "qweight", torch.zeros(12, 64, dtype=torch.int32)),
+        {},
+        r"words of shape \[12, 64\]",
+    ),
+    "words of another type": (
+        lambda: with_leaf(gptq(), "qweight", gptq()["qweight"].long()),
+        {},
+        "words in int64",
+    ),
+    "no scales": (lambda: {k: v for k, v in gptq().items() if k != "scales"}, {}, "without scales"),
+    "declared otherwise": (
+        lambda: gptq() | {"comfy_quant": torch.zeros(2, dtype=torch.uint8)},
+        {},
+        "a comfy_quant beside",
+    ),
+    "groups that do not divide": (
+        lambda: {
+            "qweight": awq()["qweight"],
+            "scales": awq()["scales"][:3],
+            "qzeros": awq()["qzeros"][:3],
+        },
+        {},
+        "3 groups of scales for width 128",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refusal(kind):
+    make, stated, message = REFUSED[kind]
+    with pytest.raises(FrugalError, match=message) as caught:
+        packed(make(), (64, 128), stated)
+    assert str(caught.value).isascii() and caught.value.do
