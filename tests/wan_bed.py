@@ -287,6 +287,34 @@ PACKED_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def write_gguf(path: Path, source: Weights, kind: str, shapes: bool = True) -> Weights:
+    """A GGUF file as converters write it: block linears as `kind`, 5-D weights flattened with
+    their shape beside them, the rest F32. Returns the weights that it stands for, in float32.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "wan")
+    form = gguf.GGMLQuantizationType[kind]
+    linears = {f"{layer}.weight" for layer in block_linears(source)}
+    meant = {}
+    for name, tensor in source.items():
+        values = tensor.float().numpy()
+        if tensor.dim() > 4:
+            if shapes:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+            values = values.reshape(values.shape[0], -1)
+        own = form if name in linears else gguf.GGMLQuantizationType.F32
+        stored = gguf.quants.quantize(values, own)
+        writer.add_tensor(name, stored, raw_dtype=own)
+        exact = gguf.quants.dequantize(stored, own)
+        meant[name] = torch.from_numpy(np.array(exact)).reshape(tensor.shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
 def lightx2v_nvfp4(source: Weights, older: bool = False, config: WanConfig = T2V) -> File:
     """NVFP4 as LightX2V writes it, from comfy-kitchen's quantiser: even input in the low half
     byte, outer scales inverted; `older` files carry input_absmax in place of alpha.
@@ -335,6 +363,21 @@ def inputs(config: WanConfig = T2V, seed: int = 3, tokens: int = 12) -> dict[str
         found["vace_context"] = torch.randn(1, 1, config.vace_in_dim, 2, 8, 8, generator=make)
         found["vace_strength"] = [1.0]  # type: ignore[assignment]
     return found
+
+
+def peak_memory(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes by which the resident memory of this process rises at most while `work` runs, and its
+    result (Linux: the kernel's own high-water mark, reset before).
+    """
+
+    def mark(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = mark("VmRSS")
+    result = work()
+    return mark("VmHWM") - before, result
 
 
 def relative(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -121,7 +121,7 @@ def _check_length(path: Path, head: bytes, length: int, file_size: int) -> None:
         raise FrugalError(
             f"{path.name} is a GGUF file under another name",
             "a safetensors file",
-            "rename it to .gguf and load it with a GGUF loader",
+            "rename it to .gguf",
         )
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
         raise FrugalError(

@@ -135,6 +135,12 @@ def declaration(plan: Plan, known: Collection[str]) -> dict[str, str]:
             form = E4M3
         if form not in known:
             count = sum(layer.format == layout.format for layer in plan.layers.values())
+            if layout.computed:
+                raise FrugalError(
+                    f"quantising {plan.file} to {layout.format}, unknown to this ComfyUI",
+                    f"one of {', '.join(sorted(known)) or 'no quantised format'}",
+                    "set quantize to fp8 per-channel, or update ComfyUI",
+                )
             raise FrugalError(
                 f"{plan.file} holds {count} layers in {layout.format} (first {name}), "
                 "unknown to this ComfyUI",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from .gguf_file import SUFFIX, open_gguf
 from .header import DOWNLOAD, Header, TensorInfo, read_header
 from .packed import CONFIG, WORDS
 
@@ -33,8 +34,9 @@ SETTINGS = ("quantize_config.json", "quant_config.json", "config.json")
 class Source:
     """One model on disk: its name, its files, every tensor's facts and the text metadata.
 
-    `loaded` holds the memory-mapped tensors of a PyTorch file and is empty for safetensors, whose
-    weights stay untouched until a loader maps them.
+    `loaded` holds the memory-mapped tensors of a PyTorch file, or those of a GGUF file, unpacked at
+    each look-up; it is empty for safetensors, whose weights stay untouched until a loader maps
+    them. `blocks` counts the bytes of a GGUF file per quantised type.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Source:
     metadata: Mapping[str, str]
     owner: Mapping[str, Path] = field(default_factory=dict)
     loaded: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         """File name -> bytes on disk."""
@@ -69,9 +72,9 @@ class Source:
         return torch.frombuffer(raw, dtype=info.dtype).reshape(info.shape)
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a model by file name: `.safetensors`, `.safetensors.index.json`, or a PyTorch
-    `.pt`/`.pth` file.
+def open_source(path: str | os.PathLike[str], unpack_to: torch.dtype = torch.float16) -> Source:
+    """Open a model by file name: `.safetensors`, `.safetensors.index.json`, a PyTorch
+    `.pt`/`.pth` file, or `.gguf`, whose quantised blocks are unpacked to the type `unpack_to`.
 
     Raises FrugalError for anything missing, damaged or of another kind.
     """
@@ -92,15 +95,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         return _with_settings(Source(path.name, (path,), header.tensors, header.metadata, owner))
     if lower.endswith(PICKLES):
         return _open_pickle(path)
-    if lower.endswith(".gguf"):
-        raise FrugalError(
-            f"{path.name} is a GGUF file",
-            "a safetensors or PyTorch file",
-            "use a GGUF loader such as ComfyUI-GGUF, or an fp8 or int8 file of the same model",
-        )
+    if lower.endswith(SUFFIX):
+        tensors, unpacked, blocks = open_gguf(path, unpack_to)
+        return Source(path.name, (path,), tensors, {}, loaded=unpacked, blocks=blocks)
     raise FrugalError(
         f"{path.name} is of an unknown kind",
-        f"a file ending in {', '.join(SAFETENSORS + PICKLES)}",
+        f"a file ending in {', '.join((*SAFETENSORS, *PICKLES, SUFFIX))}",
         "choose another file",
     )
 

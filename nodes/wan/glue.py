@@ -8,29 +8,35 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import comfy.model_detection
+import comfy.model_management
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
 
+from ...kernels.checkpoints.gguf_file import SUFFIX as GGUF
 from ...kernels.checkpoints.layouts import FLOAT8
 from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
 from ...kernels.checkpoints.plan import Plan, plan_wan
 from ...kernels.checkpoints.source import INDEX_SUFFIX, SHARD, Source, open_source
 from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
 from ...kernels.errors import FrugalError
+from ...kernels.quant.on_load import AS_STORED, quantised_plan, quantiser
 from ...kernels.quant.packed_int import PackedWeight
-from ...kernels.report import LoadReport
+from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY
-from . import packed_int, row_scaled
+from . import mapped, packed_int, row_scaled
 
 FOLDER = "diffusion_models"
 DEFAULT = "default"
+# What quantising the largest layer takes on the device, in bytes, with room to spare.
+QUANTISE_MEMORY = 3 * 10**9
 KEPT_BESIDE = ("input_scale", "pre_quant_scale")
 WEIGHT_DTYPES = {
     DEFAULT: None,
@@ -41,22 +47,24 @@ WEIGHT_DTYPES = {
 
 
 def model_names() -> list[str]:
-    """Files to choose from: every model file, and one index in place of the parts it lists."""
-    indexes = []
+    """Files to choose from: every model file, GGUF too, and one index in place of the parts it
+    lists.
+    """
+    indexes, blocks = [], []
     for folder in folder_paths.get_folder_paths(FOLDER):
         for place, _, files in os.walk(folder, followlinks=True):
-            indexes += [
-                os.path.relpath(os.path.join(place, name), folder)
-                for name in files
-                if name.endswith(INDEX_SUFFIX)
-            ]
+            inside = os.path.relpath(place, folder)
+            for name in files:
+                kind = blocks if name.lower().endswith(GGUF) else indexes
+                if kind is blocks or name.endswith(INDEX_SUFFIX):
+                    kind.append(os.path.normpath(os.path.join(inside, name)))
     stems = {name.removesuffix(INDEX_SUFFIX) for name in indexes}
     singles = [
         name
         for name in folder_paths.get_filename_list(FOLDER)
         if SHARD.split(name)[0] not in stems or name in stems
     ]
-    return sorted({*singles, *indexes})
+    return sorted({*singles, *indexes, *blocks})
 
 
 def model_path(name: str) -> Path:
@@ -82,23 +90,29 @@ def fingerprint(name: str) -> str:
 
 
 def load_wan(
-    path: Path, weight_dtype: str = DEFAULT, disable_dynamic: bool = False
+    path: Path,
+    weight_dtype: str = DEFAULT,
+    quantize: str = AS_STORED,
+    disable_dynamic: bool = False,
 ) -> tuple[Any, LoadReport]:
-    """Load a Wan file as (ModelPatcher, LoadReport). Raises FrugalError, before weights are
-    read where possible.
+    """Load a Wan file as (ModelPatcher, LoadReport), quantised to `quantize` on the way if that is
+    not AS_STORED. Raises FrugalError, before weights are read where possible.
     """
     started = time.perf_counter()
-    source = open_source(path)
+    source = open_source(path, WEIGHT_DTYPES[weight_dtype] or torch.float16)
     plan = plan_wan(source.name, source.tensors, source.metadata, source.value)
+    plan = _with_choice(plan, source, quantize)
     _check_weight_dtype(plan, weight_dtype)
     metadata = declaration(plan, _known_formats())
     if plan.transformer:
         metadata["config"] = json.dumps({"transformer": dict(plan.transformer)})
     _check_detection(plan, metadata)
-    state_dict = normalise(plan, _tensors(source))
+    state_dict = normalise(plan, _tensors(source), _quantiser(plan))
     packed = take_packed(plan, state_dict)
     state_types = {name: tensor.dtype for name, tensor in state_dict.items()}
     options = {} if weight_dtype == DEFAULT else {"dtype": WEIGHT_DTYPES[weight_dtype]}
+    if not plan.layers and mapped.useful():
+        options["custom_operations"] = mapped.MappedOps
     extra = {"disable_dynamic": True} if disable_dynamic else {}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         dict(state_dict), model_options=options, metadata=dict(metadata), **extra
@@ -112,7 +126,7 @@ def load_wan(
     _check_loaded(plan, state_types, patcher.model.diffusion_model)
     _finish_quantised(plan, packed, patcher.model.diffusion_model)
     if hasattr(patcher, "cached_patcher_init"):
-        patcher.cached_patcher_init = (load_patcher, (path, weight_dtype))
+        patcher.cached_patcher_init = (load_patcher, (path, weight_dtype, quantize))
     report = LoadReport(
         f"Wan {plan.config.variant} {plan.config.size}, {plan.config.layers} blocks",
         source.sizes(),
@@ -124,9 +138,44 @@ def load_wan(
     return patcher, report
 
 
-def load_patcher(path: Path, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+def load_patcher(
+    path: Path, weight_dtype: str, quantize: str = AS_STORED, disable_dynamic: bool = False
+) -> Any:
     """The model again, as ComfyUI asks for it when it needs a second, static copy."""
-    return load_wan(path, weight_dtype, disable_dynamic)[0]
+    return load_wan(path, weight_dtype, quantize, disable_dynamic)[0]
+
+
+def _with_choice(plan: Plan, source: Source, quantize: str) -> Plan:
+    """The plan with what the user chose, and with a note on what unpacking takes."""
+    if source.blocks:
+        kinds = ", ".join(f"{kind} {megabytes(size)}" for kind, size in source.blocks.items())
+        if quantize != AS_STORED:
+            raise FrugalError(
+                f"{source.name} holds quantised blocks ({kinds})",
+                f"fp32, bf16 or fp16 weights to quantise to {quantize}",
+                f"set quantize to '{AS_STORED}', or use an unquantised file of the same model",
+            )
+        total = megabytes(sum(plan.formats.values()))
+        note = (
+            f"GGUF blocks ({kinds}) are unpacked while loading: the model takes {total} of memory, "
+            "and a native fp8, int8 or 4-bit file less"
+        )
+        return replace(plan, notes=(*plan.notes, note))
+    return plan if quantize == AS_STORED else quantised_plan(plan, quantize, source.tensors)
+
+
+def _quantiser(plan: Plan) -> Any:
+    """A function for `normalise` that quantises layers on ComfyUI's device, with progress and
+    cancelling; None where nothing is to be quantised.
+    """
+    count = sum(layout.computed for layout in plan.layers.values())
+    if not count:
+        return None
+    device = comfy.model_management.get_torch_device()
+    if device.type != "cpu":
+        comfy.model_management.free_memory(QUANTISE_MEMORY, device)
+    progress = comfy.utils.ProgressBar(count)
+    return quantiser(plan.file, device, lambda: progress.update(1))
 
 
 def _known_formats() -> tuple[str, ...]:
@@ -176,9 +225,9 @@ def _check_detection(plan: Plan, metadata: dict[str, str]) -> None:
             )
 
 
-def _tensors(source: Source) -> dict[str, torch.Tensor]:
+def _tensors(source: Source) -> Mapping[str, torch.Tensor]:
     if source.loaded:
-        return dict(source.loaded)
+        return source.loaded
     tensors: dict[str, torch.Tensor] = {}
     for path in source.files:
         tensors.update(comfy.utils.load_torch_file(str(path)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
+from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from . import embeds, glue
 
@@ -18,8 +19,8 @@ class FrugalLoadWan(io.ComfyNode):
             description=(
                 "Loads a Wan 2.1 video model from any public layout: fp32, fp16, bf16, "
                 "fp8 with or without "
-                "scales, int8, ComfyUI's own quantised formats, diffusers names, and "
-                "models split into parts. "
+                "scales, int8, GPTQ, AWQ, GGUF, ComfyUI's own quantised formats, diffusers "
+                "names, and models split into parts. Can quantise an unquantised model. "
                 "Refuses what it cannot load correctly, and says why."
             ),
             inputs=[
@@ -38,6 +39,16 @@ class FrugalLoadWan(io.ComfyNode):
                         "device. Quantised files need default."
                     ),
                 ),
+                io.Combo.Input(
+                    "quantize",
+                    options=list(CHOICES),
+                    default=AS_STORED,
+                    optional=True,
+                    tooltip=(
+                        "Quantise the large layers of an fp32, fp16 or bf16 file while it loads. "
+                        "fp8 per-channel and int8 ConvRot: 1 byte per weight; W4A8: 0.57 byte."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The video model, for any sampler."),
@@ -46,17 +57,24 @@ class FrugalLoadWan(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **known(
                 io.Schema,
-                search_aliases=["wan", "load diffusion model", "fp8", "int8", "unet loader"],
+                search_aliases=[
+                    "wan",
+                    "load diffusion model",
+                    "fp8",
+                    "int8",
+                    "gguf",
+                    "unet loader",
+                ],
             ),
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, weight_dtype):
+    def fingerprint_inputs(cls, model_name, weight_dtype, quantize=AS_STORED):
         return glue.fingerprint(model_name)
 
     @classmethod
-    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
-        patcher, report = glue.load_wan(glue.model_path(model_name), weight_dtype)
+    def execute(cls, model_name, weight_dtype, quantize=AS_STORED) -> io.NodeOutput:
+        patcher, report = glue.load_wan(glue.model_path(model_name), weight_dtype, quantize)
         show_text(cls.hidden.unique_id, report.text())
         return io.NodeOutput(patcher, report.text())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import struct
+import sys
 
 import pytest
 import torch
@@ -298,6 +300,14 @@ def test_refusal_names_file_number_and_remedy(kind, tmp_path):
         plan_file(tmp_path, make(), metadata)
     text = str(caught.value)
     assert "wan.safetensors" in text and text.isascii() and caught.value.do
+
+
+def test_gguf_without_its_library(tmp_path, monkeypatch):
+    path = tmp_path / "wan.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(FrugalError, match=r"package gguf is not installed .*'pip install gguf'"):
+        open_source(path)
 
 
 def test_scale_that_is_not_finite(tmp_path):

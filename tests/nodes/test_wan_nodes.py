@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.quant.on_load import AS_STORED, FP8
 from frugal.nodes.wan import embeds, glue, row_scaled
 from frugal.nodes.wan.nodes import (
     NODES,
@@ -71,6 +72,17 @@ def test_load_wan_node(folders, monkeypatch):
     assert FrugalLoadWan.fingerprint_inputs(**inputs) != before
 
 
+def test_quantize_widget(folders):
+    bed.write(folders / glue.FOLDER / "wan.safetensors", SOURCE)
+    inputs = {"model_name": "wan.safetensors", "weight_dtype": "default"}
+    _, report = run(FrugalLoadWan, **inputs, quantize=FP8).result
+    assert "note: 20 layers are quantised to fp8 per-channel while loading" in report
+    assert FrugalLoadWan.fingerprint_inputs(**inputs, quantize=FP8)
+    combo = next(item for item in FrugalLoadWan.GET_SCHEMA().inputs if item.id == "quantize")
+    # Optional, so that graphs saved before it existed still run.
+    assert combo.optional and combo.default == AS_STORED and FP8 in combo.options
+
+
 def test_combo_offers_an_index_in_place_of_its_parts(folders):
     place = folders / glue.FOLDER / "Wan2.1"
     place.mkdir()
@@ -92,7 +104,7 @@ def test_file_without_a_model(kind, folders):
     name = "wan.gguf" if kind == "gguf" else "wan.safetensors"
     if kind != "gone":
         (folders / glue.FOLDER / name).write_bytes(b"GGUF" if kind == "gguf" else b"")
-    says = {"gone": "is not there", "empty": r"is empty \(0 bytes\)", "gguf": "is a GGUF file"}
+    says = {"gone": "is not there", "empty": r"is empty \(0 bytes\)", "gguf": "expected a GGUF"}
     with pytest.raises(FrugalError, match=says[kind]):
         run(FrugalLoadWan, model_name=name, weight_dtype="default")
 

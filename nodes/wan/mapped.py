@@ -1,0 +1,39 @@
+"""Layers that take the tensors of a mapped file as they are, instead of a copy of them.
+
+Where ComfyUI loads a model without its own dynamic loading, it copies every weight into memory that
+it set aside before. With these layers, which go in through its `custom_operations` option, a linear
+weight of the right type stays in the file's mapping: no memory of its own, read when it is used.
+"""
+
+from __future__ import annotations
+
+import comfy.cli_args
+import comfy.ops
+
+
+def useful() -> bool:
+    """Whether the running ComfyUI would copy, and was not asked for operations of its own."""
+    memory = getattr(comfy, "memory_management", None)
+    # Its own loading maps too, and its mappings must not be written to.
+    dynamic = getattr(memory, "aimdo_enabled", False)
+    return not dynamic and not comfy.cli_args.args.fast
+
+
+class MappedOps(comfy.ops.manual_cast):
+    """ComfyUI's casting layers; only the way a linear layer takes its weight differs."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            held, given = self.weight, state_dict.get(f"{prefix}weight")
+            same = (
+                given is not None
+                and given.dtype == held.dtype
+                and given.device == held.device
+                and given.shape == held.shape
+            )
+            bias = state_dict.get(f"{prefix}bias")
+            if same and bias is not None and self.bias is not None:
+                state_dict[f"{prefix}bias"] = bias.to(self.bias.dtype)
+            # torch's own switch for taking tensors over; it would take another type over too.
+            metadata = {**local_metadata, "assign_to_params_buffers": same}
+            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
