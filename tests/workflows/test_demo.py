@@ -31,8 +31,8 @@ def test_graph_dresses_the_figure_and_makes_a_clip(server, prompt, tmp_path):
     import av
     from PIL import Image
 
-    files, row, _, result = demo.try_swap(server, prompt, tmp_path, 0)
-    before, mask, _, truth = demo.swap(0)
+    files, row, _, result = demo.try_swap(server, prompt, tmp_path, demo.SHOWN)
+    before, mask, _, truth = demo.swap(demo.SHOWN)
     made = row["result"]
     np.testing.assert_array_equal(made[mask == 0], before[mask == 0])
     assert psnr(made, truth, mask) > 15
@@ -50,7 +50,7 @@ def test_graph_dresses_the_figure_and_makes_a_clip(server, prompt, tmp_path):
 
 
 def test_repeated_runs_are_equal_and_keep_the_memory_flat(server, prompt, tmp_path):
-    before, mask, garment, _ = demo.swap(0)
+    before, mask, garment, _ = demo.swap(demo.SHOWN)
     pictures = zip(demo.INPUTS, (before, mask, garment), strict=True)
     names = tuple(demo.upload(server, tmp_path, f"again_{name}", p) for name, p in pictures)
     graph = demo.set_pictures(demo.without(prompt, demo.VIDEO_OUTPUTS), names)
@@ -64,7 +64,9 @@ def test_without_its_attention_file_the_model_dresses_nobody(server, prompt, tmp
     """The base's self-attention is zero on purpose: a loader that drops the file shows here."""
     from safetensors.torch import load_file, save_file
 
-    _, row, _, _ = demo.try_swap(server, demo.without(prompt, demo.VIDEO_OUTPUTS), tmp_path, 0)
+    _, row, _, _ = demo.try_swap(
+        server, demo.without(prompt, demo.VIDEO_OUTPUTS), tmp_path, demo.SHOWN
+    )
     source = MODELS / "CatVTON" / "frugal-demo" / "attention" / "model.safetensors"
     silent = {key: value * 0 for key, value in load_file(source).items()}
     target = server.models / "CatVTON" / "silent" / "attention" / "model.safetensors"
@@ -75,6 +77,6 @@ def test_without_its_attention_file_the_model_dresses_nobody(server, prompt, tmp
     for node in graph.values():
         if node["class_type"] == "FrugalLoadCatVTON":
             node["inputs"]["attention"] = "silent/attention/model.safetensors"
-    _, without, _, _ = demo.try_swap(server, graph, tmp_path, 0)
-    _, mask, _, truth = demo.swap(0)
+    _, without, _, _ = demo.try_swap(server, graph, tmp_path, demo.SHOWN)
+    _, mask, _, truth = demo.swap(demo.SHOWN)
     assert psnr(without["result"], truth, mask) < psnr(row["result"], truth, mask) - 2
