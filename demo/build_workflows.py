@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .comfy_server import ComfyServer
 from .graph_builder import Group, Node, Note, build
+from .graph_picture import draw
 from .layout import MODELS, WORKFLOWS
 from .tiny_wan import build_demo_wan
 
@@ -336,6 +337,8 @@ def main() -> None:
         graph = build(info, tryon_to_video(settings, real), [note], GROUPS)
         path = WORKFLOWS / f"{name}.json"
         path.write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
+        if real:  # the demo graph's card is a picture of its own result
+            draw(graph).save(path.with_suffix(".jpg"), quality=88)
         print(path.name, len(graph["nodes"]), "nodes")
 
 
