@@ -25,6 +25,12 @@ def pair(number: int) -> tuple:
     return random_person(rng), random_garment(rng)
 
 
+def held_out_swap(number: int) -> tuple:
+    """Swap `number`: a held-out person, their own garment, and another held-out garment."""
+    person, own = pair(HELD_OUT + number)
+    return person, own, random_garment(np.random.default_rng(HELD_OUT + 5000 + number))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)

@@ -24,11 +24,12 @@ import torch
 from PIL import Image
 
 from .codec import Codec
-from .data import HELD_OUT, pair
+from .data import held_out_swap
 from .encode import encode_pairs
 from .export import read
-from .figures import random_garment, render_garment, render_person
+from .figures import render_garment, render_person
 from .layout import MODELS
+from .sheet import psnr
 from .tryon_net import canvas, sample
 
 CANDIDATES = 16
@@ -42,11 +43,6 @@ def features(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.concatenate([x[hole].mean(0), x[hole].std(0), 2 * across.mean(0), 2 * down.mean(0)])
 
 
-def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    d = (a.astype(np.float32) - b.astype(np.float32))[mask > 0]
-    return float(10 * np.log10(255**2 / np.mean(d**2)))
-
-
 def mean_color(flat: np.ndarray) -> np.ndarray:
     cloth = np.abs(flat.astype(int) - 250).sum(-1) > 12
     return flat[cloth].mean(0)
@@ -56,10 +52,9 @@ def mean_color(flat: np.ndarray) -> np.ndarray:
 def evaluate(
     codec: Codec, net, swaps: int, steps: int, seed: int = 0
 ) -> tuple[dict, list[np.ndarray]]:
-    people = [pair(HELD_OUT + k)[0] for k in range(swaps)]
-    garments = [random_garment(np.random.default_rng(HELD_OUT + 5000 + k)) for k in range(swaps)]
+    people, own, garments = zip(*(held_out_swap(k) for k in range(swaps)), strict=True)
     worn = [render_person(p, g) for p, g in zip(people, garments, strict=True)]
-    before = [render_person(p, pair(HELD_OUT + k)[1])[0] for k, p in enumerate(people)]
+    before = [render_person(p, g)[0] for p, g in zip(people, own, strict=True)]
     flats = [render_garment(g) for g in garments]
     masks = np.stack([m for _, m in worn])
     right, scores, rows = (

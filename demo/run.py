@@ -21,8 +21,8 @@ from scipy import ndimage
 from skimage import data
 
 from .comfy_server import ComfyServer, Result, ServerError
-from .data import HELD_OUT, pair
-from .figures import random_garment, render_garment, render_person
+from .data import held_out_swap
+from .figures import render_garment, render_person
 from .layout import DEMO, LABEL, MODELS, WORKFLOWS
 from .real_size import RealSizeError, run_real
 from .sheet import psnr, sheet
@@ -38,8 +38,7 @@ def swap(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Held-out swap: person in their own clothes, mask, the other garment, and the true picture of
     the swap.
     """
-    person, own = pair(HELD_OUT + number)
-    garment = random_garment(np.random.default_rng(HELD_OUT + 5000 + number))
+    person, own, garment = held_out_swap(number)
     before, mask = render_person(person, own)
     return before, mask, render_garment(garment), render_person(person, garment)[0]
 
