@@ -118,7 +118,7 @@ def _order(
     where: str, shape: tuple[int, int], words: TensorInfo, stated: Mapping[str, Any]
 ) -> tuple[str, int]:
     out, inside = shape
-    kinds = {
+    kinds: dict[tuple[int, ...], tuple[str, int]] = {
         (inside // 8, out): (GPTQ, 4),
         (inside // 4, out): (GPTQ, 8),
         (inside, out // 8): (AWQ, 4),
