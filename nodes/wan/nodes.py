@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from . import embeds, glue
+from .experts import FrugalWanTwoExperts
 
 
 class FrugalLoadWan(io.ComfyNode):
@@ -142,4 +143,4 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
         return io.NodeOutput(embeds.load(embeds_name))
 
 
-NODES = [FrugalLoadWan, FrugalSaveTextEmbeds, FrugalLoadTextEmbeds]
+NODES = [FrugalLoadWan, FrugalSaveTextEmbeds, FrugalLoadTextEmbeds, FrugalWanTwoExperts]

@@ -1,0 +1,63 @@
+"""The node that joins Wan 2.2's two experts."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from .._comfy import CATEGORY, known, show_text
+from . import expert_switch
+
+
+class FrugalWanTwoExperts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalWanTwoExperts",
+            display_name="Join Two Wan Experts (Frugal)",
+            category=f"{CATEGORY}/wan",
+            description=(
+                "Makes one model of Wan 2.2 A14B's high noise and low noise experts, so that one "
+                "sampler runs both and switches by itself. Only the expert in use is loaded."
+            ),
+            inputs=[
+                io.Model.Input("high_noise", tooltip="The expert for the first, noisy steps."),
+                io.Model.Input("low_noise", tooltip="The expert for the last steps."),
+                io.Float.Input(
+                    "boundary",
+                    default=0.875,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    round=0.001,
+                    tooltip=(
+                        "Noise level of the switch, as a fraction of the largest timestep. Wan "
+                        "2.2: 0.875 for text to video, 0.9 for image to video."
+                    ),
+                ),
+                io.Float.Input(
+                    "cfg_low_noise",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
+                    tooltip="Guidance of the low noise steps. 0: the same as the sampler's.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="Both experts as one model, for any sampler."),
+                io.String.Output("report", tooltip="Both files and where the switch lies."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            **known(
+                io.Schema,
+                search_aliases=["wan 2.2", "moe", "high noise", "low noise", "a14b", "refiner"],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, high_noise, low_noise, boundary, cfg_low_noise=0.0) -> io.NodeOutput:
+        model, text = expert_switch.join(high_noise, low_noise, boundary, cfg_low_noise)
+        show_text(cls.hidden.unique_id, text)
+        return io.NodeOutput(model, text)
