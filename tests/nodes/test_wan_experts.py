@@ -91,6 +91,26 @@ def test_equals_two_samplers_by_hand(experts, prompts, sampler):
         assert relative(ours, other) > 1e-3
 
 
+def test_start_image_reaches_both_experts(prompts, tmp_path):
+    """Wan 2.2 image to video: 36 input channels, no image embedding."""
+    pair = []
+    for seed in (3, 4):
+        tensors = bed.base(bed.weights(bed.variant(bed.T2V, in_dim=36), seed), torch.float32)[0]
+        path = bed.write(tmp_path / f"{seed}.safetensors", tensors)
+        with torch.inference_mode():
+            pair.append(shifted(glue.load_wan(path, "fp32")[0], 5.0))
+    make = torch.Generator().manual_seed(6)
+    mask = torch.ones(1, 1, 2, 8, 8)
+    mask[:, :, 0] = 0
+    start = {"concat_latent_image": torch.randn(1, 16, 2, 8, 8, generator=make)}
+    given = [[[cross, start | {"concat_mask": mask}]] for [[cross, _]] in prompts]
+    sigmas = sigmas_of(pair[0])
+    count = expert_switch.high_steps(sigmas, 0.9)
+    ours = sample(join(*pair, 0.9), sigmas, given)
+    assert torch.equal(ours, by_hand(*pair, given, count))
+    assert 0 < count < STEPS and relative(ours, sample(join(*pair, 0.9), sigmas, prompts)) > 1e-3
+
+
 def test_one_switched_run_is_one_run_up_to_rounding(experts, prompts):
     """euler keeps no history: with one expert on both sides the split changes rounding only."""
     high, other = experts[0], experts[0].clone()
