@@ -424,6 +424,10 @@ def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
     made = dict(fp8_layouts(source))
     made["int8 weight_scale [rows,1], no marker (LightX2V)"] = lambda: int8_rows(source)
     made["int8 weight_scale [rows], comfy_quant"] = lambda: int8_rows(source, (-1,), declared=True)
+    for label, options in PACKED_LAYOUTS.items():
+        made[label] = lambda options=options: gptq_or_awq(source, **options)
+    made["NVFP4, LightX2V, alpha"] = lambda: lightx2v_nvfp4(source)
+    made["NVFP4, LightX2V, input_absmax"] = lambda: lightx2v_nvfp4(source, older=True)
     plain, exact = base(source)
     for prefix in (
         "model.diffusion_model.",
@@ -458,6 +462,14 @@ def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
         found[label] = (write(folder / f"{index}.safetensors", tensors, metadata), meant)
     torch.save({"generator_ema": {f"model.{k}": v for k, v in plain.items()}}, folder / "g.pt")
     found["bf16, .pt with generator_ema.model."] = (folder / "g.pt", exact)
+    for kind in ("Q8_0", "Q5_1", "Q4_0", "F16"):
+        path = folder / f"{kind}.gguf"
+        meant = write_gguf(path, source, kind)
+        quantised = {f"{layer}.weight" for layer in block_linears(source) if kind != "F16"}
+        found[f"GGUF {kind}"] = (
+            path,
+            {name: t.half().float() if name in quantised else t for name, t in meant.items()},
+        )
     found["bf16, two parts and an index"] = (split(folder, plain), exact)
     return found
 

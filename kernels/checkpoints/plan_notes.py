@@ -44,7 +44,11 @@ def plan_notes(
     if any(layer.lightx2v for layer in layers.values()):
         notes.append("LightX2V NVFP4: half bytes change places, which copies the packed weights")
     if any(layer.packed for layer in layers.values()):
-        notes.append("GPTQ and AWQ layers stay packed; one layer at a time is unpacked")
+        notes.append(
+            "GPTQ and AWQ layers stay packed; one layer at a time is unpacked; a LoRA that ComfyUI "
+            "merges is rounded to the same few bits, which loses weak ones: where there is a LoRA "
+            "loader that bypasses the weights, use that"
+        )
     notes += [f"{count} tensors under {part} are left out" for part, count in left_out.items()]
     if unit_scales_dropped:
         notes.append(f"{unit_scales_dropped} scales beside unquantised weights are left out")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import comfy.quant_ops
+import comfy.sd
 import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.quant.packed_int import PackedWeight, dequantise, requantise
 from frugal.nodes.wan import glue, packed_int
 from frugal.tests import wan_bed as bed
 from frugal.tests.wan_checks import check, forward, reference
@@ -78,6 +81,53 @@ def test_lora_is_rounded_to_the_same_layout_and_taken_out_again(label, tmp_path)
         words = tensors["blocks.0.self_attn.q.qweight"]
         restored = patcher.model.diffusion_model.blocks[0].self_attn.q.weight._qdata
         assert torch.equal(restored, words)
+
+
+def held_packed(patcher) -> dict[str, PackedWeight]:
+    """The packed weights of a loaded model by layer, in either shape of quantised tensor."""
+    found = {}
+    for name in bed.block_linears(SOURCE):
+        weight = patcher.model.diffusion_model.get_submodule(name).weight
+        held = getattr(weight, "_params", None) or SimpleNamespace(**weight._layout_params)
+        found[name] = PackedWeight(weight._qdata, held.scale, held.zeros, held.g_idx, held.spec)
+    return found
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["merged", "low VRAM"])
+@pytest.mark.parametrize("label", ["GPTQ 4 bits, act-order", "AWQ 4 bits"])
+def test_lora_file_acts_through_comfyuis_own_loader(label, resident, tmp_path):
+    """The result is the LoRA on the stored weights, exact where ComfyUI patches on the fly, else
+    rounded to the layout once more.
+    """
+    path, _, meant = packed_file(tmp_path, label)
+    make = torch.Generator().manual_seed(2)
+    lora, wanted = {}, dict(meant)
+    for name in bed.block_linears(SOURCE):
+        rows, width = meant[f"{name}.weight"].shape
+        up, down = (torch.randn(s, generator=make) / 16 for s in ((rows, 8), (8, width)))
+        lora |= {
+            f"diffusion_model.{name}.lora_B.weight": up,
+            f"diffusion_model.{name}.lora_A.weight": down,
+        }
+        wanted[f"{name}.weight"] = meant[f"{name}.weight"] + up @ down
+    with torch.inference_mode():
+        model = glue.load_wan(path)[0]
+        before, packed = forward(model), held_packed(model)
+        patched = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+        assert len(patched.patches) == len(bed.block_linears(SOURCE))
+        patched.patch_model(torch.device("cpu"), lowvram_model_memory=0 if resident else 64)
+        out = forward(patched)
+        exact, rounded = reference(wanted), dict(wanted)
+        for name in bed.block_linears(SOURCE):
+            like = packed[name]
+            rounded[f"{name}.weight"] = dequantise(
+                requantise(wanted[f"{name}.weight"], like), torch.float32
+            )
+        on_the_fly = not resident and hasattr(comfy.quant_ops, "register_layout_class")
+        assert bed.relative(out, exact if on_the_fly else reference(rounded)) <= 2e-3
+        assert bed.relative(out, exact) < bed.relative(before, exact)
+        patched.unpatch_model(torch.device("cpu"))
+        assert torch.equal(forward(model), before)
 
 
 def test_saved_model_does_not_pass_for_another_format(tmp_path):

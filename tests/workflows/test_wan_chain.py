@@ -62,7 +62,7 @@ def graph(model: dict, files: dict[str, str], picture: str | None, seed: int = 7
 
 
 def frugal_loader(files: dict[str, str], key: str) -> dict:
-    widgets = {"model_name": files[key], "weight_dtype": "default", "matmul": "auto"}
+    widgets = {"model_name": files[key], "weight_dtype": "default"}
     return {"class_type": "FrugalLoadWan", "inputs": widgets}
 
 
