@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.plan.run_report import RunReport
 from .._comfy import CATEGORY, known, show_text
 from . import glue
+from .doctor import FrugalDoctor
 
 RUNS = itertools.count(1)
 
@@ -83,4 +84,4 @@ class FrugalReport(io.ComfyNode):
         return io.NodeOutput(text, data, ui={"text": (text,), "frugal_report": (data,)})
 
 
-NODES = [FrugalReport]
+NODES = [FrugalReport, FrugalDoctor]

@@ -1,0 +1,309 @@
+"""What this machine and this ComfyUI can do for the models of this pack: facts first, then
+findings, then sentences.
+
+Compute capabilities: fp8 matrix units from 8.9, int8 and W4A4 from 7.5, W4A8 from 8.0, NVFP4 and
+MXFP8 from 10.0 (constraints of comfy-kitchen's kernels). FlashAttention 2 and SageAttention want
+8.0, FlashAttention 3 9.0, SageAttention 3 12.0 (their own documentation).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..report import megabytes
+from .fit import FRAMES, Fit, fit_lines, fits
+
+NATIVE, PLAIN, EMULATED, UNKNOWN = "native", "plain PyTorch", "emulated", "not known"
+Capability = tuple[int, int]
+# ComfyUI's name of a format -> (name people use, least compute capability).
+FORMATS: dict[str, tuple[str, Capability]] = {
+    "float8_e4m3fn": ("fp8 e4m3", (8, 9)),
+    "float8_e5m2": ("fp8 e5m2", (8, 9)),
+    "int8_tensorwise": ("int8", (7, 5)),
+    "convrot_w4a4": ("W4A4", (7, 5)),
+    "asym_w4a8_int8": ("W4A8", (8, 0)),
+    "nvfp4": ("NVFP4", (10, 0)),
+    "mxfp8": ("MXFP8", (10, 0)),
+}
+# These run as integers on any device, through PyTorch where comfy-kitchen's kernel of this name is
+# off; the others are expanded to the compute type where the device cannot multiply in them.
+INTEGER = {
+    "int8_tensorwise": "int8_linear",
+    "convrot_w4a4": "convrot_w4a4_linear",
+    "asym_w4a8_int8": "w4a8_int8_linear",
+}
+REFERENCE = "eager"
+# Import name -> (name, least capability, ComfyUI's name for it, switch that makes it the default).
+ATTENTION: dict[str, tuple[str, Capability, str | None, str | None]] = {
+    "flash_attn": ("FlashAttention 2", (8, 0), "flash", "--use-flash-attention"),
+    "flash_attn_interface": ("FlashAttention 3", (9, 0), None, None),
+    "sageattention": ("SageAttention", (8, 0), "sage", "--use-sage-attention"),
+    "sageattn3": ("SageAttention 3", (12, 0), "sage3", None),
+    "xformers": ("xFormers", (7, 0), "xformers", None),
+}
+SLOW_ATTENTION = ("sub_quad", "split", "basic")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """State of one comfy-kitchen backend. reason: its own words for being unavailable. kernels:
+    name -> least compute capability, None for any device.
+    """
+
+    available: bool
+    disabled: bool
+    reason: str | None = None
+    kernels: dict[str, Capability | None] = field(default_factory=dict)
+
+    def runs(self, kernel: str, capability: Capability | None) -> bool:
+        """Whether this backend computes `kernel` on a device of `capability`."""
+        if not self.available or self.disabled or kernel not in self.kernels:
+            return False
+        least = self.kernels[kernel]
+        return least is None or (capability is not None and capability >= least)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found. Memory in bytes; versions as text, None if absent.
+
+    kind: torch's device type. capability: of an NVIDIA device, else None. reserved: what ComfyUI
+    keeps free on the device. streaming: its dynamic VRAM is on. kitchen_used: it computes through
+    comfy-kitchen. formats: quantised formats that it knows; emulated: those that it says it expands
+    on this device. attention: import name -> version of the packages found. registered: attention
+    functions of ComfyUI; active: the one in use. sdpa: back ends that PyTorch's attention may use.
+    """
+
+    comfyui: str | None
+    torch: str
+    cuda: str | None
+    device: str
+    kind: str
+    capability: Capability | None
+    memory_total: int
+    memory_free: int
+    ram_total: int
+    ram_free: int
+    reserved: int = 0
+    streaming: bool = False
+    kitchen: str | None = None
+    kitchen_used: bool = False
+    backends: dict[str, Backend] = field(default_factory=dict)
+    formats: tuple[str, ...] = ()
+    emulated: tuple[str, ...] = ()
+    attention: dict[str, str | None] = field(default_factory=dict)
+    registered: tuple[str, ...] = ()
+    active: str = ""
+    sdpa: tuple[str, ...] = ()
+    numba: str | None = None
+    triton: str | None = None
+    gguf: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing, its state, and what follows from it."""
+
+    name: str
+    state: str
+    meaning: str
+
+    def text(self) -> str:
+        return f"{self.name}: {self.state}" + (f"; {self.meaning}" if self.meaning else "")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    facts: Facts
+    backends: tuple[Finding, ...]
+    formats: tuple[Finding, ...]
+    attention: tuple[Finding, ...]
+    packages: tuple[Finding, ...]
+    models: tuple[Fit, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every fact and finding, JSON-ready."""
+        return asdict(self)
+
+    def json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def text(self) -> str:
+        """The same as lines of text."""
+        sections = (
+            ("comfy-kitchen", [each.text() for each in self.backends]),
+            ("Quantised formats", [each.text() for each in self.formats]),
+            ("Attention", [each.text() for each in self.attention]),
+            ("Packages", [each.text() for each in self.packages]),
+            (f"Models ({FRAMES} frames of video)", fit_lines(list(self.models))),
+        )
+        lines = _machine_lines(self.facts)
+        for title, body in sections:
+            lines += ["", title, *body]
+        return "\n".join(lines)
+
+
+def diagnose(facts: Facts) -> Diagnosis:
+    """All findings that follow from the facts."""
+    own_memory = 0 if facts.kind in ("cpu", "mps") else facts.memory_total - facts.reserved
+    return Diagnosis(
+        facts,
+        tuple(_backends(facts)),
+        tuple(_format(facts, name) for name in FORMATS),
+        tuple(_attention(facts)),
+        tuple(_packages(facts)),
+        tuple(fits(own_memory, facts.ram_free, facts.formats)),
+    )
+
+
+def _machine_lines(facts: Facts) -> list[str]:
+    built = f"built for CUDA {facts.cuda}" if facts.cuda else "built without CUDA"
+    lines = [f"ComfyUI {facts.comfyui or 'of unknown version'}, torch {facts.torch} ({built})"]
+    device = f"device {facts.device}"
+    if facts.capability:
+        device += ", compute capability {}.{}".format(*facts.capability)
+    if facts.kind not in ("cpu", "mps"):
+        device += f", {megabytes(facts.memory_free)} free of {megabytes(facts.memory_total)}"
+    lines.append(device)
+    lines.append(f"RAM {megabytes(facts.ram_free)} free of {megabytes(facts.ram_total)}")
+    if facts.kind == "cpu" and facts.cuda:
+        lines.append(
+            "torch is built for CUDA, but ComfyUI computes on the CPU: no GPU or driver was found, "
+            "or it was started with --cpu"
+        )
+    if facts.kind == "cpu":
+        lines.append(
+            "a Wan 14B step at 480p is about 3,400 TFLOP with guidance: hours on a CPU; use tiny "
+            "models or short clips here"
+        )
+    if facts.kind not in ("cpu", "mps"):
+        lines.append(
+            "weights are streamed by ComfyUI's dynamic VRAM"
+            if facts.streaming
+            else "dynamic VRAM is off: what does not fit stays in RAM and is copied layer by layer"
+        )
+    return lines
+
+
+def _backends(facts: Facts) -> list[Finding]:
+    if not facts.kitchen_used:
+        state = f"{facts.kitchen} installed but not used" if facts.kitchen else "not installed"
+        meaning = (
+            "this ComfyUI does not know it; update ComfyUI for int8 and 4-bit formats"
+            if facts.kitchen
+            else "quantised formats run through PyTorch, if ComfyUI knows them"
+        )
+        return [Finding("comfy-kitchen", state, meaning)]
+    return [
+        Finding(f"backend {name}", *_backend_state(facts, name, backend))
+        for name, backend in sorted(facts.backends.items())
+    ]
+
+
+def _backend_state(facts: Facts, name: str, backend: Backend) -> tuple[str, str]:
+    if not backend.available:
+        return "unavailable", backend.reason or "no reason given"
+    if not backend.disabled:
+        return "on", ""
+    if name == "cuda" and facts.cuda and _version(facts.cuda) < (13,):
+        return "off", (
+            f"ComfyUI switches it off because torch is built for CUDA {facts.cuda}; install a "
+            "torch built for CUDA 13.0 or newer"
+        )
+    if name == "cuda" and not facts.cuda:
+        return "off", "torch is built without CUDA"
+    if name == "triton":
+        return "off", "ComfyUI leaves it off unless it is started with --enable-triton-backend"
+    return "off", "switched off by another part of ComfyUI"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def _format(facts: Facts, name: str) -> Finding:
+    label, least = FORMATS[name]
+    if name not in facts.formats:
+        return Finding(
+            label,
+            UNKNOWN,
+            "this ComfyUI has no quantised tensor for it, and Load Wan Model says so when a file "
+            "needs it; update ComfyUI",
+        )
+    needs = "compute capability {}.{} (NVIDIA)".format(*least)
+    able = facts.capability is not None and facts.capability >= least
+    if name in INTEGER:
+        for key, backend in facts.backends.items():
+            if key != REFERENCE and backend.runs(INTEGER[name], facts.capability):
+                return Finding(label, NATIVE, f"through comfy-kitchen's {key} kernels")
+        why = "comfy-kitchen's kernels for it are off" if able else f"native from {needs}"
+        return Finding(label, PLAIN, f"{why}: it saves memory, but little or no time")
+    if able and name in facts.emulated:
+        return Finding(
+            label, EMULATED, "the device could, this torch or system cannot; update torch"
+        )
+    if able:
+        return Finding(label, NATIVE, "the device multiplies in it where the loader asks for that")
+    return Finding(
+        label,
+        EMULATED,
+        f"native from {needs}: weights are expanded to 16 or 32 bits layer by layer, which saves "
+        "memory and no time",
+    )
+
+
+def _attention(facts: Facts) -> list[Finding]:
+    found = [Finding("in use", facts.active or "unknown", _active_meaning(facts))]
+    for package, version in facts.attention.items():
+        label, least, name, switch = ATTENTION[package]
+        label = f"{label} {version}" if version else label
+        needs = "compute capability {}.{}".format(*least)
+        if facts.kind == "cuda" and facts.capability is None:
+            found.append(Finding(label, "found, not checked on this device", ""))
+        elif facts.capability is None or facts.capability < least:
+            found.append(Finding(label, "no use here", f"needs an NVIDIA GPU of {needs}"))
+        elif name is not None and name == facts.active:
+            found.append(Finding(label, "in use", ""))
+        elif name is not None and name in facts.registered:
+            how = f"ComfyUI started with {switch} uses it" if switch else "nodes can choose it"
+            found.append(Finding(label, "usable", how))
+        else:
+            found.append(Finding(label, "found, not taken up by ComfyUI", ""))
+    if not facts.attention:
+        found.append(
+            Finding("packages", "none of " + ", ".join(v[0] for v in ATTENTION.values()), "")
+        )
+    if facts.kind == "cuda":
+        fused = [name for name in facts.sdpa if name != "math"]
+        found.append(
+            Finding(
+                "PyTorch's back ends",
+                ", ".join(facts.sdpa) or "none",
+                ""
+                if fused
+                else "no fused one is on: CatVTON at 768x1024 then needs 19.3 GB for its scores",
+            )
+        )
+    return found
+
+
+def _active_meaning(facts: Facts) -> str:
+    if facts.active in SLOW_ATTENTION:
+        return "slower than PyTorch's own in fp32; --use-pytorch-cross-attention chooses that"
+    if facts.active in ("sage", "sage3", "comfy_kitchen_int8"):
+        return "8 bits or fewer inside, so results differ a little from full precision"
+    return ""
+
+
+def _packages(facts: Facts) -> list[Finding]:
+    absent = {
+        "numba": "mask nodes use the slower reference code; install numba",
+        "triton": "torch.compile and Triton kernels are not available",
+        "gguf": "GGUF files cannot be loaded; install gguf",
+    }
+    return [
+        Finding(name, getattr(facts, name) or "not found", "" if getattr(facts, name) else meaning)
+        for name, meaning in absent.items()
+    ]

@@ -1,0 +1,144 @@
+"""Reads the facts for the doctor off the running ComfyUI, without importing what it has not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.quant_ops
+import psutil
+import torch
+
+from ...kernels.plan.doctor import ATTENTION, Backend, Facts
+
+# Import name -> name of the distribution where they differ.
+DISTRIBUTIONS = {
+    "comfy_kitchen": "comfy-kitchen",
+    "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn-3",
+}
+
+# ComfyUI's question whether the device multiplies in a format -> the formats it asks for.
+NATIVE_IF = {
+    "supports_fp8_compute": ("float8_e4m3fn", "float8_e5m2"),
+    "supports_nvfp4_compute": ("nvfp4",),
+    "supports_mxfp8_compute": ("mxfp8",),
+}
+
+
+def gather() -> Facts:
+    """Everything the doctor wants to know."""
+    device = comfy.model_management.get_torch_device()
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    memory = psutil.virtual_memory()
+    own = device.type != "cpu"
+    return Facts(
+        comfyui=_comfyui_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        kind=device.type,
+        capability=tuple(torch.cuda.get_device_capability(device)) if nvidia else None,
+        memory_total=int(comfy.model_management.get_total_memory(device)) if own else 0,
+        memory_free=int(comfy.model_management.get_free_memory(device)) if own else 0,
+        ram_total=memory.total,
+        ram_free=memory.available,
+        reserved=int(comfy.model_management.extra_reserved_memory()) if own else 0,
+        streaming=_streaming(),
+        kitchen=version_of("comfy_kitchen"),
+        kitchen_used=bool(getattr(comfy.quant_ops, "_CK_AVAILABLE", False)),
+        backends=_backends(),
+        formats=tuple(sorted(getattr(comfy.quant_ops, "QUANT_ALGOS", {}))),
+        emulated=_emulated(device),
+        attention={name: version_of(name) for name in ATTENTION if importable(name)},
+        registered=tuple(
+            sorted(getattr(comfy.ldm.modules.attention, "REGISTERED_ATTENTION_FUNCTIONS", {}))
+        ),
+        active=_active_attention(),
+        sdpa=_sdpa(),
+        numba=version_of("numba"),
+        triton=version_of("triton"),
+        gguf=version_of("gguf"),
+    )
+
+
+def _emulated(device: torch.device) -> tuple[str, ...]:
+    names: list[str] = []
+    for question, formats in NATIVE_IF.items():
+        # Versions that do not ask have not got the format either.
+        ask = getattr(comfy.model_management, question, None)
+        if ask is not None and not ask(device):
+            names += formats
+    return tuple(names)
+
+
+def importable(name: str) -> bool:
+    """Whether a module of this name can be found; it is not imported."""
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
+
+
+def version_of(name: str) -> str | None:
+    """Version of a package, "unknown version" if it has no metadata, None if it is not there."""
+    if not importable(name):
+        return None
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _comfyui_version() -> str | None:
+    try:
+        from comfyui_version import __version__
+    except ImportError:
+        return None
+    return __version__
+
+
+def _streaming() -> bool:
+    management = sys.modules.get("comfy.memory_management")
+    return bool(getattr(management, "aimdo_enabled", False))
+
+
+def _backends() -> dict[str, Backend]:
+    # ComfyUI has imported it if it uses it; where it does not, its state means nothing.
+    kitchen: Any = sys.modules.get("comfy_kitchen")
+    if kitchen is None or not getattr(comfy.quant_ops, "_CK_AVAILABLE", False):
+        return {}
+    found = {}
+    for name, state in kitchen.list_backends().items():
+        kernels = {}
+        for kernel in state["capabilities"]:
+            rule = kitchen.registry.get_constraints(name, kernel)
+            least = getattr(rule, "min_compute_capability", None)
+            kernels[kernel] = None if least is None else tuple(least)
+        found[name] = Backend(
+            state["available"], state["disabled"], state["unavailable_reason"], kernels
+        )
+    return found
+
+
+def _active_attention() -> str:
+    attention = comfy.ldm.modules.attention
+    active = attention.optimized_attention
+    for name, function in getattr(attention, "REGISTERED_ATTENTION_FUNCTIONS", {}).items():
+        if function is active:
+            return name
+    return getattr(active, "__name__", "")
+
+
+def _sdpa() -> tuple[str, ...]:
+    cuda = torch.backends.cuda
+    states = {
+        "cudnn": getattr(cuda, "cudnn_sdp_enabled", lambda: False),
+        "flash": cuda.flash_sdp_enabled,
+        "memory efficient": cuda.mem_efficient_sdp_enabled,
+        "math": cuda.math_sdp_enabled,
+    }
+    return tuple(name for name, enabled in states.items() if enabled())
