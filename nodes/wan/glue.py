@@ -132,7 +132,7 @@ def load_wan(
         source.sizes(),
         dict(plan.formats),
         time.perf_counter() - started,
-        plan.notes,
+        (*plan.notes, *_converted(plan, state_types, patcher.model.diffusion_model)),
     )
     patcher.set_attachments(REPORT_KEY, report)
     return patcher, report
@@ -260,6 +260,22 @@ def _check_loaded(plan: Plan, given: Mapping[str, torch.dtype], model: torch.nn.
                 f"{given[f'{layer}.weight']} as it was handed over",
                 "update ComfyUI, or report the file to ComfyUI-Frugal",
             )
+
+
+def _converted(
+    plan: Plan, given: Mapping[str, torch.dtype], model: torch.nn.Module
+) -> tuple[str, ...]:
+    """A note on what an unquantised model takes because ComfyUI converted it."""
+    if plan.layers:
+        return ()
+    changed = [tensor for name, tensor in model.named_parameters() if tensor.dtype != given[name]]
+    size = sum(tensor.nbytes for tensor in changed)
+    if not size:
+        return ()
+    return (
+        f"{megabytes(size)} are converted to {str(changed[0].dtype).removeprefix('torch.')} in "
+        "memory; a weight_dtype equal to the file's leaves weights in the mapped file",
+    )
 
 
 def _finish_quantised(

@@ -142,10 +142,14 @@ def test_weights_of_another_type_are_converted(tmp_path):
     mixed = {name: t.half() if name.endswith("weight") else t for name, t in SOURCE.items()}
     path = bed.write(tmp_path / "wan.safetensors", mixed)
     for dtype, mapped_then in (("fp16", True), ("bf16", False), ("fp32", False)):
-        layer = load(path, dtype)[0].model.diffusion_model.blocks[0].ffn[0]
+        patcher, report = load(path, dtype)
+        layer = patcher.model.diffusion_model.blocks[0].ffn[0]
         kind = glue.WEIGHT_DTYPES[dtype]
         assert layer.weight.dtype == layer.bias.dtype == kind
         assert mapped_file(layer.weight) == mapped_then
+        # At fp16 the biases only.
+        converted = next(note for note in report.notes if " MB are converted to " in note)
+        assert (float(converted.split(" MB")[0]) < 1) == mapped_then
         assert torch.equal(layer.weight, mixed["blocks.0.ffn.0.weight"].to(kind))
         assert torch.equal(layer.bias, mixed["blocks.0.ffn.0.bias"].to(kind))
 
