@@ -93,13 +93,8 @@ def held_packed(patcher) -> dict[str, PackedWeight]:
     return found
 
 
-@pytest.mark.parametrize("resident", [True, False], ids=["merged", "low VRAM"])
-@pytest.mark.parametrize("label", ["GPTQ 4 bits, act-order", "AWQ 4 bits"])
-def test_lora_file_acts_through_comfyuis_own_loader(label, resident, tmp_path):
-    """The result is the LoRA on the stored weights, exact where ComfyUI patches on the fly, else
-    rounded to the layout once more.
-    """
-    path, _, meant = packed_file(tmp_path, label)
+def lora_of(meant: bed.Weights) -> tuple[bed.Weights, bed.Weights]:
+    """A LoRA file of rank 8 on every block linear, and the weights with it."""
     make = torch.Generator().manual_seed(2)
     lora, wanted = {}, dict(meant)
     for name in bed.block_linears(SOURCE):
@@ -110,6 +105,17 @@ def test_lora_file_acts_through_comfyuis_own_loader(label, resident, tmp_path):
             f"diffusion_model.{name}.lora_A.weight": down,
         }
         wanted[f"{name}.weight"] = meant[f"{name}.weight"] + up @ down
+    return lora, wanted
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["merged", "low VRAM"])
+@pytest.mark.parametrize("label", ["GPTQ 4 bits, act-order", "AWQ 4 bits"])
+def test_lora_file_acts_through_comfyuis_own_loader(label, resident, tmp_path):
+    """The result is the LoRA on the stored weights, exact where ComfyUI patches on the fly, else
+    rounded to the layout once more.
+    """
+    path, _, meant = packed_file(tmp_path, label)
+    lora, wanted = lora_of(meant)
     with torch.inference_mode():
         model = glue.load_wan(path)[0]
         before, packed = forward(model), held_packed(model)
@@ -128,6 +134,23 @@ def test_lora_file_acts_through_comfyuis_own_loader(label, resident, tmp_path):
         assert bed.relative(out, exact) < bed.relative(before, exact)
         patched.unpatch_model(torch.device("cpu"))
         assert torch.equal(forward(model), before)
+
+
+@pytest.mark.parametrize("label", ["GPTQ 4 bits, act-order", "AWQ 4 bits"])
+def test_bypassing_lora_is_exact(label, tmp_path):
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI only merges")
+    path, _, meant = packed_file(tmp_path, label)
+    lora, wanted = lora_of(meant)
+    with torch.inference_mode():
+        model = glue.load_wan(path)[0]
+        patched = comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+        patched.patch_model(torch.device("cpu"))
+        patched.inject_model()
+        out = forward(patched)
+        patched.eject_model()
+        patched.unpatch_model(torch.device("cpu"))
+        assert bed.relative(out, reference(wanted)) <= 2e-3
 
 
 def test_saved_model_does_not_pass_for_another_format(tmp_path):
