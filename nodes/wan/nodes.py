@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from . import embeds, glue
+from .encode_cache import FrugalCachedTextEncode
 from .experts import FrugalWanTwoExperts
 
 
@@ -143,4 +144,10 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
         return io.NodeOutput(embeds.load(embeds_name))
 
 
-NODES = [FrugalLoadWan, FrugalSaveTextEmbeds, FrugalLoadTextEmbeds, FrugalWanTwoExperts]
+NODES = [
+    FrugalLoadWan,
+    FrugalSaveTextEmbeds,
+    FrugalLoadTextEmbeds,
+    FrugalCachedTextEncode,
+    FrugalWanTwoExperts,
+]
