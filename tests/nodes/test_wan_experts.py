@@ -279,6 +279,25 @@ def test_what_is_bound_to_weights_is_refused_after_and_taken_before(experts, pro
         assert torch.equal(sample(model, sigmas, prompts), sample(join(high, low), sigmas, prompts))
 
 
+def test_a_step_cache_on_each_expert_works_as_by_hand(experts, prompts):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    def cached(model):
+        return EasyCacheNode.execute(shifted(model, 8.0), 10.0, 0.0, 1.0, False).args[0]
+
+    high, low = (cached(model) for model in experts)
+    steps = 10
+    sigmas = sigmas_of(high, steps)
+    count = expert_switch.high_steps(sigmas, 0.875)
+    out = sample(join(high, low), sigmas, prompts)
+    assert torch.equal(out, by_hand(high, low, prompts, count, steps=steps))
+    # Guard: the cache did skip steps.
+    plain = join(*(shifted(model, 8.0) for model in experts))
+    assert relative(out, sample(plain, sigmas, prompts)) > 1e-3
+    with pytest.raises(FrugalError, match="easycache"):
+        sample(cached(join(*experts)), sigmas, prompts)
+
+
 def test_refused_runs(experts, prompts):
     high, low = experts
     model, sigmas = join(high, low), sigmas_of(shifted(high, 8.0))
