@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
+from frugal.tests.packed_bed import gptq_or_awq_layer
 
 T2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=16, out_dim=16)
 I2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=36, out_dim=16, image=True)
@@ -203,65 +204,6 @@ def fp8_layouts(source: Weights) -> dict[str, Callable[[], File]]:
         ),
         "e5m2 weight_scale [rows,1], no marker": lambda: scaled(source, E5, rows=True, **ONE_STEP),
     }
-
-
-def packed_words(columns: list[np.ndarray], bits: int, places: Sequence[int]) -> np.ndarray:
-    """Words int32 from arrays of small integers: array i goes to place `places[i]`, one at a time
-    as the reference packers do.
-    """
-    words = np.zeros(columns[0].shape, dtype=np.uint32)
-    for values, place in zip(columns, places, strict=True):
-        words |= values.astype(np.uint32) << np.uint32(bits * place)
-    return words.view(np.int32)
-
-
-def gptq_or_awq_layer(
-    weight: torch.Tensor,
-    kind: str = "gptq",
-    bits: int = 4,
-    group: int = 64,
-    symmetric: bool = False,
-    act_order: bool = False,
-    version: int = 1,
-) -> tuple[Weights, torch.Tensor]:
-    """Tensors of one layer (leaf -> tensor) and the float32 weight that they stand for."""
-    rows, width = weight.shape
-    index = np.arange(width) // group
-    if act_order:
-        index = index[np.random.default_rng(width).permutation(width)]
-    floats = weight.double().numpy()
-    scales = np.zeros((width // group, rows), dtype=np.float16)
-    zeros = np.zeros((width // group, rows), dtype=np.int64)
-    top = 2**bits - 1
-    for number in range(width // group):
-        part = floats[:, index == number]
-        low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
-        if symmetric:
-            high = np.maximum(high, -low)
-            low = -high
-        scales[number] = (high - low) / top
-        least = 1 if kind == "gptq" and version == 1 else 0
-        zeros[number] = (
-            2 ** (bits - 1)
-            if symmetric
-            else np.clip(np.round(-low / scales[number].astype(np.float64)), least, top)
-        )
-    q = np.clip(np.round(floats.T / scales[index]) + zeros[index], 0, top).astype(np.int64)
-    meant = (q - zeros[index]) * scales[index].astype(np.float64)
-    count = 32 // bits
-    if kind == "awq":
-        order = [0, 2, 4, 6, 1, 3, 5, 7]
-        words = packed_words([q[:, i::8] for i in order], 4, range(8))
-        stored = packed_words([zeros[:, i::8] for i in order], 4, range(8))
-    else:
-        words = packed_words([q[i::count] for i in range(count)], bits, range(count))
-        away = zeros - (1 if version == 1 else 0)
-        stored = packed_words([away[:, i::count] for i in range(count)], bits, range(count))
-    layer = {"qweight": words, "qzeros": stored, "scales": scales}
-    if kind == "gptq":
-        layer["g_idx"] = index.astype(np.int32)
-    tensors = {leaf: torch.from_numpy(np.ascontiguousarray(value)) for leaf, value in layer.items()}
-    return tensors, torch.from_numpy(np.ascontiguousarray(meant.T)).float()
 
 
 def gptq_or_awq(source: Weights, config: WanConfig = T2V, **options: Any) -> File:

@@ -13,6 +13,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import packed_int
 from frugal.kernels.quant.packed_int import PackedWeight, dequantise, requantise
 from frugal.tests import wan_bed as bed
+from frugal.tests.packed_bed import gptq_or_awq_layer
 
 V2 = {"checkpoint_format": "gptq_v2"}
 SHAPES = [(64, 128), (24, 256), (256, 64)]
@@ -39,7 +40,7 @@ def packed(tensors: bed.Weights, shape: tuple[int, int], stated=None) -> PackedW
 @pytest.mark.parametrize("label", bed.PACKED_LAYOUTS)
 def test_weights_are_what_the_words_say(label, shape, monkeypatch):
     options = bed.PACKED_LAYOUTS[label] | {"group": 32}
-    tensors, meant = bed.gptq_or_awq_layer(weight(*shape), **options)
+    tensors, meant = gptq_or_awq_layer(weight(*shape), **options)
     found = packed(tensors, shape, V2 if options.get("version") == 2 else None)
     whole = dequantise(found, torch.float32)
     assert whole.shape == shape and torch.equal(whole, meant)
@@ -52,7 +53,7 @@ def test_weights_are_what_the_words_say(label, shape, monkeypatch):
 
 
 def test_zero_point_conventions_differ_by_one_step():
-    tensors, meant = bed.gptq_or_awq_layer(weight(64, 128), version=2, group=32)
+    tensors, meant = gptq_or_awq_layer(weight(64, 128), version=2, group=32)
     as_v1 = dequantise(packed(tensors, (64, 128)), torch.float32)
     steps = tensors["scales"].float()[tensors["g_idx"].long()].t()
     torch.testing.assert_close(as_v1, meant - steps)
@@ -61,7 +62,7 @@ def test_zero_point_conventions_differ_by_one_step():
 @pytest.mark.parametrize("label", bed.PACKED_LAYOUTS)
 def test_rounding_back_keeps_layout_and_is_near(label, monkeypatch):
     options = bed.PACKED_LAYOUTS[label] | {"group": 32}
-    tensors, meant = bed.gptq_or_awq_layer(weight(64, 128), **options)
+    tensors, meant = gptq_or_awq_layer(weight(64, 128), **options)
     like = packed(tensors, (64, 128), V2 if options.get("version") == 2 else None)
     changed = meant + 0.1 * weight(64, 128, seed=2)
     again = requantise(changed, like)
@@ -81,7 +82,7 @@ def test_rounding_back_keeps_layout_and_is_near(label, monkeypatch):
 
 
 def test_group_of_zeros_stays_zero():
-    tensors, _ = bed.gptq_or_awq_layer(weight(64, 128), group=32)
+    tensors, _ = gptq_or_awq_layer(weight(64, 128), group=32)
     like = packed(tensors, (64, 128))
     assert dequantise(requantise(torch.zeros(64, 128), like), torch.float32).abs().max() == 0
 
@@ -103,11 +104,11 @@ def test_working_memory_is_bounded(bits, monkeypatch):
 
 
 def awq():
-    return bed.gptq_or_awq_layer(weight(64, 128), kind="awq", group=32)[0]
+    return gptq_or_awq_layer(weight(64, 128), kind="awq", group=32)[0]
 
 
 def gptq(**options):
-    return bed.gptq_or_awq_layer(weight(64, 128), group=32, **options)[0]
+    return gptq_or_awq_layer(weight(64, 128), group=32, **options)[0]
 
 
 def with_leaf(tensors, leaf, value):
