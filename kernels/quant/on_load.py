@@ -5,13 +5,12 @@ image and camera parts stay as the file holds them, as published quantised Wan f
 
 fp8 per-channel: e4m3 with one scale per output row. int8 ConvRot: rows rotated in groups of inputs
 by a normalised Hadamard matrix, then int8 with one scale per row. W4A8: the same rotation, 4-bit
-codes with fp8 scales per 16 inputs. The last two are comfy-kitchen's formats, and its quantisers
-make them.
+codes with fp8 scales per 16 inputs. The last two are made by formats.py; the first is in no file
+that ComfyUI reads, so it is here.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,15 +23,15 @@ from ..checkpoints.layouts import FLOATS, INT8, W4A8, LayerLayout
 from ..checkpoints.plan import Plan
 from ..checkpoints.plan_notes import format_name
 from ..errors import FrugalError
+from . import formats
 
 AS_STORED = "as stored"
 FP8, INT8_CONVROT, W4A8_NAME = "fp8 per-channel", "int8 ConvRot", "W4A8"
 TARGETS = (FP8, INT8_CONVROT, W4A8_NAME)
 CHOICES = (AS_STORED, *TARGETS)
 LARGE = re.compile(r"(vace_)?blocks\.\d+\.(self_attn|cross_attn|ffn)\.[a-z0-9_]+$")
-SCALE_GROUP = 16
-# Values turned to float32 at a time: bounds the working memory of a layer.
-PIECE = 1 << 22
+BY_FORMAT = {INT8: formats.INT8, W4A8: formats.W4A8}
+SHARED = {INT8_CONVROT: formats.INT8, W4A8_NAME: formats.W4A8}
 
 
 def quantised_plan(plan: Plan, target: str, tensors: Mapping[str, TensorInfo]) -> Plan:
@@ -53,32 +52,29 @@ def quantised_plan(plan: Plan, target: str, tensors: Mapping[str, TensorInfo]) -
             f"set quantize to '{AS_STORED}', or use an unquantised file of the same model",
         )
     layers: dict[str, LayerLayout] = {}
-    formats = Counter(plan.formats)
+    sizes = Counter(plan.formats)
     for raw, name in plan.rename.items():
         layer, _, leaf = name.rpartition(".")
         info = tensors[raw]
         if leaf != "weight" or len(info.shape) != 2 or not LARGE.match(layer):
             continue
         layers[layer] = layout = _layout(plan.file, layer, info.shape[1], target)
-        formats[str(info.dtype).removeprefix("torch.")] -= info.nbytes
-        formats[format_name(layout)] += info.numel // (2 if layout.format == W4A8 else 1)
+        sizes[str(info.dtype).removeprefix("torch.")] -= info.nbytes
+        sizes[format_name(layout)] += info.numel // (2 if layout.format == W4A8 else 1)
     notes = (*plan.notes, f"{len(layers)} layers are quantised to {target} while loading")
-    return replace(plan, layers=layers, formats=dict(+formats), notes=notes)
+    return replace(plan, layers=layers, formats=dict(+sizes), notes=notes)
 
 
 def _layout(file: str, name: str, width: int, target: str) -> LayerLayout:
     if target == FP8:
         return LayerLayout("float8_e4m3fn", per_row=True, computed=True)
-    group = next((size for size in (256, 64, 16) if width % size == 0), None)
-    if group is None:
+    if formats.suits(SHARED[target], (1, width)):
         raise FrugalError(
             f"{file}: {name} has {width} inputs", f"a multiple of 16 for {target}", f"use {FP8}"
         )
-    if target == INT8_CONVROT:
-        options = {"convrot": True, "convrot_groupsize": group}
-        return LayerLayout(INT8, options=options, computed=True)
-    options = {"group_size": SCALE_GROUP, "convrot_groupsize": group}
-    return LayerLayout(W4A8, options=options, computed=True)
+    declared = formats.options(SHARED[target], (1, width))
+    form = declared.pop("format")
+    return LayerLayout(form, options=declared, computed=True)
 
 
 def quantiser(
@@ -95,69 +91,23 @@ def quantiser(
             raise FrugalError(
                 f"{file} holds a weight in {weight.dtype}", "floats", "choose another"
             )
-        make = {INT8: _int8_convrot, W4A8: _w4a8}.get(layout.format, _float8_rows)
-        made = make(file, weight, layout, device)
+        if layout.format in BY_FORMAT:
+            made = formats.encode(BY_FORMAT[layout.format], weight, device, where=file)
+            made.pop(formats.DECLARATION)
+        else:
+            made = _float8_rows(file, weight, device)
         step()
-        return {leaf: tensor.cpu() for leaf, tensor in made.items()}
+        return made
 
     return quantise
 
 
-def _pieces(file: str, weight: torch.Tensor, device: torch.device):
-    rows = max(1, PIECE // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        piece = weight[start : start + rows].to(device=device, dtype=torch.float32)
-        if not bool(torch.isfinite(piece).all()):
-            raise FrugalError(
-                f"{file} holds a weight that is not finite", "finite weights", "download it again"
-            )
-        yield slice(start, start + rows), piece
-
-
-def _float8_rows(
-    file: str, weight: torch.Tensor, layout: LayerLayout, device: torch.device
-) -> dict[str, torch.Tensor]:
+def _float8_rows(file: str, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
     largest = torch.finfo(torch.float8_e4m3fn).max
     out = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty(weight.shape[0], 1, dtype=torch.float32)
-    for rows, piece in _pieces(file, weight, device):
+    for rows, piece in formats.pieces(weight, device, file):
         scale = (piece.abs().amax(dim=1, keepdim=True) / largest).clamp_(min=1e-30)
         out[rows] = (piece / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn).cpu()
         scales[rows] = scale.cpu()
     return {"weight": out, "weight_scale": scales}
-
-
-def _int8_convrot(
-    file: str, weight: torch.Tensor, layout: LayerLayout, device: torch.device
-) -> dict[str, torch.Tensor]:
-    # Rows are independent, so pieces give what the whole would; float32 keeps the rotation exact.
-    form = _kitchen("TensorWiseINT8Layout")
-    out = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], 1, dtype=torch.float32)
-    for rows, piece in _pieces(file, weight, device):
-        group = layout.options["convrot_groupsize"]
-        data, params = form.quantize(piece, per_channel=True, convrot=True, convrot_groupsize=group)
-        out[rows], scales[rows] = data.cpu(), params.scale.reshape(-1, 1).cpu()
-    return {"weight": out, "weight_scale": scales}
-
-
-def _w4a8(
-    file: str, weight: torch.Tensor, layout: LayerLayout, device: torch.device
-) -> dict[str, torch.Tensor]:
-    # One codebook serves the whole weight, so the whole goes in; the quantiser works in pieces.
-    form = _kitchen("AsymW4A8Int8Layout")
-    whole = torch.empty(weight.shape, dtype=torch.float32, device=device)
-    for rows, piece in _pieces(file, weight, device):
-        whole[rows] = piece
-    data, params = form.quantize(whole, **layout.options)
-    made = {"weight": data, "weight_s_rel": params.scale, "weight_s_channel": params.s_channel}
-    return made if params.codebook is None else made | {"weight_codebook": params.codebook}
-
-
-def _kitchen(name: str):
-    try:
-        return getattr(importlib.import_module("comfy_kitchen.tensor"), name)
-    except (ImportError, AttributeError) as error:
-        raise FrugalError(
-            f"comfy-kitchen has no {name}", "a comfy-kitchen with this format", "update ComfyUI"
-        ) from error
