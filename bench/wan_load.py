@@ -4,7 +4,8 @@
 (width 5120, 3 blocks: 2.6 GB in fp16) into a temporary folder, then loads each in a fresh process
 per tree and loader. Memory is RssAnon, pages that belong to the process and to no file, as a share
 of the file; the peak is the highest value seen by a thread that looks every 5 ms. Files are in the
-page cache, so seconds say what a loader adds to reading.
+page cache, so seconds say what a loader adds to reading. `digest` is a hash of every weight that
+arrived: a model in two parts must give that of the single file.
 
 It runs on a CPU, for which ComfyUI turns everything into fp32; so it is told that fp16 is good, as
 it finds on NVIDIA cards from Turing on, and then picks the types that it picks there. Its dynamic
@@ -13,8 +14,10 @@ loading (newer versions, NVIDIA only) is off: the figures are those of its stati
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +34,9 @@ NATIVE = ("fp16", "bf16", "fp8 per tensor")
 PARTS = "fp16, two parts"
 LAYOUTS = (*NATIVE, PARTS, "fp8 per row", "GPTQ 4 bits", "AWQ 4 bits")
 QUANTISED = ("fp8 per-channel", "int8 ConvRot", "W4A8")
-AS_STORED = "as stored"
+AS_STORED, DEFAULT = "as stored", "default"
+# Seconds after which a load counts as hung.
+LIMIT = 600
 
 
 def enter(tree: str) -> None:
@@ -115,7 +120,19 @@ def own_memory() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def load_once(tree: str, who: str, path: str, quantize: str) -> dict:
+def digest(model) -> str:
+    """A hash over the bytes of all parameters as they are held."""
+    import torch
+
+    found = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        held = getattr(parameter, "_qdata", parameter).detach().contiguous()
+        found.update(name.encode())
+        found.update(held.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def load_once(tree: str, who: str, path: str, quantize: str, weight_dtype: str) -> dict:
     """Load one file in this process."""
     enter(tree)
     import logging
@@ -137,38 +154,51 @@ def load_once(tree: str, who: str, path: str, quantize: str) -> dict:
     with torch.inference_mode():
         watcher = threading.Thread(target=watch)
         watcher.start()
-        before, started = own_memory(), time.perf_counter()
-        if who == "native":
-            patcher = comfy.sd.load_diffusion_model(path)
-        else:
-            patcher = glue.load_wan(Path(path), quantize=quantize)[0]
-        seconds, after = time.perf_counter() - started, own_memory()
-        done.set()
-        watcher.join()
+        try:
+            before, started = own_memory(), time.perf_counter()
+            if who == "native":
+                patcher = comfy.sd.load_diffusion_model(path)
+            else:
+                patcher = glue.load_wan(Path(path), weight_dtype, quantize)[0]
+            seconds, after = time.perf_counter() - started, own_memory()
+        finally:
+            # A refusal must end the process: it waits for its threads.
+            done.set()
+            watcher.join()
     return {
         "seconds": round(seconds, 3),
         "added": after - before,
         "peak": max(highest[0], after) - before,
         "model_size": int(patcher.model_size()),
         "dtype": str(patcher.model.get_dtype()),
+        "digest": digest(patcher.model.diffusion_model),
     }
 
 
-def child(tree: str, who: str, path: str, quantize: str) -> dict:
-    command = [sys.executable, "-P", __file__, "--load", tree, who, path, quantize]
-    run = subprocess.run(command, capture_output=True, text=True)
+def child(tree: str, who: str, path: str, quantize: str, weight_dtype: str) -> dict:
+    command = [sys.executable, "-P", __file__, "--load", tree, who, path, quantize, weight_dtype]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not loaded after {LIMIT} s"}
     if run.returncode:
         return {"error": run.stderr.strip().splitlines()[-1][:300]}
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 def fastest(results: list[dict]) -> dict:
-    """The run with the fewest seconds, with the highest memory of all; an error if there is one."""
+    """The run with the fewest seconds, with the median of all and their highest memory; an error if
+    there is one.
+    """
     for result in results:
         if "error" in result:
             return result
-    highest = {key: max(result[key] for result in results) for key in ("added", "peak")}
-    return min(results, key=lambda result: result["seconds"]) | highest
+    all_of = {key: [result[key] for result in results] for key in ("seconds", "added", "peak")}
+    return min(results, key=lambda result: result["seconds"]) | {
+        "median_seconds": statistics.median(all_of["seconds"]),
+        "added": max(all_of["added"]),
+        "peak": max(all_of["peak"]),
+    }
 
 
 def read_through(path: str) -> None:
@@ -184,22 +214,30 @@ def measure(out: Path, trees: list[str]) -> None:
         command = [sys.executable, "-P", __file__, "--write", name]
         written = subprocess.run(command, capture_output=True, text=True, check=True)
         files = json.loads(written.stdout.strip().splitlines()[-1])
-        jobs = [(label, AS_STORED) for label in LAYOUTS] + [("fp16", q) for q in QUANTISED]
+        jobs = [(label, AS_STORED, DEFAULT) for label in LAYOUTS]
+        # ComfyUI turns bf16 into fp16; kept as it is, it needs no memory of its own.
+        jobs += [("bf16", AS_STORED, "bf16")] + [("fp16", q, DEFAULT) for q in QUANTISED]
         for tree in trees:
-            for label, quantize in jobs:
+            for label, quantize, weight_dtype in jobs:
                 parts = files[label][1:] or files[label]
                 size = sum(os.path.getsize(path) for path in parts)
                 for path in parts:
                     read_through(path)
-                compared = label in NATIVE and quantize == AS_STORED
+                compared = label in NATIVE and (quantize, weight_dtype) == (AS_STORED, DEFAULT)
                 whos = ("native", "pack") if compared else ("pack",)
                 # Turn about, and the fastest counts: other work on the machine only adds.
                 turns = [who for _ in range(TURNS if compared else 1) for who in whos]
-                runs = [(who, child(tree, who, files[label][0], quantize)) for who in turns]
+                given = (files[label][0], quantize, weight_dtype)
+                runs = [(who, child(tree, who, *given)) for who in turns]
                 for who in whos:
                     found = fastest([result for by, result in runs if by == who])
                     row = {"tree": Path(tree).name, "layout": label, "loader": who}
-                    row |= {"quantize": quantize, "file": size, **found}
+                    row |= {
+                        "quantize": quantize,
+                        "weight_dtype": weight_dtype,
+                        "file": size,
+                        **found,
+                    }
                     if "added" in found:
                         row["added_percent"] = round(100 * found["added"] / size, 2)
                         row["peak_percent"] = round(100 * found["peak"] / size, 2)
@@ -207,8 +245,14 @@ def measure(out: Path, trees: list[str]) -> None:
                     print(row, flush=True)
     import torch
 
-    threads = os.environ.get("OMP_NUM_THREADS", "default")
-    result = {"torch": torch.__version__, "device": "cpu", "threads": threads, "rows": rows}
+    result = {
+        "torch": torch.__version__,
+        "device": "cpu",
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "blocks": BLOCKS,
+        "turns": TURNS,
+        "rows": rows,
+    }
     part = out.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     os.replace(part, out)
