@@ -204,6 +204,25 @@ def extent(words, ends):
 
 
 @njit
+def row_is_hard(row):
+    """Whether every value of the row is 0, 1 or NaN (which counts as 0)."""
+    zero, one = np.float32(0), np.float32(1)
+    grey = np.uint8(0)
+    for x in range(row.shape[0]):
+        grey |= np.uint8(row[x] == row[x]) & np.uint8(row[x] != zero) & np.uint8(row[x] != one)
+    return grey == 0
+
+
+@njit
+def is_hard(image):
+    """Whether float32 [H, W] `image` holds only 0, 1 and NaN."""
+    y = 0
+    while y < image.shape[0] and row_is_hard(image[y]):
+        y += 1
+    return y == image.shape[0]
+
+
+@njit
 def flag_positive(image, columns, y0, y1):
     """OR `value > 0` of rows y0..y1 of float32 [H, W] into uint8 [W] `columns`; returns first row,
     one-past-last row.

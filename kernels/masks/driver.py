@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import ModuleType
 
 import numpy as np
 
-from . import reference
+from . import pool, reference
+from .pool import Progress
 from .settings import RefineSettings
 
-Progress = Callable[[int, int], None]
-MAX_THREADS = 8
 SPLIT_FROM = 2_000_000
 
 
@@ -42,28 +39,19 @@ def backend() -> str:
     return "numba" if numba_chain() else "scipy"
 
 
-def thread_count() -> int:
-    """Threads by default: the cores this process may use, at most 8."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(cores, MAX_THREADS)
-
-
-def spread(tasks: Sequence[Callable[[], int]], threads: int, done: Callable[[int], None]) -> None:
-    """Run the tasks; `done` gets each result in the calling thread, and what it raises stops the
-    rest.
+def _backend(use_numba: bool | None = None):
+    """(chain, scratch): the Numba chain, or None where the reference runs, and a function that
+    gives the calling thread's own work arrays.
     """
-    if threads == 1 or len(tasks) == 1:
-        for task in tasks:
-            done(task())
-        return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="frugal-masks")
-    try:
-        for future in as_completed([pool.submit(task) for task in tasks]):
-            done(future.result())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    chain = numba_chain() if use_numba is not False else None
+    local = threading.local()
+
+    def scratch():
+        if not hasattr(local, "scratch"):
+            local.scratch = chain.Scratch() if chain else None
+        return local.scratch
+
+    return chain, scratch
 
 
 def run_chain(
@@ -80,18 +68,11 @@ def run_chain(
     raise to cancel.
     use_numba: None takes Numba if it is there.
     """
-    chain = numba_chain() if use_numba is not False else None
-    threads = threads or thread_count()
+    chain, scratch = _backend(use_numba)
+    threads = threads or pool.thread_count()
     out = np.empty(frames.shape, np.float32)
     count = len(frames)
-    finished = 0
-
-    def advance(frames_done: int) -> None:
-        nonlocal finished
-        finished += frames_done
-        if progress:
-            progress(finished, count)
-
+    advance = pool.counter(count, progress)
     if chain is None:
         frames = np.nan_to_num(frames, nan=0.0, posinf=np.inf, neginf=-np.inf)
         if settings.temporal != "off":
@@ -105,22 +86,16 @@ def run_chain(
         how = settings.temporal, settings.temporal_strength
         tasks = [
             functools.partial(chain.smooth, flat, *how, smoothed, a, b)
-            for a, b in chain.ranges(flat.shape[1], threads)
+            for a, b in pool.ranges(flat.shape[1], threads)
         ]
-        spread(tasks, threads, lambda _: advance(0))
+        pool.spread(tasks, threads, lambda _: advance(0))
         frames = out
     plan = chain.Plan.of(settings)
-    local = threading.local()
-
-    def scratch():
-        if not hasattr(local, "scratch"):
-            local.scratch = chain.Scratch()
-        return local.scratch
-
     if count < threads and frames[0].size >= SPLIT_FROM:
 
         def run(tasks: Sequence[Callable]) -> None:
-            spread([lambda task=task: task(scratch()) for task in tasks], threads, lambda _: None)
+            each = [lambda task=task: task(scratch()) for task in tasks]
+            pool.spread(each, threads, lambda _: None)
 
         for n in range(count):
             chain.refine_frame(frames[n], plan, out[n], scratch(), threads, run)
@@ -131,13 +106,64 @@ def run_chain(
         for task in tasks:
             task(scratch())
 
-    def share(a: int, b: int) -> int:
-        for n in range(a, b):
-            chain.refine_frame(frames[n], plan, out[n], scratch(), 1, run_here)
-        return b - a
+    def work(n: int) -> None:
+        chain.refine_frame(frames[n], plan, out[n], scratch(), 1, run_here)
 
-    spans = chain.ranges(count, min(count, 4 * threads))
-    spread([functools.partial(share, a, b) for a, b in spans], threads, advance)
+    pool.over_frames(count, work, progress, threads)
+    return out
+
+
+def run_hull(
+    frames: np.ndarray,
+    threshold: float,
+    whole: bool,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    use_numba: bool | None = None,
+) -> np.ndarray:
+    """Convex hulls over float32 C-contiguous [B, H, W]: new float32 array of 0 and 1; arguments as
+    of `run_chain`.
+    """
+    chain, scratch = _backend(use_numba)
+    out = np.empty(frames.shape, np.float32)
+
+    def work(n: int) -> None:
+        if chain:
+            chain.hull_frame(frames[n], threshold, whole, out[n], scratch())
+        else:
+            out[n] = reference.hull_frame(frames[n] > np.float32(threshold), whole)
+
+    pool.over_frames(len(frames), work, progress, threads)
+    return out
+
+
+def run_composite(
+    destination: np.ndarray,
+    source: np.ndarray,
+    mask: np.ndarray,
+    xs: np.ndarray,
+    ys: np.ndarray,
+    count: int,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    use_numba: bool | None = None,
+) -> np.ndarray:
+    """Blend float32 C-contiguous source [B, h, w, C] at (xs[n], ys[n]) into destination [B, H, W,
+    C] through mask [B, h, w]: new float32 [count, H, W, C]. A first axis of 1 repeats.
+    """
+    chain, scratch = _backend(use_numba)
+    height, width, channels = destination.shape[1:]
+    out = np.empty((count, height, width, channels), np.float32)
+
+    def work(n: int) -> None:
+        under, over, weight = (a[n % len(a)] for a in (destination, source, mask))
+        x, y = int(xs[n % len(xs)]), int(ys[n % len(ys)])
+        if chain:
+            chain.blend_frame(under, over, weight, y, x, out[n], scratch())
+        else:
+            out[n] = reference.blend(under, over, weight, y, x)
+
+    pool.over_frames(count, work, progress, threads)
     return out
 
 

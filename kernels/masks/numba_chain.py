@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import bits, boxblur, components, morphology, ramp, temporal
+from . import bits, blend, boxblur, components, hull, morphology, ramp, temporal
+from .pool import ranges
 from .settings import RefineSettings, ramp_table
 
 Run = Callable[[Sequence[Callable[["Scratch"], None]]], None]
@@ -59,12 +60,6 @@ class Plan:
         )
 
 
-def ranges(size: int, parts: int) -> list[tuple[int, int]]:
-    """At most `parts` contiguous ranges that cover 0..size."""
-    step = max(1, -(-size // max(1, parts)))
-    return [(a, min(a + step, size)) for a in range(0, size, step)]
-
-
 def refine_frame(
     frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch, parts: int, run: Run
 ) -> None:
@@ -75,13 +70,14 @@ def refine_frame(
     split.
     """
     s = plan.settings
-    if s.soft:
+    # A hard mask needs no grey kernels: the bits give the same result, many times faster.
+    if s.soft and not bits.is_hard(frame):
         _soft_frame(frame, plan, out, scratch)
         return
     height, width = frame.shape
     count = -(-height // 64)
     words = scratch.plane("words", (count, width), np.uint64)
-    threshold = np.float32(s.threshold)
+    threshold = np.float32(0.5 if s.soft else s.threshold)
 
     def pack(k0: int, k1: int) -> Callable[[Scratch], None]:
         return lambda own: bits.pack(
@@ -242,10 +238,55 @@ def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch
         )
 
 
+def hull_frame(
+    frame: np.ndarray, threshold: float, whole: bool, out: np.ndarray, scratch: Scratch
+) -> None:
+    """Hulls (of each region, or of all pixels if `whole`) of float32 [H, W] above `threshold`, as
+    0.0 and 1.0 into `out`.
+    """
+    height, width = frame.shape
+    words = scratch.plane("words", (-(-height // 64), width), np.uint64)
+    found = scratch.plane("source", words.shape, np.uint64)
+    row = scratch.flat("row", width, np.uint8)
+    bits.pack(frame, np.float32(threshold), words, row, 0, len(words))
+    found[:] = 0
+    if whole:
+        hull.hull_of_all(words, found)
+    else:
+        hull.hulls(words, height, found)
+    bits.unpack_float(found, out, row, 0, height, 0, 0)
+
+
+def blend_frame(
+    destination: np.ndarray,
+    source: np.ndarray,
+    mask: np.ndarray,
+    y: int,
+    x: int,
+    out: np.ndarray,
+    scratch: Scratch,
+) -> None:
+    """float32 [h, w, C] `source` blended into [H, W, C] `destination` at (y, x), into `out`."""
+    height, _, channels = destination.shape
+    weight = scratch.flat("weight", mask.shape[1] * channels, np.float32)
+    blend.blend(
+        destination.reshape(height, -1),
+        source.reshape(len(source), -1),
+        mask,
+        channels,
+        y,
+        x,
+        weight,
+        out.reshape(height, -1),
+    )
+
+
 def smooth(frames: np.ndarray, mode: str, keep: float, out: np.ndarray, n0: int, n1: int) -> None:
     """Temporal smoothing of pixels n0..n1 of float32 [B, N] `frames` into `out`."""
-    if mode == "ema":
+    if mode in ("ema", "ema_both"):
         temporal.ema(frames, np.float32(keep), out, n0, n1)
+        if mode == "ema_both":
+            temporal.ema_back(out, np.float32(keep), n0, n1)
     elif mode == "union":
         temporal.union(frames, out, n0, n1)
     else:

@@ -132,10 +132,13 @@ def smooth(frames: np.ndarray, mode: str, keep: float) -> np.ndarray:
     """
     if mode == "union":
         return np.broadcast_to(frames.max(axis=0), frames.shape).copy()
-    if mode == "ema":
+    if mode in ("ema", "ema_both"):
         out, kept = frames.copy(), np.float32(keep)
+        share = np.float32(1) - kept
         for t in range(1, len(out)):
-            out[t] = kept * out[t - 1] + (np.float32(1) - kept) * frames[t]
+            out[t] = kept * out[t - 1] + share * out[t]
+        for t in range(len(out) - 2, -1, -1) if mode == "ema_both" else ():
+            out[t] = kept * out[t + 1] + share * out[t]
         return out
     size = 3 if mode == "median3" else 5
     return ndimage.median_filter(frames, (size, 1, 1), mode="nearest")
@@ -169,6 +172,68 @@ def refine_frame(frame: np.ndarray, settings: RefineSettings, out: np.ndarray) -
         out[:] = triple_box(bits, s.widths)
     else:
         out[:] = ramp(bits, s.feather, s.feather_mode)
+
+
+def hull_bits(bits: np.ndarray) -> np.ndarray:
+    """Convex hull of all True pixels: the pixels whose centre lies in it or on its edge."""
+    columns = np.flatnonzero(bits.any(axis=0))
+    out = np.zeros_like(bits)
+    if not columns.size:
+        return out
+    top = bits.argmax(axis=0)[columns]
+    bottom = len(bits) - 1 - bits[::-1].argmax(axis=0)[columns]
+    x = np.arange(columns[0], columns[-1] + 1)
+    upper, lower = _hull_edge(columns, top, 1, x), _hull_edge(columns, bottom, -1, x)
+    rows = np.arange(len(bits))[:, None]
+    out[:, x] = (rows >= upper) & (rows <= lower)
+    return out
+
+
+def _hull_edge(columns: np.ndarray, edge: np.ndarray, sign: int, x: np.ndarray) -> np.ndarray:
+    """Rows of one side of a hull at the columns x, rounded into the hull."""
+    corners: list[tuple[int, int]] = []
+    for point in zip(columns.tolist(), edge.tolist(), strict=True):
+        while len(corners) >= 2:
+            (ax, ay), (bx, by) = corners[-2], corners[-1]
+            if sign * ((bx - ax) * (point[1] - ay) - (by - ay) * (point[0] - ax)) > 0:
+                break
+            corners.pop()
+        corners.append(point)
+    rows = np.empty(len(x), np.int64)
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] or corners, strict=False):
+        span, run = np.arange(ax, bx + 1), max(1, bx - ax)
+        step = (by - ay) * (span - ax)
+        rows[span - x[0]] = ay - (-step) // run if sign > 0 else ay + step // run
+    return rows
+
+
+def hull_frame(bits: np.ndarray, whole: bool) -> np.ndarray:
+    """Hull of all True pixels, or the union of the hulls of the 8-connected regions."""
+    if whole:
+        return hull_bits(bits)
+    labels, _ = label(bits, EIGHT)
+    out = np.zeros_like(bits)
+    for n, box in enumerate(ndimage.find_objects(labels), 1):
+        out[box] |= hull_bits(labels[box] == n)
+    return out
+
+
+def blend(
+    destination: np.ndarray, source: np.ndarray, mask: np.ndarray, y: int, x: int
+) -> np.ndarray:
+    """float32 [H, W, C] `destination` with [h, w, C] `source` blended in at (y, x) through [h, w]
+    `mask`.
+    """
+    out = destination.copy()
+    height, width = destination.shape[:2]
+    y0, y1 = max(0, y), min(height, y + mask.shape[0])
+    x0, x1 = max(0, x), min(width, x + mask.shape[1])
+    if y0 < y1 and x0 < x1:
+        weight = np.nan_to_num(mask[y0 - y : y1 - y, x0 - x : x1 - x, None])
+        over, below = source[y0 - y : y1 - y, x0 - x : x1 - x], destination[y0:y1, x0:x1]
+        mixed = weight * over + (np.float32(1) - weight) * below
+        out[y0:y1, x0:x1] = np.where(weight == 0, below, mixed)
+    return out
 
 
 def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,16 @@ from ..errors import FrugalError
 from . import driver
 from .settings import RefineSettings
 
-__all__ = ["RefineSettings", "bbox", "invert", "refine"]
+__all__ = ["HULLS", "RefineSettings", "bbox", "boxes", "frames_of", "hull", "invert", "refine"]
+
+HULLS = ("per_region", "whole", "closing")
 
 
-def _frames(mask: np.ndarray) -> np.ndarray:
+def frames_of(mask: np.ndarray) -> np.ndarray:
+    """float32 C-contiguous [B, H, W] of a float [H, W] or [B, H, W] array, shared where possible.
+
+    Raises FrugalError for another type or shape.
+    """
     if not isinstance(mask, np.ndarray) or mask.dtype.kind != "f":
         found = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
         raise FrugalError(f"a mask of type {found}", "a float array", "convert the mask to float32")
@@ -44,10 +50,53 @@ def refine(
     threads: None takes the cores available, at most 8; the result does not depend on it. Raises
     FrugalError for a mask of another type or shape.
     """
-    frames = _frames(mask)
+    frames = frames_of(mask)
     if not len(frames):
         return np.empty(frames.shape, np.float32)
     return driver.run_chain(frames, settings, progress, threads)
+
+
+def hull(
+    mask: np.ndarray,
+    mode: str,
+    radius: int = 16,
+    threshold: float = 0.5,
+    progress: driver.Progress | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Close the dents of a mask; what lies above `threshold` is inside. Returns float32 [B, H, W]
+    of 0 and 1.
+
+    mode "per_region": convex hull of each 8-connected region of a frame. "whole": one hull round
+    all pixels of a frame. "closing": morphological closing by a disk of `radius` px, which fills
+    gaps narrower than twice that and leaves wider ones. A hull holds the pixels whose centre lies
+    in the polygon of pixel centres or on its edge. progress, threads: as of `refine`. Raises
+    FrugalError for an unknown mode, a radius outside 1 to 512 or a mask of another type.
+    """
+    if mode not in HULLS:
+        raise FrugalError(f"mode {mode!r}", f"one of {', '.join(HULLS)}", "choose another mode")
+    frames = frames_of(mask)
+    if mode != "closing":
+        RefineSettings(threshold=threshold)
+        return driver.run_hull(frames, threshold, mode == "whole", progress, threads)
+    if radius < 1:
+        raise FrugalError(f"radius {radius} px", "1 to 512 px", "set radius inside that range")
+    out = refine(frames, RefineSettings(threshold=threshold, grow=radius), None, threads)
+    return refine(out, RefineSettings(grow=-radius), progress, threads)
+
+
+def boxes(mask: np.ndarray) -> np.ndarray:
+    """Tight box of every frame, int64 [B, 4] of x, y, width, height in px around values above 0;
+    width and height 0 where a frame is empty. Errors as of `refine`.
+    """
+    frames = frames_of(mask)
+    found = np.zeros((len(frames), 4), np.int64)
+    for n in range(len(frames)):
+        columns, rows = (np.flatnonzero(seen) for seen in driver.bounds(frames[n : n + 1]))
+        if len(columns):
+            x, y = columns[0], rows[0]
+            found[n] = x, y, columns[-1] - x + 1, rows[-1] - y + 1
+    return found
 
 
 def invert(mask: np.ndarray) -> np.ndarray:
@@ -61,7 +110,7 @@ def bbox(mask: np.ndarray) -> tuple[int, int, int, int] | None:
 
     mask: float [B, H, W] or [H, W]. Raises FrugalError for another type or shape.
     """
-    frames = _frames(mask)
+    frames = frames_of(mask)
     if not len(frames):
         return None
     columns, rows = (np.flatnonzero(seen) for seen in driver.bounds(frames))

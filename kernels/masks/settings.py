@@ -12,7 +12,7 @@ from ..errors import FrugalError
 
 SHAPES = ("disk", "diamond", "square")
 FEATHERS = ("ramp_out", "ramp_in", "ramp_center", "gaussian")
-TEMPORAL = ("off", "ema", "median3", "median5", "union")
+TEMPORAL = ("off", "ema", "ema_both", "median3", "median5", "union")
 MAX_RADIUS = 512
 MAX_FEATHER = 255.0
 MAX_REGIONS = 256
@@ -23,7 +23,7 @@ class RefineSettings:
     """Steps in their fixed order; the defaults of all but `threshold` leave a mask as it is.
 
     temporal, temporal_strength: smoothing over frames, of "ema" the share of the previous frame,
-    0 <= s < 1.
+    0 <= s < 1; "ema_both" runs it forwards and then backwards, so that edges do not lag.
     threshold: a pixel is inside where value > threshold; 0 keeps grey values.
     fill_holes: largest area in px of an enclosed hole to fill; 0 off, -1 any size.
     drop_islands: regions below this many px vanish; 0 off. keep_largest: number of regions that

@@ -34,6 +34,19 @@ def ema(frames, keep, out, n0, n1):
 
 
 @njit
+def ema_back(out, keep, n0, n1):
+    """The same average back in time, in place: out[t] = keep out[t + 1] + (1 - keep) out[t]."""
+    share = np.float32(1) - keep
+    for a in range(n0, n1, TILE):
+        b = min(a + TILE, n1)
+        for back in range(2, out.shape[0] + 1):
+            t = out.shape[0] - back
+            now, after = out[t, a:b], out[t + 1, a:b]
+            for i in range(now.shape[0]):
+                now[i] = np.float32(keep * after[i]) + np.float32(share * now[i])
+
+
+@njit
 def middle(a, b, c):
     """Median of three."""
     return max(min(a, b), min(max(a, b), c))

@@ -1,8 +1,9 @@
-"""Between ComfyUI's MASK tensors and the mask kernels."""
+"""Between ComfyUI's MASK and IMAGE tensors and the mask kernels."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import comfy.utils
 import numpy as np
@@ -15,53 +16,79 @@ from ...kernels.masks.refine import RefineSettings, bbox, invert, refine
 PREVIEWS = 4
 PREPARING = "preparing: the first use after an install compiles for some seconds"
 
+Progress = Callable[[int, int], None]
 
-def to_array(mask: torch.Tensor) -> np.ndarray:
-    """float32 array of a MASK, [H, W] or [B, H, W], from any device and float dtype; shares memory
-    where it can.
+
+def to_array(tensor: torch.Tensor, name: str = "mask") -> np.ndarray:
+    """float32 C-contiguous array of a MASK or IMAGE from any device and dtype; shares memory where
+    it can. `name` is for the message.
     """
-    if not isinstance(mask, torch.Tensor):
+    if not isinstance(tensor, torch.Tensor):
         raise FrugalError(
-            f"a mask input of type {type(mask).__name__}", "a MASK tensor", "connect a MASK output"
+            f"a {name} input of type {type(tensor).__name__}",
+            f"a {name.upper()} tensor",
+            f"connect a {name.upper()} output",
         )
-    if not mask.dtype.is_floating_point:
-        mask = mask.to(torch.float32)
-    return mask.detach().to("cpu", torch.float32).contiguous().numpy()
+    return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def to_tensor(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """The array as a tensor on the device of `like`."""
+    return torch.from_numpy(array).to(like.device)
+
+
+def measured(work: Callable[[Progress], np.ndarray]) -> tuple[np.ndarray, str]:
+    """Result of work(progress), and a line with its size and time.
+
+    Progress is shown, and cancelling stops the work, after each share of the frames.
+    """
+    started = time.perf_counter()
+    bar = comfy.utils.ProgressBar(1)
+    made = work(lambda done, total: bar.update_absolute(done, total))
+    milliseconds = 1000 * (time.perf_counter() - started)
+    frames, height, width = made.shape[:3]
+    line = f"{frames} x {width} x {height} px in {milliseconds:.0f} ms ({driver.backend()})"
+    return made, line
+
+
+def edit_mask(
+    mask: torch.Tensor, work: Callable[[np.ndarray, Progress], np.ndarray]
+) -> tuple[torch.Tensor, str]:
+    """work(array, progress) on a MASK: the float32 [B, H, W] result on the mask's device, and a
+    line with size and time.
+    """
+    array = to_array(mask)
+    made, line = measured(lambda progress: work(array, progress))
+    return to_tensor(made, mask), line
 
 
 def refine_mask(
     mask: torch.Tensor, settings: RefineSettings
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int, int, int], str]:
     """Refined and inverted mask (float32 [B, H, W] on the device of `mask`), box (x, y, width,
-    height), a text line.
-
-    Progress is shown and cancelling works while it runs. The box is all 0 when the result is
-    empty.
+    height), a text line. The box is all 0 when the result is empty.
     """
-    started = time.perf_counter()
     array = to_array(mask)
-    bar = comfy.utils.ProgressBar(len(array) if array.ndim == 3 else 1)
-    refined = refine(array, settings, lambda done, total: bar.update_absolute(done, total))
+    refined, line = measured(lambda progress: refine(array, settings, progress))
     found = bbox(refined)
-    inverted = invert(refined)
-    seconds = time.perf_counter() - started
-    frames, height, width = refined.shape
     box = (
         f"box x {found[0]}, y {found[1]}, {found[2]} x {found[3]} px"
         if found
         else "the mask is empty"
     )
-    text = (
-        f"{frames} x {width} x {height} px in {1000 * seconds:.0f} ms ({driver.backend()})\n{box}"
-    )
-    result = [torch.from_numpy(values).to(mask.device) for values in (refined, inverted)]
-    return result[0], result[1], found or (0, 0, 0, 0), text
+    both = to_tensor(refined, mask), to_tensor(invert(refined), mask)
+    return *both, found or (0, 0, 0, 0), f"{line}\n{box}"
 
 
-def preview_frames(mask: torch.Tensor) -> torch.Tensor:
+def inverted(mask: torch.Tensor) -> torch.Tensor:
+    """1 - mask, on its device."""
+    return to_tensor(invert(to_array(mask)), mask)
+
+
+def preview_frames(batch: torch.Tensor) -> torch.Tensor:
     """At most 4 frames, evenly spread with the first and the last: writing 81 previews would
     outlast the work.
     """
-    if len(mask) <= PREVIEWS:
-        return mask
-    return mask[[round(n * (len(mask) - 1) / (PREVIEWS - 1)) for n in range(PREVIEWS)]]
+    if len(batch) <= PREVIEWS:
+        return batch
+    return batch[[round(n * (len(batch) - 1) / (PREVIEWS - 1)) for n in range(PREVIEWS)]]

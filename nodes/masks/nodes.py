@@ -1,4 +1,4 @@
-"""Mask nodes."""
+"""Refine Mask, and the list of all mask nodes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from ...kernels.masks.settings import (
 )
 from .._comfy import CATEGORY, known, show_text
 from . import glue
-
-MAX_AREA = 2**31 - 1
+from .edit import (
+    MAX_AREA,
+    FrugalMaskClean,
+    FrugalMaskFeather,
+    FrugalMaskGrow,
+    FrugalMaskHull,
+    FrugalMaskTemporal,
+)
+from .pictures import FrugalMaskBBoxCrop, FrugalMaskBBoxUncrop, FrugalMaskComposite
 
 
 class FrugalMaskRefine(io.ComfyNode):
@@ -104,8 +111,9 @@ class FrugalMaskRefine(io.ComfyNode):
                     default=TEMPORAL[0],
                     tooltip=(
                         "Against flicker, before all other steps. ema: each frame keeps a share of "
-                        "the one before. median3, median5: median over 3 or 5 frames. union: every "
-                        "frame gets the union of all frames."
+                        "the one before. ema_both: ema forwards and backwards, no lag. median3, "
+                        "median5: median over 3 or 5 frames. union: every frame gets the union of "
+                        "all frames."
                     ),
                 ),
                 io.Float.Input(
@@ -114,7 +122,7 @@ class FrugalMaskRefine(io.ComfyNode):
                     min=0.0,
                     max=0.99,
                     step=0.01,
-                    tooltip="For ema only: share of the previous frame that stays.",
+                    tooltip="For ema and ema_both: share of the previous frame that stays.",
                 ),
             ],
             outputs=[
@@ -161,4 +169,14 @@ class FrugalMaskRefine(io.ComfyNode):
         return io.NodeOutput(refined, inverted, *box, ui=preview)
 
 
-NODES = [FrugalMaskRefine]
+NODES = [
+    FrugalMaskRefine,
+    FrugalMaskGrow,
+    FrugalMaskFeather,
+    FrugalMaskClean,
+    FrugalMaskHull,
+    FrugalMaskTemporal,
+    FrugalMaskComposite,
+    FrugalMaskBBoxCrop,
+    FrugalMaskBBoxUncrop,
+]

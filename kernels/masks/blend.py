@@ -1,0 +1,74 @@
+"""Blending one picture into another through a mask, row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._jit import njit
+
+NONE, PART, ALL = 0, 1, 2
+
+
+@njit
+def coverage(mask):
+    """NONE, ALL or PART of a mask row: whether every value is 0 (or NaN), every value is 1, or
+    neither.
+    """
+    some, less = np.uint8(0), np.uint8(0)
+    for x in range(mask.shape[0]):
+        some |= np.uint8(mask[x] != np.float32(0)) & np.uint8(mask[x] == mask[x])
+        less |= np.uint8(mask[x] != np.float32(1))
+    if some == 0:
+        return NONE
+    return PART if less else ALL
+
+
+@njit
+def repeat_channels(mask, channels, out):
+    """Every mask value `channels` times, NaN as 0."""
+    zero = np.float32(0)
+    for x in range(mask.shape[0]):
+        value = mask[x] if mask[x] == mask[x] else zero
+        for c in range(channels):
+            out[channels * x + c] = value
+
+
+@njit
+def mix(destination, source, weight, out):
+    """weight source + (1 - weight) destination; where weight is 0 the destination, whatever the
+    source holds.
+    """
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(out.shape[0]):
+        w = weight[i]
+        value = np.float32(w * source[i]) + np.float32(np.float32(one - w) * destination[i])
+        out[i] = destination[i] if w == zero else value
+
+
+@njit
+def blend(destination, source, mask, channels, oy, ox, weight, out):
+    """`source` blended into `destination` with its corner at row oy, column ox; what sticks out is
+    cut off.
+
+    destination and out: float32 [H, W C]; source: float32 [h, w C]; mask: float32 [h, w]; weight:
+    float32 [w C] scratch.
+    """
+    width = destination.shape[1] // channels
+    x0, x1 = max(0, ox), min(width, ox + mask.shape[1])
+    for y in range(destination.shape[0]):
+        below, target = destination[y], out[y]
+        inside = oy <= y < oy + mask.shape[0] and x0 < x1
+        kind = coverage(mask[y - oy, x0 - ox : x1 - ox]) if inside else NONE
+        if kind == NONE:
+            target[:] = below
+            continue
+        a, b = channels * x0, channels * x1
+        over = source[y - oy, a - channels * ox : b - channels * ox]
+        target[:a] = below[:a]
+        target[b:] = below[b:]
+        if kind == ALL:
+            target[a:b] = over
+        else:
+            part = weight[: b - a]
+            repeat_channels(mask[y - oy, x0 - ox : x1 - ox], channels, part)
+            mix(below[a:b], over, part, target[a:b])

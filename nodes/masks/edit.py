@@ -1,0 +1,262 @@
+"""Nodes of one step each: grow, feather, clean, hull, smoothing over time."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io, ui
+
+from ...kernels.masks.refine import HULLS, hull, refine
+from ...kernels.masks.settings import (
+    FEATHERS,
+    MAX_FEATHER,
+    MAX_RADIUS,
+    MAX_REGIONS,
+    SHAPES,
+    TEMPORAL,
+    RefineSettings,
+)
+from .._comfy import CATEGORY, known, show_text
+from . import glue
+
+FAMILY = f"{CATEGORY}/masks"
+MAX_AREA = 2**31 - 1
+MASK = "One mask or a clip of masks; it is not changed."
+
+
+def edited(node, mask, work, with_inverse: bool = False) -> io.NodeOutput:
+    """Run work(array, progress) on the mask, show time and preview, and hand the result on."""
+    show_text(node.hidden.unique_id, glue.PREPARING)
+    made, line = glue.edit_mask(mask, work)
+    show_text(node.hidden.unique_id, line)
+    results = (made, glue.inverted(made)) if with_inverse else (made,)
+    preview = ui.PreviewMask(glue.preview_frames(made)) if len(made) else None
+    return io.NodeOutput(*results, ui=preview)
+
+
+class FrugalMaskGrow(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalMaskGrow",
+            display_name="Grow Mask (px)",
+            category=FAMILY,
+            description="Grows or shrinks a mask by an exact number of pixels; round, diamond or "
+            "square. Soft masks stay soft.",
+            inputs=[
+                io.Mask.Input("mask", tooltip=MASK),
+                io.Int.Input(
+                    "grow",
+                    default=8,
+                    min=-MAX_RADIUS,
+                    max=MAX_RADIUS,
+                    tooltip="Radius in pixels by which the mask grows; negative shrinks it.",
+                ),
+                io.Combo.Input(
+                    "grow_shape",
+                    options=list(SHAPES),
+                    default=SHAPES[0],
+                    tooltip="disk: round, exact distance. diamond: as core's Grow Mask with "
+                    "tapered corners. square: as Grow Mask without.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output("grown", display_name="mask", tooltip="The grown mask."),
+                io.Mask.Output(
+                    "inverted", display_name="inverted", tooltip="1 minus the grown mask."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(
+                io.Schema,
+                search_aliases=["expand mask", "shrink mask", "dilate", "erode", "mask offset"],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, mask, grow, grow_shape) -> io.NodeOutput:
+        chosen = RefineSettings(threshold=0, grow=grow, grow_shape=grow_shape)
+        return edited(cls, mask, lambda array, step: refine(array, chosen, step), True)
+
+
+class FrugalMaskFeather(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalMaskFeather",
+            display_name="Feather Mask Edge",
+            category=FAMILY,
+            description="Gives a mask a soft edge: a ramp of exact length in px, or a blur.",
+            inputs=[
+                io.Mask.Input("mask", tooltip=MASK),
+                io.Float.Input(
+                    "feather",
+                    default=12.0,
+                    min=0.0,
+                    max=MAX_FEATHER,
+                    step=0.5,
+                    tooltip="Length of the ramp in pixels, or sigma of gaussian in pixels.",
+                ),
+                io.Combo.Input(
+                    "feather_mode",
+                    options=list(FEATHERS),
+                    default=FEATHERS[0],
+                    tooltip="ramp_out: the mask stays full and fades outside. ramp_in: fades "
+                    "inside. ramp_center: half on either side. gaussian: blur.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The edge lies where the value passes this. 0 keeps grey values, for "
+                    "gaussian only.",
+                ),
+            ],
+            outputs=[io.Mask.Output("feathered", display_name="mask", tooltip="The soft mask.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(io.Schema, search_aliases=["blur mask", "soft edge", "mask blur"]),
+        )
+
+    @classmethod
+    def execute(cls, mask, feather, feather_mode, threshold) -> io.NodeOutput:
+        chosen = RefineSettings(threshold=threshold, feather=feather, feather_mode=feather_mode)
+        return edited(cls, mask, lambda array, step: refine(array, chosen, step))
+
+
+class FrugalMaskClean(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalMaskClean",
+            display_name="Clean Mask",
+            category=FAMILY,
+            description="Fills holes and removes specks, by area in px. Soft masks keep their "
+            "soft edge.",
+            inputs=[
+                io.Mask.Input("mask", tooltip=MASK),
+                io.Int.Input(
+                    "fill_holes",
+                    default=-1,
+                    min=-1,
+                    max=MAX_AREA,
+                    tooltip="Fills enclosed holes of at most this many pixels (area). 0: off, "
+                    "-1: all. Gaps that reach the picture border are not holes.",
+                ),
+                io.Int.Input(
+                    "drop_islands",
+                    default=64,
+                    min=0,
+                    max=MAX_AREA,
+                    tooltip="Removes regions smaller than this many pixels (area). 0: off.",
+                ),
+                io.Int.Input(
+                    "keep_largest",
+                    default=0,
+                    min=0,
+                    max=MAX_REGIONS,
+                    tooltip="Keeps only this many of the largest regions in each frame. 0: all.",
+                ),
+            ],
+            outputs=[io.Mask.Output("cleaned", display_name="mask", tooltip="The clean mask.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(
+                io.Schema,
+                search_aliases=["fill holes", "remove islands", "despeckle mask", "largest region"],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, mask, **changes) -> io.NodeOutput:
+        chosen = RefineSettings(threshold=0, **changes)
+        return edited(cls, mask, lambda array, step: refine(array, chosen, step))
+
+
+class FrugalMaskHull(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalMaskHull",
+            display_name="Mask Hull",
+            category=FAMILY,
+            description="Closes dents: the convex hull of each region or of all, or a closing that "
+            "fills narrow gaps only.",
+            inputs=[
+                io.Mask.Input("mask", tooltip=MASK),
+                io.Combo.Input(
+                    "mode",
+                    options=list(HULLS),
+                    default=HULLS[0],
+                    tooltip="per_region: a hull round each region. whole: one hull round "
+                    "everything in the frame. closing: only gaps narrower than twice the radius, "
+                    "so the space between arm and body can stay open.",
+                ),
+                io.Int.Input(
+                    "radius",
+                    default=16,
+                    min=1,
+                    max=MAX_RADIUS,
+                    tooltip="For closing only: radius in pixels.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.5,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="A pixel is inside where its value is above this.",
+                ),
+            ],
+            outputs=[io.Mask.Output("hull", display_name="mask", tooltip="The hull, 0 or 1.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(io.Schema, search_aliases=["convex hull", "close mask", "closing"]),
+        )
+
+    @classmethod
+    def execute(cls, mask, mode, radius, threshold) -> io.NodeOutput:
+        return edited(
+            cls, mask, lambda array, step: hull(array, mode, radius, threshold, progress=step)
+        )
+
+
+class FrugalMaskTemporal(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalMaskTemporal",
+            display_name="Smooth Mask over Time",
+            category=FAMILY,
+            description="Calms a flickering clip of masks, pixel by pixel over the frames.",
+            inputs=[
+                io.Mask.Input("mask", tooltip="A clip of masks; it is not changed."),
+                io.Combo.Input(
+                    "mode",
+                    options=[mode for mode in TEMPORAL if mode != "off"],
+                    default="median3",
+                    tooltip="median3, median5: median over 3 or 5 frames, removes single bad "
+                    "frames and keeps edges hard. ema: each frame keeps a share of the one before; "
+                    "edges lag. ema_both: ema forwards and backwards, without lag. union: every "
+                    "frame gets the union of all frames.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=0.5,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="For ema and ema_both: share of the neighbouring frame that stays.",
+                ),
+            ],
+            outputs=[io.Mask.Output("smoothed", display_name="mask", tooltip="The calm clip.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(io.Schema, search_aliases=["mask flicker", "stabilize mask", "temporal"]),
+        )
+
+    @classmethod
+    def execute(cls, mask, mode, strength) -> io.NodeOutput:
+        chosen = RefineSettings(threshold=0, temporal=mode, temporal_strength=strength)
+        return edited(cls, mask, lambda array, step: refine(array, chosen, step))
