@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-NODES: list = []
+from .lora_side import FrugalLoraSide
+
+NODES: list = [FrugalLoraSide]

@@ -1,0 +1,54 @@
+"""What became of every key of a LoRA file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..report import megabytes
+
+LISTED = 6
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """Counts of keys: `keys` in the file for this model, `beside` as side branches, `inside` by
+    changing the parameter itself; `left` key -> reason; `layers` with a branch and the `size` in
+    bytes of what they hold; `text_encoder` keys that are not this model's.
+    """
+
+    file: str
+    strength: float
+    keys: int
+    beside: int
+    inside: int
+    left: Mapping[str, str]
+    layers: int
+    size: int
+    text_encoder: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        applied = self.beside + self.inside
+        lines = [
+            f"{self.file} at {self.strength:g}: {applied} of {self.keys} keys applied"
+            + (", these not:" if self.left else "")
+        ]
+        reasons: dict[str, list[str]] = {}
+        for key, reason in self.left.items():
+            reasons.setdefault(reason, []).append(key)
+        for reason, keys in reasons.items():
+            more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+            lines.append(f"- {', '.join(keys[:LISTED])}{more}: {reason}")
+        lines.append(f"{self.layers} layers with a side branch, {megabytes(self.size)}")
+        if self.inside:
+            lines.append(
+                f"{self.inside} keys change unquantised parameters in place: exact, but another "
+                "strength loads the model's weights again"
+            )
+        if self.text_encoder:
+            lines.append(f"{self.text_encoder} keys are for a text encoder, not for this model")
+        return "\n".join(lines)
