@@ -106,7 +106,7 @@ def leaves(
     held = _float_leaves(target, shape, chosen, dtype)
     if chosen:
         taken = sum(math.prod(size) * kind.itemsize for kind, size in held.values())
-        held[DECLARATION] = (torch.uint8, (len(_declaration(chosen, taken)),))
+        held[DECLARATION] = (torch.uint8, (len(declaration_bytes(chosen, taken)),))
     return held
 
 
@@ -151,10 +151,13 @@ def declaration(
     chosen = _options(target, shape, options)
     held = _float_leaves(target, shape, chosen, torch.bfloat16)
     taken = sum(math.prod(size) * kind.itemsize for kind, size in held.values())
-    return torch.tensor(list(_declaration(chosen, taken)), dtype=torch.uint8)
+    return torch.tensor(list(declaration_bytes(chosen, taken)), dtype=torch.uint8)
 
 
-def _declaration(chosen: Mapping[str, Any], taken: int) -> bytes:
+def declaration_bytes(chosen: Mapping[str, Any], taken: int) -> bytes:
+    """The JSON of a declaration, padded with spaces so that it ends at a multiple of 8 bytes when
+    it follows `taken` bytes.
+    """
     text = json.dumps(dict(chosen)).encode("ascii")
     return text + b" " * (-(taken + len(text)) % 8)
 
@@ -370,7 +373,7 @@ def _decode_rows(
     params = form.Params(
         scale=tensors["weight_s_rel"][rows],
         s_channel=tensors["weight_s_channel"][rows],
-        codebook=tensors["weight_codebook"],
+        codebook=tensors.get("weight_codebook"),
         **{key: chosen[key] for key in ("group_size", "convrot_groupsize")},
         **common,
     )

@@ -1,0 +1,371 @@
+"""Writes a Wan file anew, in ComfyUI's own formats, one tensor in memory at a time.
+
+Every linear layer goes one of three ways: its bytes as they are, the tensors of another format made
+from its floats, or, where the source is quantised in another format, made from what its bytes stand
+for, which rounds twice and is said. Everything else goes over bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..checkpoints.header import TensorInfo
+from ..checkpoints.layouts import FLOAT8, NATIVE
+from ..errors import FrugalError
+from ..report import megabytes
+from . import formats
+from .weights import Weights, label
+from .writer import Group, Writer, arranged
+
+VERSION = "0.1.0"
+QUANT_METADATA = "_quantization_metadata"
+# Metadata of a quantisation that the new file does not have.
+DROPPED = (QUANT_METADATA, "quantization_config", "gptq_checkpoint_format", "gptq_bits")
+COPY, KEEP, MAKE = "copied", "kept", "made"
+UPSTREAM = (*NATIVE, formats.FORMATS[formats.AWQ])
+
+
+class Merge(Protocol):
+    """Changes to weights before they are quantised, such as LoRAs.
+
+    `identity` names them and their strengths, `names` are the canonical tensors that change,
+    `notes` what a user should know; `apply` takes and gives a float32 tensor of the same shape.
+    """
+
+    identity: str
+    names: frozenset[str]
+    notes: tuple[str, ...]
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor: ...
+
+
+class Statistics(Protocol):
+    """What calibration knows of the layers' inputs; `layer` gives None for one it has not seen."""
+
+    def layer(self, name: str) -> Any: ...
+
+
+Measure = Callable[[str, str, torch.Tensor, Mapping[str, torch.Tensor], Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of the file: what happens to it, the target where it is made, what is written."""
+
+    unit: str
+    action: str
+    group: Group
+    target: str = ""
+    declared: Mapping[str, Any] = field(default_factory=dict)
+    twice: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did: names and bytes of both files, seconds, target -> number and bytes of
+    layers, layer -> what was measured of it, notes, and how many tensors an earlier run had left.
+    """
+
+    source: str
+    source_bytes: int
+    target: str
+    target_bytes: int
+    seconds: float
+    layers: Mapping[str, tuple[int, int]]
+    measured: Mapping[str, Any]
+    notes: tuple[str, ...]
+    resumed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        lines = [
+            f"{self.target}: {megabytes(self.target_bytes)}, "
+            f"from {self.source} with {megabytes(self.source_bytes)}"
+        ]
+        lines += [
+            f"{count} layers {name}: {megabytes(size)}"
+            for name, (count, size) in self.layers.items()
+        ]
+        lines.append(f"written in {self.seconds:.1f} s")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def uniform(weights: Weights, target: str) -> dict[str, str]:
+    """The large linear layers of a model, all in one target."""
+    return dict.fromkeys(weights.large(), target)
+
+
+def steps(weights: Weights, choice: Mapping[str, str], merge: Merge | None = None) -> list[Step]:
+    """What becomes of every unit when the layers of `choice` get their targets.
+
+    Raises FrugalError for a layer that the model lacks and a width that does not suit.
+    """
+    unknown = sorted(set(choice) - set(weights.shapes))
+    if unknown:
+        raise FrugalError(
+            f"a format is asked for {unknown[0]} and {len(unknown) - 1} more layers that "
+            f"{weights.plan.file} lacks",
+            "its linear layers",
+            "use a choice made for this model",
+        )
+    changed = merge.names if merge is not None else frozenset()
+    return [_step(weights, unit, choice.get(unit), changed) for unit in weights.units()]
+
+
+def _step(weights: Weights, unit: str, target: str | None, changed: frozenset[str]) -> Step:
+    shape = weights.shapes.get(unit)
+    if shape is None:
+        return Step(unit, COPY, _infos(weights, unit))
+    layout = weights.layout(unit)
+    touched = f"{unit}.weight" in changed
+    if target is not None:
+        reason = formats.suits(target, shape)
+        if reason:
+            raise FrugalError(
+                f"{weights.plan.file}: {unit} as {target}: {reason}",
+                "a width that suits the format",
+                f"choose {formats.FP8} for it",
+            )
+    if layout is None:
+        kind = _infos(weights, unit)[f"{unit}.weight"].dtype
+        if target is None or (target == formats.BF16 and kind == formats.half(kind)):
+            return Step(unit, COPY, _infos(weights, unit))
+        return _made(unit, target, shape, torch.float32 if touched else kind, kind)
+    same = label(layout, shape)
+    native = layout.format in UPSTREAM and not layout.per_row
+    if native and not touched and target in (None, same):
+        return _kept(weights, unit)
+    # What ComfyUI cannot read as it is becomes 16-bit floats where nothing else is asked for.
+    chosen = target or same or formats.BF16
+    return _made(unit, chosen, shape, torch.float32, torch.float32, twice=chosen != formats.BF16)
+
+
+def _made(
+    unit: str,
+    target: str,
+    shape: tuple[int, int],
+    kind: torch.dtype,
+    stored: torch.dtype,
+    twice: bool = False,
+) -> Step:
+    kind = formats.half(stored) if target == formats.BF16 else kind
+    group = {
+        f"{unit}.{leaf}": TensorInfo(dtype, size)
+        for leaf, (dtype, size) in formats.leaves(target, shape, dtype=kind).items()
+    }
+    return Step(unit, MAKE, group, target, formats.options(target, shape), twice)
+
+
+def _kept(weights: Weights, unit: str) -> Step:
+    layout = weights.layout(unit)
+    assert layout is not None
+    declared: dict[str, Any] = {"format": layout.format, **layout.options}
+    if layout.format in FLOAT8.values():
+        declared["full_precision_matrix_mult"] = True
+    held = sorted(weights.stored(unit).items(), key=lambda item: -item[1].dtype.itemsize)
+    group = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in held}
+    size = len(formats.declaration_bytes(declared, sum(i.nbytes for i in group.values())))
+    group[f"{unit}.{formats.DECLARATION}"] = TensorInfo(torch.uint8, (size,))
+    target = label(layout, weights.shapes[unit]) or layout.format
+    return Step(unit, KEEP, group, target, declared)
+
+
+def _infos(weights: Weights, unit: str) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(info.dtype, info.shape) for name, info in weights.infos(unit).items()}
+
+
+def convert(
+    source: Weights,
+    target: Path,
+    choice: Mapping[str, str],
+    *,
+    device: torch.device | str = "cpu",
+    calibration: Statistics | None = None,
+    merge: Merge | None = None,
+    measure: Measure | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    overwrite: bool = False,
+    seed: int = 0,
+) -> ConvertReport:
+    """Write `source` to the safetensors file `target` with the layers of `choice` (layer ->
+    target) quantised; see `uniform`. An interrupted call goes on when it is made again.
+
+    `calibration` knows the layers' inputs, `merge` changes weights before, `measure` (layer,
+    target, float weight, tensors by leaf, statistics) gives figures for the report, `facts` (JSON)
+    are added to the file's metadata and decide with the rest whether an unfinished file fits.
+    `progress` gets bytes done and in all; an exception that it raises stops the work and leaves
+    what is done. Memory beyond one layer's pieces is bounded: one layer as float32 where the source
+    is quantised or something is merged.
+
+    Raises FrugalError for what cannot be written.
+    """
+    started = time.perf_counter()
+    device = torch.device(device)
+    by_unit = {step.unit: step for step in steps(source, choice, merge)}
+    groups = arranged(step.group for step in by_unit.values())
+    owner = {next(iter(step.group)): step for step in by_unit.values()}
+    plan = [owner[next(iter(group))] for group in groups]
+    notes = _notes(source, plan, calibration, merge)
+    metadata = _metadata(source, plan, merge, facts)
+    # Another device rounds a few values differently.
+    mark = [_identity(source), merge.identity if merge else "", device.type, seed, measure is None]
+    with Writer(target, groups, metadata, json.dumps(mark), overwrite) as out:
+        total, state = out.size, [out.size - _size(plan[out.written :])]
+
+        def advance(count: int) -> None:
+            state[0] += count
+            progress(state[0], total)
+
+        advance(0)
+        for step in plan[out.written :]:
+            tensors, note = _tensors(source, step, device, calibration, merge, measure, seed)
+            out.write(tensors, note, advance)
+            source.release(step.unit)
+        out.finish()
+        resumed, size, measured = out.resumed, out.size, dict(out.notes)
+    return ConvertReport(
+        source.source.name,
+        sum(source.source.sizes().values()),
+        target.name,
+        size,
+        time.perf_counter() - started,
+        _counts(plan),
+        measured,
+        notes,
+        resumed,
+    )
+
+
+def _tensors(
+    source: Weights,
+    step: Step,
+    device: torch.device,
+    calibration: Statistics | None,
+    merge: Merge | None,
+    measure: Measure | None,
+    seed: int,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """What is written for one step, by full name, and a note for the report."""
+    changed = merge.names if merge is not None else frozenset()
+    if step.action != MAKE:
+        held = source.stored(step.unit)
+        for name in changed & set(held):
+            assert merge is not None
+            held[name] = _merged(merge, name, held[name], device).to(held[name].dtype).cpu()
+        key = f"{step.unit}.{formats.DECLARATION}"
+        if key in step.group:
+            taken = sum(tensor.nbytes for tensor in held.values())
+            raw = formats.declaration_bytes(step.declared, taken)
+            held[key] = torch.tensor(list(raw), dtype=torch.uint8)
+        return held, None
+    name = f"{step.unit}.weight"
+    weight = source.weight(step.unit)
+    if name in changed:
+        assert merge is not None
+        weight = _merged(merge, name, weight, device)
+    known = calibration.layer(step.unit) if calibration is not None else None
+    if step.target == formats.BF16:
+        weight = weight.to(step.group[name].dtype)
+    where = f"{source.plan.file}: {step.unit}"
+    made = formats.encode(step.target, weight, device, None, known, seed, where=where)
+    note = None
+    if measure is not None:
+        note = {step.unit: dict(measure(step.unit, step.target, weight, made, known))}
+    return {f"{step.unit}.{leaf}": tensor for leaf, tensor in made.items()}, note
+
+
+def _merged(merge: Merge, name: str, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    whole = weight.to(device=device, dtype=torch.float32, copy=True)
+    made = merge.apply(name, whole)
+    if made.shape != weight.shape:
+        raise FrugalError(
+            f"the LoRA turns {name} from {list(weight.shape)} into {list(made.shape)}",
+            "a LoRA that keeps shapes",
+            "use it with ComfyUI's LoRA loader instead",
+        )
+    return made
+
+
+def _size(plan: list[Step]) -> int:
+    return sum(info.nbytes for step in plan for info in step.group.values())
+
+
+def _counts(plan: list[Step]) -> dict[str, tuple[int, int]]:
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for step in plan:
+        if step.target:
+            counts[step.target] += 1
+            sizes[step.target] += _size([step])
+    return {name: (counts[name], sizes[name]) for name in counts}
+
+
+def _notes(
+    source: Weights, plan: list[Step], calibration: Statistics | None, merge: Merge | None
+) -> tuple[str, ...]:
+    notes = [*source.plan.notes]
+    twice = [step for step in plan if step.twice]
+    if twice:
+        layout = source.layout(twice[0].unit)
+        form = layout.format if layout else ""
+        notes.append(
+            f"{len(twice)} layers were quantised already (first {twice[0].unit}, {form}) and are "
+            "rounded twice: an unquantised source gives a better file"
+        )
+    opened = [
+        step for step in plan
+        if step.action == MAKE and step.target == formats.BF16 and source.layout(step.unit)
+    ]  # fmt: skip
+    if opened:
+        notes.append(f"{len(opened)} quantised layers become bf16 (first {opened[0].unit})")
+    if source.source.blocks:
+        notes.append("GGUF blocks are unpacked first, so their weights are rounded twice")
+    if calibration is not None:
+        made = [s for s in plan if s.action == MAKE and s.target != formats.BF16]
+        unseen = [step.unit for step in made if calibration.layer(step.unit) is None]
+        notes.append(f"{len(made) - len(unseen)} of {len(made)} layers are calibrated")
+        if unseen:
+            notes[-1] += f", these not: {', '.join(unseen[:3])}" + (
+                f" and {len(unseen) - 3} more" if unseen[3:] else ""
+            )
+    if any(step.target == formats.AWQ for step in plan):
+        notes.append(
+            "AWQ W4A16 layers load in ComfyUI 0.38 and later, or with ComfyUI-Frugal's loader"
+        )
+    return (*notes, *(merge.notes if merge is not None else ()))
+
+
+def _metadata(
+    source: Weights, plan: list[Step], merge: Merge | None, facts: Mapping[str, Any] | None
+) -> dict[str, str]:
+    kept = {key: text for key, text in source.source.metadata.items() if key not in DROPPED}
+    layers = {step.unit: dict(step.declared) for step in plan if step.declared}
+    if layers:
+        layers = {name: layers[name] for name in source.shapes if name in layers}
+        kept[QUANT_METADATA] = json.dumps({"format_version": "1.0", "layers": layers})
+    own = {
+        "tool": f"ComfyUI-Frugal {VERSION}",
+        "source": source.source.name,
+        "source_bytes": sum(source.source.sizes().values()),
+        "targets": {name: count for name, (count, _) in sorted(_counts(plan).items())},
+        "loras": merge.identity if merge is not None else "",
+        **(facts or {}),
+    }
+    return {"format": "pt", **kept, "frugal": json.dumps(own)}
+
+
+def _identity(source: Weights) -> list[Any]:
+    states = [(path.name, path.stat()) for path in source.source.files]
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
