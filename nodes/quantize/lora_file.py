@@ -77,8 +77,12 @@ class _Watched(dict):
 
 def read(path: Path, model: Any) -> LoraFile:
     """The LoRA file at `path` for `model`, a ComfyUI BaseModel."""
+    return read_for(path, key_map(model))
+
+
+def read_for(path: Path, places: dict[str, Any]) -> LoraFile:
+    """The LoRA file at `path` for the layers of `places`, a map such as `key_map` gives."""
     tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(path)))
-    places = key_map(model)
     grouped: dict[str, dict[str, torch.Tensor]] = {}
     unplaced: dict[str, str] = {}
     for key, tensor in tensors.items():
