@@ -307,6 +307,21 @@ def inputs(config: WanConfig = T2V, seed: int = 3, tokens: int = 12) -> dict[str
     return found
 
 
+def lora_of(meant: Weights, config: WanConfig = T2V) -> tuple[Weights, Weights]:
+    """A LoRA file of rank 8 on every block linear, and the weights with it."""
+    make = torch.Generator().manual_seed(2)
+    lora, wanted = {}, dict(meant)
+    for name in block_linears(meant, config):
+        rows, width = meant[f"{name}.weight"].shape
+        up, down = (torch.randn(s, generator=make) / 16 for s in ((rows, 8), (8, width)))
+        lora |= {
+            f"diffusion_model.{name}.lora_B.weight": up,
+            f"diffusion_model.{name}.lora_A.weight": down,
+        }
+        wanted[f"{name}.weight"] = meant[f"{name}.weight"] + up @ down
+    return lora, wanted
+
+
 def peak_memory(work: Callable[[], Any]) -> tuple[int, Any]:
     """Bytes by which the resident memory of this process rises at most while `work` runs, and its
     result (Linux: the kernel's own high-water mark, reset before).

@@ -220,9 +220,9 @@ def _open_pickle(path: Path) -> Source:
         AttributeError,
         pickle.UnpicklingError,
     ) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise FrugalError(
-            f"{path.name} cannot be read as plain weights "
-            f"({ascii(str(error))[1:-1].splitlines()[0][:160]})",
+            f"{path.name} cannot be read as plain weights ({ascii(first)[1:-1][:160]})",
             "a PyTorch file (torch 1.6 or newer) that holds tensors only",
             "use a safetensors copy of the model, or convert the file in a place you trust",
         ) from error

@@ -27,11 +27,12 @@ from ...kernels.checkpoints.plan import Plan, plan_wan
 from ...kernels.checkpoints.source import INDEX_SUFFIX, SHARD, Source, open_source
 from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
 from ...kernels.errors import FrugalError
+from ...kernels.quant.matmul import AUTO
 from ...kernels.quant.on_load import AS_STORED, quantised_plan, quantiser
 from ...kernels.quant.packed_int import PackedWeight
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY
-from . import mapped, packed_int, row_scaled
+from . import mapped, matmul, packed_int, row_scaled
 
 FOLDER = "diffusion_models"
 DEFAULT = "default"
@@ -93,16 +94,19 @@ def load_wan(
     path: Path,
     weight_dtype: str = DEFAULT,
     quantize: str = AS_STORED,
+    products: str = AUTO,
     disable_dynamic: bool = False,
 ) -> tuple[Any, LoadReport]:
     """Load a Wan file as (ModelPatcher, LoadReport), quantised to `quantize` on the way if that is
-    not AS_STORED. Raises FrugalError, before weights are read where possible.
+    not AS_STORED, its quantised layers multiplying in the precision `products`. Raises FrugalError,
+    before weights are read where possible.
     """
     started = time.perf_counter()
     source = open_source(path, WEIGHT_DTYPES[weight_dtype] or torch.float16)
     plan = plan_wan(source.name, source.tensors, source.metadata, source.value)
     plan = _with_choice(plan, source, quantize)
     _check_weight_dtype(plan, weight_dtype)
+    precision, kernels = matmul.planned(plan, products)
     metadata = declaration(plan, _known_formats())
     if plan.transformer:
         metadata["config"] = json.dumps({"transformer": dict(plan.transformer)})
@@ -125,24 +129,37 @@ def load_wan(
         )
     _check_loaded(plan, state_types, patcher.model.diffusion_model)
     _finish_quantised(plan, packed, patcher.model.diffusion_model)
+    applied = matmul.apply(precision, kernels, patcher.model.diffusion_model)
     if hasattr(patcher, "cached_patcher_init"):
-        patcher.cached_patcher_init = (load_patcher, (path, weight_dtype, quantize))
+        patcher.cached_patcher_init = (
+            load_patcher,
+            (path, weight_dtype, quantize, products),
+        )
     report = LoadReport(
         f"Wan {plan.config.variant} {plan.config.size}, {plan.config.layers} blocks",
         source.sizes(),
         dict(plan.formats),
         time.perf_counter() - started,
-        (*plan.notes, *_converted(plan, state_types, patcher.model.diffusion_model)),
+        (
+            *plan.notes,
+            *precision.notes,
+            *applied,
+            *_converted(plan, state_types, patcher.model.diffusion_model),
+        ),
     )
     patcher.set_attachments(REPORT_KEY, report)
     return patcher, report
 
 
 def load_patcher(
-    path: Path, weight_dtype: str, quantize: str = AS_STORED, disable_dynamic: bool = False
+    path: Path,
+    weight_dtype: str,
+    quantize: str = AS_STORED,
+    products: str = AUTO,
+    disable_dynamic: bool = False,
 ) -> Any:
     """The model again, as ComfyUI asks for it when it needs a second, static copy."""
-    return load_wan(path, weight_dtype, quantize, disable_dynamic)[0]
+    return load_wan(path, weight_dtype, quantize, products, disable_dynamic)[0]
 
 
 def _with_choice(plan: Plan, source: Source, quantize: str) -> Plan:

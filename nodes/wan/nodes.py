@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
+from ...kernels.quant.matmul import AUTO
+from ...kernels.quant.matmul import CHOICES as PRODUCTS
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from . import embeds, glue
@@ -51,6 +53,18 @@ class FrugalLoadWan(io.ComfyNode):
                         "fp8 per-channel and int8 ConvRot: 1 byte per weight; W4A8: 0.57 byte."
                     ),
                 ),
+                io.Combo.Input(
+                    "matmul",
+                    options=list(PRODUCTS),
+                    default=AUTO,
+                    optional=True,
+                    tooltip=(
+                        "How quantised layers multiply. full precision: expanded to the compute "
+                        "type, most accurate. low precision: in their own format, activations "
+                        "rounded per token; fp8 needs compute capability 8.9. auto: full for fp8, "
+                        "ComfyUI's own kernels for int8 and 4 bits."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The video model, for any sampler."),
@@ -71,12 +85,13 @@ class FrugalLoadWan(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, weight_dtype, quantize=AS_STORED):
+    def fingerprint_inputs(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO):
         return glue.fingerprint(model_name)
 
     @classmethod
-    def execute(cls, model_name, weight_dtype, quantize=AS_STORED) -> io.NodeOutput:
-        patcher, report = glue.load_wan(glue.model_path(model_name), weight_dtype, quantize)
+    def execute(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO) -> io.NodeOutput:
+        path = glue.model_path(model_name)
+        patcher, report = glue.load_wan(path, weight_dtype, quantize, matmul)
         show_text(cls.hidden.unique_id, report.text())
         return io.NodeOutput(patcher, report.text())
 

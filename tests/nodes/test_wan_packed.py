@@ -93,21 +93,6 @@ def held_packed(patcher) -> dict[str, PackedWeight]:
     return found
 
 
-def lora_of(meant: bed.Weights) -> tuple[bed.Weights, bed.Weights]:
-    """A LoRA file of rank 8 on every block linear, and the weights with it."""
-    make = torch.Generator().manual_seed(2)
-    lora, wanted = {}, dict(meant)
-    for name in bed.block_linears(SOURCE):
-        rows, width = meant[f"{name}.weight"].shape
-        up, down = (torch.randn(s, generator=make) / 16 for s in ((rows, 8), (8, width)))
-        lora |= {
-            f"diffusion_model.{name}.lora_B.weight": up,
-            f"diffusion_model.{name}.lora_A.weight": down,
-        }
-        wanted[f"{name}.weight"] = meant[f"{name}.weight"] + up @ down
-    return lora, wanted
-
-
 @pytest.mark.parametrize("resident", [True, False], ids=["merged", "low VRAM"])
 @pytest.mark.parametrize("label", ["GPTQ 4 bits, act-order", "AWQ 4 bits"])
 def test_lora_file_acts_through_comfyuis_own_loader(label, resident, tmp_path):
@@ -115,7 +100,7 @@ def test_lora_file_acts_through_comfyuis_own_loader(label, resident, tmp_path):
     rounded to the layout once more.
     """
     path, _, meant = packed_file(tmp_path, label)
-    lora, wanted = lora_of(meant)
+    lora, wanted = bed.lora_of(meant)
     with torch.inference_mode():
         model = glue.load_wan(path)[0]
         before, packed = forward(model), held_packed(model)
@@ -141,7 +126,7 @@ def test_bypassing_lora_is_exact(label, tmp_path):
     if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
         pytest.skip("this ComfyUI only merges")
     path, _, meant = packed_file(tmp_path, label)
-    lora, wanted = lora_of(meant)
+    lora, wanted = bed.lora_of(meant)
     with torch.inference_mode():
         model = glue.load_wan(path)[0]
         patched = comfy.sd.load_bypass_lora_for_models(model, None, lora, 1.0, 0.0)[0]

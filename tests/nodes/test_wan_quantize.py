@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.quant.matmul import AUTO
 from frugal.kernels.quant.on_load import AS_STORED, FP8, INT8_CONVROT, TARGETS, W4A8_NAME
 from frugal.nodes.wan import glue, mapped, row_scaled
 from frugal.tests import wan_bed as bed
@@ -53,7 +54,7 @@ def test_quantise_on_load(target, dtype, tmp_path):
         assert module.layout_type == row_scaled.NAME
     if hasattr(patcher, "cached_patcher_init"):
         factory, arguments = patcher.cached_patcher_init[:2]
-        assert arguments == (path, "default", target) and callable(factory)
+        assert arguments == (path, "default", target, AUTO) and callable(factory)
 
 
 def test_quantising_a_quantised_file_is_refused(tmp_path):

@@ -1,0 +1,115 @@
+"""In which precision quantised layers multiply: the choice, what it needs, and its reason.
+
+Full precision expands a layer to the compute type and multiplies there; low precision rounds the
+activations too and multiplies in the format of the weights, which saves time on hardware with
+matrix units for it, and costs accuracy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ..checkpoints.layouts import FLOAT8, INT8, MXFP8, NVFP4, W4A4, W4A8
+from ..checkpoints.plan import Plan
+from ..errors import FrugalError
+from ..plan.doctor import FORMATS, Capability
+
+AUTO, FULL, LOW = "auto", "full precision", "low precision"
+CHOICES = (AUTO, FULL, LOW)
+# ComfyUI's kernels for these round activations whatever the layer asks for.
+INTEGERS = (INT8, W4A4, W4A8)
+# ComfyUI runs these in low precision where the device can, unless the layer asks otherwise.
+BLOCKS = (NVFP4, MXFP8)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """Layers that leave ComfyUI's default: `expanded` are to be multiplied in the compute type,
+    `float8` in fp8 with a scale per token. `notes` are for the report.
+    """
+
+    expanded: tuple[str, ...] = ()
+    float8: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan_matmul(plan: Plan, choice: str, capability: Capability | None, device: str) -> Matmul:
+    """What `choice`, one of CHOICES, means for a planned file on a device: `capability` is its
+    compute capability (None if it is no NVIDIA device), `device` its name for messages.
+
+    Raises FrugalError where low precision is asked for and the device lacks matrix units for a
+    format, or no layer has a low-precision product.
+    """
+    if choice not in CHOICES:
+        raise FrugalError(
+            f"the choice {ascii(choice)[:40]} for matmul", f"one of {', '.join(CHOICES)}", "choose"
+        )
+    forms = Counter(layer.format for layer in plan.layers.values())
+    if choice == LOW:
+        return _low(plan, forms, capability, device)
+    if not forms:
+        return Matmul()
+    named = tuple(name for name, layer in plan.layers.items() if layer.format in INTEGERS)
+    blocks = tuple(name for name, layer in plan.layers.items() if layer.format in BLOCKS)
+    if choice == FULL:
+        if not named and not blocks:
+            return Matmul(notes=("matmul full precision: as all layers of this file do anyway",))
+        text = (
+            f"matmul full precision: {len(named) + len(blocks)} layers are expanded one at a time "
+            "and multiply in the compute type: slower than their own kernels, activations exact"
+        )
+        return Matmul(expanded=named + blocks, notes=(text,))
+    return Matmul(notes=tuple(_auto(form, capability) for form in forms))
+
+
+def _auto(form: str, capability: Capability | None) -> str:
+    if form in INTEGERS:
+        return f"matmul auto: {form} layers multiply as integers, activations rounded per token"
+    if form in BLOCKS:
+        least = FORMATS[form][1]
+        native = capability is not None and capability >= least
+        how = "multiply in their format, activations rounded" if native else "are expanded"
+        return (
+            f"matmul auto: {form} layers {how} (this device: {_text(capability)}, "
+            f"needed: {_text(least)})"
+        )
+    return f"matmul auto: {form} layers multiply in full precision, which suits Wan better"
+
+
+def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device: str) -> Matmul:
+    able = [form for form in forms if form in FORMATS]
+    if not able:
+        held = ", ".join(forms) or "no quantised layer"
+        raise FrugalError(
+            f"{plan.file} holds {held}, which has no low-precision product",
+            "fp8, int8, W4A8, W4A4, NVFP4 or MXFP8 layers",
+            "set matmul to auto, or quantize an unquantised file while loading",
+        )
+    for form in able:
+        least = FORMATS[form][1]
+        # Integers also run without matrix units, on the CPU; an old card would only be slower.
+        plain = form in INTEGERS and capability is None
+        if not plain and (capability is None or capability < least):
+            raise FrugalError(
+                f"{plan.file} holds {forms[form]} layers in {form}, and {device} has "
+                f"{_text(capability)}",
+                f"compute capability {_text(least)} or newer for its low-precision product",
+                "set matmul to auto or full precision",
+            )
+    chosen = tuple(name for name, layer in plan.layers.items() if layer.format in FLOAT8.values())
+    notes = [
+        f"matmul low precision: {forms[form]} layers in {form} multiply in their format; "
+        + ("activations are rounded to e4m3 with a scale per token and "
+           if form in FLOAT8.values() else "")
+        + f"{device} has {_text(capability)}"
+        for form in able
+    ]  # fmt: skip
+    others = sum(count for form, count in forms.items() if form not in able)
+    if others:
+        notes.append(f"{others} layers have no low-precision product and stay in full precision")
+    return Matmul(float8=chosen, notes=tuple(notes))
+
+
+def _text(capability: Capability | None) -> str:
+    return "none" if capability is None else "{}.{}".format(*capability)
