@@ -17,6 +17,7 @@ device and a torch can do is not written down anywhere, so `choose` tries them a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ LARGEST = torch.finfo(E4M3).max
 MULTIPLE = 16
 # Values turned to float32 at a time: bounds the working memory to 64 MB.
 PIECE = 1 << 24
+# Private in torch, and absent from old ones: `choose` finds out.
+_scaled_mm: Any = getattr(torch, "_scaled_mm", None)
 # Rounding of a bf16 result is 2^-9; a wrong axis or a dropped scale is far above.
 AGREES = 0.01
 # (p [M, K], t [M, 1], q [N, K], s [] or [N, 1], result type) -> y [M, N] without bias.
@@ -77,7 +80,7 @@ def scales_inside(
 ) -> torch.Tensor:
     """The product with both scale vectors inside torch._scaled_mm, which then gives bf16."""
     columns = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
-    made = torch._scaled_mm(
+    made = _scaled_mm(
         tokens, weight.t(), scale_a=token_scale, scale_b=columns, out_dtype=torch.bfloat16
     )
     return made.to(dtype)
@@ -96,7 +99,7 @@ def scales_outside(
     """
     one = torch.ones((), dtype=torch.float32, device=tokens.device)
     between = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    made = torch._scaled_mm(tokens, weight.t(), scale_a=one, scale_b=one, out_dtype=between)
+    made = _scaled_mm(tokens, weight.t(), scale_a=one, scale_b=one, out_dtype=between)
     return made.mul_(token_scale).mul_(scale.reshape(1, -1)).to(dtype)
 
 
