@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,10 +36,12 @@ UPSTREAM = (*NATIVE, formats.FORMATS[formats.AWQ])
 class Merge(Protocol):
     """Changes to weights before they are quantised, such as LoRAs.
 
-    `identity` names them and their strengths, `names` are the canonical tensors that change,
-    `notes` what a user should know; `apply` takes and gives a float32 tensor of the same shape.
+    `title` names them for people, `identity` tells them from all others, `names` are the canonical
+    tensors that change, `notes` what a user should know; `apply` takes and gives a float32 tensor
+    of the same shape and may use up what it takes.
     """
 
+    title: str
     identity: str
     names: frozenset[str]
     notes: tuple[str, ...]
@@ -222,7 +224,7 @@ def convert(
     # Another device rounds a few values differently.
     mark = [_identity(source), merge.identity if merge else "", device.type, seed, measure is None]
     with Writer(target, groups, metadata, json.dumps(mark), overwrite) as out:
-        total, state = out.size, [out.size - _size(plan[out.written :])]
+        total, state = out.size, [out.size - payload(plan[out.written :])]
 
         def advance(count: int) -> None:
             state[0] += count
@@ -270,20 +272,24 @@ def _tensors(
             raw = formats.declaration_bytes(step.declared, taken)
             held[key] = torch.tensor(list(raw), dtype=torch.uint8)
         return held, None
-    name = f"{step.unit}.weight"
-    weight = source.weight(step.unit)
-    if name in changed:
-        assert merge is not None
-        weight = _merged(merge, name, weight, device)
+    weight = merged(source, step.unit, merge, device)
     known = calibration.layer(step.unit) if calibration is not None else None
     if step.target == formats.BF16:
-        weight = weight.to(step.group[name].dtype)
+        weight = weight.to(step.group[f"{step.unit}.weight"].dtype)
     where = f"{source.plan.file}: {step.unit}"
     made = formats.encode(step.target, weight, device, None, known, seed, where=where)
     note = None
     if measure is not None:
         note = {step.unit: dict(measure(step.unit, step.target, weight, made, known))}
     return {f"{step.unit}.{leaf}": tensor for leaf, tensor in made.items()}, note
+
+
+def merged(source: Weights, layer: str, merge: Merge | None, device: torch.device) -> torch.Tensor:
+    """The weight [out, in] of a linear layer that is quantised: the source's floats, or float32
+    where they are decoded or something is merged.
+    """
+    name, weight = f"{layer}.weight", source.weight(layer)
+    return _merged(merge, name, weight, device) if merge and name in merge.names else weight
 
 
 def _merged(merge: Merge, name: str, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -298,7 +304,8 @@ def _merged(merge: Merge, name: str, weight: torch.Tensor, device: torch.device)
     return made
 
 
-def _size(plan: list[Step]) -> int:
+def payload(plan: Iterable[Step]) -> int:
+    """Bytes of all tensors of these steps."""
     return sum(info.nbytes for step in plan for info in step.group.values())
 
 
@@ -308,7 +315,7 @@ def _counts(plan: list[Step]) -> dict[str, tuple[int, int]]:
     for step in plan:
         if step.target:
             counts[step.target] += 1
-            sizes[step.target] += _size([step])
+            sizes[step.target] += payload([step])
     return {name: (counts[name], sizes[name]) for name in counts}
 
 
@@ -360,7 +367,7 @@ def _metadata(
         "source": source.source.name,
         "source_bytes": sum(source.source.sizes().values()),
         "targets": {name: count for name, (count, _) in sorted(_counts(plan).items())},
-        "loras": merge.identity if merge is not None else "",
+        "loras": merge.title if merge is not None else "",
         **(facts or {}),
     }
     return {"format": "pt", **kept, "frugal": json.dumps(own)}

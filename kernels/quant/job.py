@@ -1,0 +1,180 @@
+"""One conversion as a person asks for it: a format or a size, calibration, LoRAs; the same for the
+node and for the command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FrugalError
+from . import formats
+from .budget import GB, Allocation, allocate
+from .convert import ConvertReport, Merge, convert, merged, payload, steps, uniform
+from .curves import LayerCurve, measure, stored_error
+from .importance import wiring
+from .weights import Weights
+
+Progress = Callable[[str, float, float], None]
+ALLOWED = (formats.BF16, formats.INT8, formats.FP8, formats.W4A8)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for. `target` is one of formats.TARGETS, for the large layers of the blocks; or
+    None, and then `budget` is the size of all weights in bytes and `allowed` the formats to choose
+    from for every linear layer. `calibration`: a file of FrugalCalibrate. `device`: where to
+    compute. `measured`: compare every layer with its source, for the report.
+    """
+
+    source: Path
+    output: Path
+    target: str | None
+    budget: int = 0
+    allowed: tuple[str, ...] = ALLOWED
+    calibration: Path | None = None
+    device: torch.device | str = "cpu"
+    overwrite: bool = False
+    measured: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The report of the conversion; with a budget what was chosen, and the curves it rests on."""
+
+    report: ConvertReport
+    allocation: Allocation | None = None
+    curves: Mapping[str, LayerCurve] = field(default_factory=dict)
+
+    def text(self) -> str:
+        lines = [self.report.text()]
+        if self.allocation is not None:
+            lines.append(
+                f"budget: {self.allocation.bytes} bytes of weights, summed relative error "
+                f"{self.allocation.error:.6g}"
+            )
+            lines += [f"note: {note}" for note in self.allocation.notes]
+        return "\n".join(lines)
+
+
+def run(
+    job: Job,
+    merge_for: Callable[[Weights], Merge | None] = lambda weights: None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Outcome:
+    """Do the job. `merge_for` makes the Merge for the opened source, `progress` gets the name of a
+    stage and how far it is; an exception it raises stops the work, and the same job goes on later.
+
+    Raises FrugalError for anything that cannot be done.
+    """
+    if job.output.exists() and not job.overwrite:
+        raise FrugalError(
+            f"{job.output.name} exists already",
+            "a name that is free",
+            "choose another name, or ask for it to be overwritten",
+        )
+    source = Weights(job.source)
+    if job.output.exists() and any(job.output.samefile(path) for path in source.source.files):
+        raise FrugalError(
+            f"{job.output.name} is to be written from itself", "another file", "choose another name"
+        )
+    merge, known = merge_for(source), _calibration(job.calibration)
+    allocation, curves = None, {}
+    if job.target is None:
+        allocation, curves = choose(source, job, merge, known, progress)
+        choice: Mapping[str, str] = allocation.choice
+    else:
+        choice = uniform(source, job.target)
+    facts: dict[str, Any] = {"seed": job.seed}
+    if job.calibration is not None:
+        facts["calibration"] = [job.calibration.name, job.calibration.stat().st_size]
+    if allocation is not None:
+        facts |= {"budget_bytes": job.budget, "allowed": list(job.allowed)}
+
+    def compare(
+        layer: str, target: str, weight: torch.Tensor, made: Mapping[str, Any], statistics: Any
+    ) -> dict[str, Any]:
+        shape = (weight.shape[0], weight.shape[1])
+        options = formats.options(target, shape)
+        found = stored_error(layer, target, weight, made, options, statistics, job.device)
+        return {
+            "target": target,
+            "bytes": found.bytes,
+            "noise": found.noise,
+            "signal": found.signal,
+            "inner": found.inner,
+        }
+
+    report = convert(
+        source,
+        job.output,
+        choice,
+        device=job.device,
+        calibration=known,
+        merge=merge,
+        measure=compare if job.measured else None,
+        facts=facts,
+        progress=lambda done, total: progress("write", done, total),
+        overwrite=job.overwrite,
+        seed=job.seed,
+    )
+    return Outcome(report, allocation, curves)
+
+
+def choose(
+    source: Weights, job: Job, merge: Merge | None, known: Any, progress: Progress
+) -> tuple[Allocation, dict[str, LayerCurve]]:
+    """The format of every linear layer that fits the budget of a job, by measured error.
+
+    Raises FrugalError if no choice fits.
+    """
+    layers = list(source.shapes)
+    done = iter(range(1, len(layers) + 1))
+
+    def readers() -> Iterable[tuple[str, Callable[[], torch.Tensor]]]:
+        for layer in layers:
+            yield layer, lambda layer=layer: merged(source, layer, merge, torch.device(job.device))
+            source.release(layer)
+
+    progress("measure", 0, len(layers))
+    curves = measure(
+        readers(),
+        job.allowed,
+        statistics=known.layer if known is not None else lambda name: None,
+        device=job.device,
+        seed=job.seed,
+        step=lambda name: progress("measure", next(done), len(layers)),
+    )
+    rest = [step for step in steps(source, {}, merge) if step.unit not in source.shapes]
+    found = allocate(curves, payload(rest), job.budget, job.allowed, wiring(layers))
+    planned = payload(steps(source, found.choice, merge))
+    if planned != found.bytes:
+        raise FrugalError(
+            f"a file of {planned} bytes from a choice of {found.bytes}",
+            "the same size",
+            "report the file to ComfyUI-Frugal",
+        )
+    return found, curves
+
+
+def budget_bytes(gigabytes: float) -> int:
+    """A size in GB (10^9 bytes) as bytes."""
+    return round(gigabytes * GB)
+
+
+def _calibration(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        reader = importlib.import_module(".calibration", __package__)
+    except ModuleNotFoundError as error:
+        raise FrugalError(
+            "a calibration file", "a version that reads them", "leave it out"
+        ) from error
+    return reader.read_calibration(path)
