@@ -11,12 +11,16 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import pool, reference
 from .pool import Progress
 from .settings import RefineSettings
+
+if TYPE_CHECKING:
+    from .agnostic import AgnosticSettings
 
 SPLIT_FROM = 2_000_000
 
@@ -46,7 +50,7 @@ def _backend(use_numba: bool | None = None):
     chain = numba_chain() if use_numba is not False else None
     local = threading.local()
 
-    def scratch():
+    def scratch() -> Any:
         if not hasattr(local, "scratch"):
             local.scratch = chain.Scratch() if chain else None
         return local.scratch
@@ -164,6 +168,34 @@ def run_composite(
             out[n] = reference.blend(under, over, weight, y, x)
 
     pool.over_frames(count, work, progress, threads)
+    return out
+
+
+def run_agnostic(
+    maps: tuple[np.ndarray, np.ndarray, np.ndarray],
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray],
+    settings: AgnosticSettings,
+    shape: tuple[int, int, int],
+    progress: Progress | None = None,
+    threads: int | None = None,
+    use_numba: bool | None = None,
+) -> np.ndarray:
+    """Agnostic masks from uint8 C-contiguous label maps [B or 1, H, W]: new float32 array of
+    `shape`.
+    """
+    chain, scratch = _backend(use_numba)
+    if chain:
+        from . import numba_agnostic
+    out = np.empty(shape, np.float32)
+
+    def work(n: int) -> None:
+        frame = tuple(labels[n % len(labels)] for labels in maps)
+        if chain:
+            numba_agnostic.agnostic_frame(frame, tables, settings, out[n], scratch())
+        else:
+            out[n] = reference.agnostic_frame(frame, tables, settings)
+
+    pool.over_frames(len(out), work, progress, threads)
     return out
 
 

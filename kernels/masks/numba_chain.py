@@ -95,28 +95,35 @@ def refine_frame(
 def _grow(
     words: np.ndarray, height: int, plan: Plan, scratch: Scratch, parts: int, run: Run
 ) -> None:
+    if plan.settings.grow < 0:
+        bits.complement(words, height)
+    dilate(words, height, plan.heights, scratch, parts, run)
+    if plan.settings.grow < 0:
+        bits.complement(words, height)
+
+
+def dilate(
+    words: np.ndarray, height: int, heights: np.ndarray, scratch: Scratch, parts: int, run: Run
+) -> None:
+    """Dilate uint64 [K, W] `words` in place by the element whose column profile is `heights`."""
     count, width = words.shape
-    radius = len(plan.heights) - 1
+    radius = len(heights) - 1
     pad = 2 + radius // 64
     source = scratch.plane("source", (count + 2 * pad, width), np.uint64)
     ends = scratch.plane("ends", (count + 2 * pad, 2), np.int64)
     source[:pad] = 0
     source[-pad:] = 0
     source[pad:-pad] = words
-    if plan.settings.grow < 0:
-        bits.complement(source[pad:-pad], height)
     bits.extent(source, ends)
 
-    def dilate(k0: int, k1: int) -> Callable[[Scratch], None]:
+    def part(k0: int, k1: int) -> Callable[[Scratch], None]:
         def task(own: Scratch) -> None:
             v = own.flat("v", width + 2 * radius, np.uint64)
-            morphology.dilate_bits(source, plan.heights, ends, v, words, height, k0, k1)
+            morphology.dilate_bits(source, heights, ends, v, words, height, k0, k1)
 
         return task
 
-    run([dilate(*span) for span in ranges(count, parts)])
-    if plan.settings.grow < 0:
-        bits.complement(words, height)
+    run([part(*span) for span in ranges(count, parts)])
 
 
 def _feather(

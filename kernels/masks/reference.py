@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 if TYPE_CHECKING:
+    from .agnostic import AgnosticSettings
     from .settings import RefineSettings
 
 EIGHT = np.ones((3, 3), bool)
@@ -234,6 +235,40 @@ def blend(
         mixed = weight * over + (np.float32(1) - weight) * below
         out[y0:y1, x0:x1] = np.where(weight == 0, below, mixed)
     return out
+
+
+def agnostic_frame(maps, tables, settings: AgnosticSettings) -> np.ndarray:
+    """Agnostic mask bool [H, W] from DensePose, LIP and ATR labels uint8 [H, W]; the rules are
+    those of `agnostic`.
+    """
+    from . import agnostic as rules
+
+    height, width = maps[0].shape
+    d, k = settings.sizes(height, width)
+    flags = tables[0][maps[0]] | tables[1][maps[1]] | tables[2][maps[2]]
+
+    def having(bit: int) -> np.ndarray:
+        return (flags & bit) != 0
+
+    ends = grow_bits(having(rules.EXTREMITY), "square", d // 2)
+    strong = (ends & having(rules.LIMB)) | having(rules.FACE)
+    weak = strong | having(rules.WEAK)
+    quarter = (tables[0][maps[0][::4, ::4]] & rules.DENSE) != 0
+    quarter = grow_bits(quarter, "square", d - 1)
+    dense = np.kron(quarter, np.ones((4, 4), bool))[:height, :width]
+    mask = (having(rules.PERSON) & ~weak) | dense
+    if settings.hull == "per_region":
+        mask = hull_frame(mask, whole=False)
+    elif settings.hull == "closing":
+        mask = grow_bits(grow_bits(mask, "disk", settings.radius), "disk", -settings.radius)
+    mask &= ~weak
+    taps, least = rules.integer_taps(k)
+    total = mask.astype(np.int64)
+    both = np.concatenate([taps[-2:0:-1], taps[:-1]]).astype(np.int64)
+    for axis in (0, 1):
+        total = ndimage.correlate1d(total, both, axis, mode="mirror")
+    mask = ((total >= least) | having(rules.CLOTHES)) & ~strong
+    return grow_bits(mask, "square", d // 2)
 
 
 def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ...kernels.errors import FrugalError
-from ...kernels.masks import driver
+from ...kernels.masks import agnostic, driver
+from ...kernels.masks import labels as label_maps
 from ...kernels.masks.refine import RefineSettings, bbox, invert, refine
 
 PREVIEWS = 4
@@ -78,6 +79,47 @@ def refine_mask(
     )
     both = to_tensor(refined, mask), to_tensor(invert(refined), mask)
     return *both, found or (0, 0, 0, 0), f"{line}\n{box}"
+
+
+def mask_of_labels(
+    labels: torch.Tensor, map: str, parts: str, encoding: str
+) -> tuple[torch.Tensor, str]:
+    """MASK of the named parts of a label map IMAGE, on its device, and a line that says how it was
+    read.
+    """
+    picture = to_array(labels, "image")
+    if map == "colours":
+        made, how = label_maps.select_colours(picture, parts), "colours"
+    else:
+        ids = label_maps.part_ids(map, parts)
+        found, how = label_maps.decode(picture, map, encoding)
+        made = label_maps.select(found, ids)
+        how = f"read as {how}, labels {', '.join(str(n) for n in ids)}"
+    share = 100 * float(made.mean()) if made.size else 0.0
+    return to_tensor(made, labels), f"{how}: {share:.1f} % of the picture"
+
+
+def agnostic_mask(
+    densepose: torch.Tensor | None,
+    lip: torch.Tensor | None,
+    atr: torch.Tensor | None,
+    settings: agnostic.AgnosticSettings,
+) -> tuple[torch.Tensor, str]:
+    """MASK of what to repaint from label map IMAGEs, on the device of the first one, and a text."""
+    given = {"DensePose": densepose, "LIP": lip, "ATR": atr}
+    maps: dict[str, np.ndarray | None] = dict.fromkeys(given)
+    notes = []
+    for name, picture in given.items():
+        if picture is None:
+            notes.append(f"no {name} map")
+        else:
+            maps[name], how = label_maps.decode(to_array(picture, "image"), name)
+            notes.append(f"{name} read as {how}")
+    if densepose is None:
+        notes.append("hands and feet are not protected")
+    made, line = measured(lambda step: agnostic.agnostic_mask(*maps.values(), settings, step))
+    like = next(picture for picture in given.values() if picture is not None)
+    return to_tensor(made, like), "\n".join([line, *notes])
 
 
 def inverted(mask: torch.Tensor) -> torch.Tensor:

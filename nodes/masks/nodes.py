@@ -23,6 +23,7 @@ from .edit import (
     FrugalMaskHull,
     FrugalMaskTemporal,
 )
+from .people import FrugalAgnosticMask, FrugalMaskFromLabels
 from .pictures import FrugalMaskBBoxCrop, FrugalMaskBBoxUncrop, FrugalMaskComposite
 
 
@@ -179,4 +180,6 @@ NODES = [
     FrugalMaskComposite,
     FrugalMaskBBoxCrop,
     FrugalMaskBBoxUncrop,
+    FrugalMaskFromLabels,
+    FrugalAgnosticMask,
 ]

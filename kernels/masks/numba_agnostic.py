@@ -1,0 +1,101 @@
+"""The agnostic mask of one frame on bit planes; the rules are those of `agnostic`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from . import agnostic, bits, flags, hull, morphology
+from .numba_chain import Scratch, dilate
+
+
+def _grown(words: np.ndarray, height: int, shape: str, radius: int, scratch: Scratch) -> np.ndarray:
+    def run(tasks: Sequence[Callable[[Scratch], None]]) -> None:
+        for task in tasks:
+            task(scratch)
+
+    out = words.copy()
+    if radius:
+        dilate(out, height, morphology.profile(shape, radius), scratch, 1, run)
+    return out
+
+
+def _shrunk(
+    words: np.ndarray, height: int, shape: str, radius: int, scratch: Scratch
+) -> np.ndarray:
+    out = words.copy()
+    bits.complement(out, height)
+    out = _grown(out, height, shape, radius, scratch)
+    bits.complement(out, height)
+    return out
+
+
+def _dense(labels: np.ndarray, table: np.ndarray, d: int, scratch: Scratch) -> np.ndarray:
+    """The DensePose parts, coarse: every 4th pixel, dilated by d twice, enlarged again."""
+    height, width = labels.shape
+    small = (table[labels[::4, ::4]] & agnostic.DENSE).astype(np.float32)
+    rows, columns = small.shape
+    words = np.empty((-(-rows // 64), columns), np.uint64)
+    bits.pack(small, np.float32(0), words, np.empty(columns, np.uint8), 0, len(words))
+    out = np.empty((-(-height // 64), width), np.uint64)
+    flags.enlarge(_grown(words, rows, "square", d - 1, scratch), height, out)
+    return out
+
+
+def _blurred(
+    words: np.ndarray, height: int, taps: np.ndarray, least: int, scratch: Scratch
+) -> np.ndarray:
+    width, r = words.shape[1], len(taps) - 2
+    # Further than r px from an edge the window is level, and the blur changes nothing.
+    band = _grown(words, height, "square", r, scratch)
+    band &= ~_shrunk(words, height, "square", r, scratch)
+    padded = np.ascontiguousarray(words[:, agnostic.mirrored(width, r)])
+    plane = scratch.plane("plane16", (height, width + 2 * r), np.uint16)
+    row = scratch.flat("row", width + 2 * r, np.uint8)
+    bits.unpack_bytes(padded, plane, False, row, 0, height)
+    out = words.copy()
+    flags.blur_threshold(
+        plane,
+        band,
+        taps,
+        np.uint32(least),
+        scratch.flat("sums16", width + 2 * r, np.uint16),
+        scratch.flat("wide", width + 2 * r, np.uint32),
+        scratch.flat("total32", width + 2 * r, np.uint32),
+        out,
+    )
+    return out
+
+
+def agnostic_frame(
+    maps: tuple[np.ndarray, np.ndarray, np.ndarray],
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray],
+    settings: agnostic.AgnosticSettings,
+    out: np.ndarray,
+    scratch: Scratch,
+) -> None:
+    """DensePose, LIP and ATR labels uint8 [H, W] to the mask of 0 and 1, into float32 [H, W]."""
+    height, width = out.shape
+    d, k = settings.sizes(height, width)
+    planes = scratch.plane("planes", (flags.PLANES, -(-height // 64), width), np.uint64)
+    packed = scratch.flat("packed", width, np.uint64)
+    flags.pack_flags(*maps, np.stack(tables), planes, packed)
+    ends, limb, face, weak, clothes, person = planes[:6]
+    strong = (_grown(ends, height, "square", d // 2, scratch) & limb) | face
+    weak |= strong
+    mask = (person & ~weak) | _dense(maps[0], tables[0], d, scratch)
+    if settings.hull == "per_region":
+        found = np.zeros_like(mask)
+        hull.hulls(mask, height, found)
+        mask = found
+    elif settings.hull == "closing":
+        mask = _grown(mask, height, "disk", settings.radius, scratch)
+        mask = _shrunk(mask, height, "disk", settings.radius, scratch)
+    mask &= ~weak
+    taps, least = agnostic.integer_taps(k)
+    mask = _blurred(mask, height, taps, least, scratch)
+    mask |= clothes
+    mask &= ~strong
+    mask = _grown(mask, height, "square", d // 2, scratch)
+    bits.unpack_float(mask, out, scratch.flat("row", width, np.uint8), 0, height, 0, 0)

@@ -1,0 +1,150 @@
+"""Nodes that make masks from a human parser's label maps."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io, ui
+
+from ...kernels.masks import agnostic, labels
+from .._comfy import CATEGORY, known, show_text
+from . import glue
+
+FAMILY = f"{CATEGORY}/masks"
+ENCODING = (
+    "How the picture holds the labels. auto finds out and refuses what it does not know. grey "
+    "level: the label itself. grey x 24 / 255: DensePose spread over 0..255. VOC colours: the "
+    "palette human parsers save. viridis, parula: coloured DensePose."
+)
+
+
+class FrugalMaskFromLabels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalMaskFromLabels",
+            display_name="Mask from Label Map",
+            category=FAMILY,
+            description="Picks parts of a label map (ATR, LIP, DensePose, plain numbers) or "
+            "colours of a colour map as a mask.",
+            inputs=[
+                io.Image.Input(
+                    "labels",
+                    tooltip="Label map: one flat grey or colour for each part, no smoothing.",
+                ),
+                io.Combo.Input(
+                    "map",
+                    options=[*labels.MAPS, "colours"],
+                    default="ATR",
+                    tooltip="What the labels mean. numbers: no names, 0 to 255. colours: take "
+                    "pixels by their colour.",
+                ),
+                io.String.Input(
+                    "parts",
+                    default="Upper-clothes, Dress",
+                    tooltip="Names or numbers, separated by commas: Upper-clothes, Arm, 7-9; for "
+                    "colours #ff0000. Arm takes the left and the right one.",
+                ),
+                io.Combo.Input(
+                    "encoding", options=list(labels.ENCODINGS), default="auto", tooltip=ENCODING
+                ),
+            ],
+            outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 on the parts.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(
+                io.Schema,
+                search_aliases=[
+                    "segmentation to mask",
+                    "atr",
+                    "lip",
+                    "densepose",
+                    "colour to mask",
+                ],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        made, line = glue.mask_of_labels(**inputs)
+        show_text(cls.hidden.unique_id, line)
+        preview = ui.PreviewMask(glue.preview_frames(made)) if len(made) else None
+        return io.NodeOutput(made, ui=preview)
+
+
+class FrugalAgnosticMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalAgnosticMask",
+            display_name="Try-On Agnostic Mask",
+            category=FAMILY,
+            description="CatVTON's mask of what to repaint, from label maps of a person: the old "
+            "garment and what could betray it, with face, hair, hands and other clothes protected.",
+            inputs=[
+                io.Combo.Input(
+                    "part",
+                    options=list(agnostic.PARTS),
+                    default="upper",
+                    tooltip="Which garment goes. inner: under an open coat. outer: the coat only.",
+                ),
+                io.Image.Input(
+                    "densepose",
+                    optional=True,
+                    tooltip="DensePose label map. Without it hands and feet are not protected.",
+                ),
+                io.Image.Input(
+                    "lip", optional=True, tooltip="LIP label map (20 labels) of the same size."
+                ),
+                io.Image.Input(
+                    "atr", optional=True, tooltip="ATR label map (18 labels) of the same size."
+                ),
+                io.Combo.Input(
+                    "hull",
+                    options=list(agnostic.HULLS),
+                    default="per_region",
+                    tooltip="per_region: as CatVTON, a convex hull round each region. closing: "
+                    "closes gaps narrower than twice the radius, so the space between arm and body "
+                    "can stay. off: neither.",
+                ),
+                io.Int.Input(
+                    "radius",
+                    default=16,
+                    min=1,
+                    max=512,
+                    tooltip="For closing only: radius in pixels.",
+                ),
+                io.Int.Input(
+                    "dilate",
+                    default=0,
+                    min=0,
+                    max=agnostic.MAX_DILATE,
+                    tooltip="Side in pixels, odd, of the square that widens the mask. 0: longest "
+                    "side / 250, as CatVTON.",
+                ),
+                io.Int.Input(
+                    "blur",
+                    default=0,
+                    min=0,
+                    max=agnostic.MAX_BLUR,
+                    tooltip="Width in pixels, odd, of the blur that rounds the mask. 0: longest "
+                    "side / 25, as CatVTON.",
+                ),
+            ],
+            outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 where to repaint.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(
+                io.Schema,
+                search_aliases=["catvton mask", "automasker", "cloth mask", "try-on mask"],
+            ),
+        )
+
+    @classmethod
+    def execute(
+        cls, part, hull, radius, dilate, blur, densepose=None, lip=None, atr=None
+    ) -> io.NodeOutput:
+        chosen = agnostic.AgnosticSettings(part, hull, radius, dilate, blur)
+        show_text(cls.hidden.unique_id, glue.PREPARING)
+        made, line = glue.agnostic_mask(densepose, lip, atr, chosen)
+        show_text(cls.hidden.unique_id, line)
+        preview = ui.PreviewMask(glue.preview_frames(made)) if len(made) else None
+        return io.NodeOutput(made, ui=preview)
