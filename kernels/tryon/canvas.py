@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import FrugalError
-from . import geometry, pictures
+from . import geometry, pictures, seam
 from .geometry import Placement
 
 CROP, LETTERBOX = "crop around mask", "letterbox"
@@ -63,10 +63,35 @@ def prepare(
     """
     person = pictures.as_rgb(person, "person")
     garment = pictures.as_rgb(garment, "garment", alpha_on_white=True)
+    B = pictures.common_batch(person=person.shape[0], garment=garment.shape[0], mask=_count(mask))
+    shown, masks, frame = place_person(person, mask, size, fit, context, threshold)
+    frame = Frame(
+        frame.photo.expand(B, -1, -1, -1),
+        frame.mask.expand(B, -1, -1),
+        frame.placements * (B // len(frame.placements)),
+    )
+    return Canvas(
+        shown.expand(B, -1, -1, -1),
+        on_white(garment, size).expand(B, -1, -1, -1),
+        masks.expand(B, -1, -1),
+        frame,
+    )
+
+
+def place_person(
+    person: torch.Tensor,
+    mask: torch.Tensor,
+    size: tuple[int, int],
+    fit: str,
+    context: int,
+    threshold: float,
+) -> tuple[torch.Tensor, torch.Tensor, Frame]:
+    """(person [B, H, W, 3], mask [B, H, W], frame) on canvases of `size`: `prepare` without a
+    garment, with the same errors. B is that of person and mask.
+    """
+    person = pictures.as_rgb(person, "person")
     photo = (person.shape[1], person.shape[2])
-    mask = pictures.as_mask(mask, photo, threshold)
-    B = pictures.common_batch(person=person.shape[0], garment=garment.shape[0], mask=mask.shape[0])
-    mask = mask.to(person.device)
+    mask = pictures.as_mask(mask, photo, threshold).to(person.device)
     views = pictures.common_batch(person=person.shape[0], mask=mask.shape[0])
     person, mask = person.expand(views, -1, -1, -1), mask.expand(views, -1, -1)
     placements = tuple(_place(mask[i], photo, size, fit, context) for i in range(views))
@@ -78,13 +103,11 @@ def prepare(
             "a mask at least one canvas pixel wide",
             "use 'crop around mask' or paint a larger mask",
         )
-    frame = Frame(person.expand(B, -1, -1, -1), mask.expand(B, -1, -1), placements * (B // views))
-    return Canvas(
-        persons.expand(B, -1, -1, -1),
-        on_white(garment, size).expand(B, -1, -1, -1),
-        masks.expand(B, -1, -1),
-        frame,
-    )
+    return persons, masks, Frame(person, mask, placements)
+
+
+def _count(mask: torch.Tensor) -> int:
+    return mask.shape[0] if mask.ndim > 2 else 1
 
 
 def on_white(garment: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -101,12 +124,15 @@ def grey_out(person: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(keep, person, torch.full_like(person, 0.5))
 
 
-def stitch(result: torch.Tensor, frame: Frame, blur: float) -> torch.Tensor:
+def stitch(
+    result: torch.Tensor, frame: Frame, blur: float, color_match: bool = False
+) -> torch.Tensor:
     """Lay decoded canvases [B, H, W, 3] into the photos: [B, photo H, photo W, 3].
 
     blur: standard deviation in photo pixels of the Gaussian that softens the mask's edge; less
     where the window leaves the mask less room than 3 blur. Where the softened mask is 0 the
-    photo's own values come back, bit for bit. Raises FrugalError when result and frame do not
+    photo's own values come back, bit for bit. color_match: first match the canvas's colours to the
+    photo's around the mask, see `seam.match`. Raises FrugalError when result and frame do not
     belong together.
     """
     if result.ndim != 4 or tuple(result.shape[1:3]) != frame.canvas or result.shape[-1] < 3:
@@ -122,6 +148,11 @@ def stitch(result: torch.Tensor, frame: Frame, blur: float) -> torch.Tensor:
     for i, place in enumerate(placements):
         one = result[min(i, result.shape[0] - 1), place.inner.rows, place.inner.columns, :3]
         window, rows, columns = place.window, place.window.rows, place.window.columns
+        if color_match:
+            inner = (place.inner.height, place.inner.width)
+            seen = pictures.resize_picture(out[i : i + 1, rows, columns], *inner)[0]
+            covered = pictures.resize_mask(masks[i : i + 1, rows, columns], *inner)[0]
+            one = seam.match(one, seen.to(one.device), covered.to(one.device))
         new = pictures.resize_picture(one[None], window.height, window.width)[0]
         new = new.to(device=out.device, dtype=out.dtype)
         room = geometry.room_around(geometry.mask_box(masks[i]), place)

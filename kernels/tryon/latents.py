@@ -22,9 +22,14 @@ def check_canvas(
             "three canvases of one size",
             "take all three from one 'Prepare Try-On' node",
         )
-    if person[0] % factor or person[1] % factor:
+    check_size(person, factor)
+
+
+def check_size(canvas: tuple[int, int], factor: int) -> None:
+    """Raise FrugalError unless a canvas (H, W) is made of whole latent cells."""
+    if canvas[0] % factor or canvas[1] % factor:
         raise FrugalError(
-            f"the canvas has {_text(person)}",
+            f"the canvas has {_text(canvas)}",
             f"multiples of {factor} px",
             "change width and height",
         )

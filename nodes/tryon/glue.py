@@ -91,6 +91,17 @@ def vae_factor(vae) -> int:
     return factor
 
 
+def require_masked_model(model) -> None:
+    """Raise FrugalError unless the MODEL takes mask and masked picture beside the latent."""
+    found = tuple(getattr(model.model, "concat_keys", ()))
+    if found != ("mask", "masked_image"):
+        raise FrugalError(
+            f"the model takes {' and '.join(found) or 'nothing'} beside the latent",
+            "mask and masked_image, 9 channels in all",
+            "connect the MODEL of 'Load CatVTON'",
+        )
+
+
 def encode(vae, picture: torch.Tensor) -> torch.Tensor:
     """Unscaled posterior mean [B, 4, H/8, W/8] of a picture [B, H, W, 3]."""
     found = vae.encode(picture)
@@ -119,10 +130,22 @@ def conditioning(
     latents.check_canvas(size, (garment.shape[1], garment.shape[2]), tuple(mask.shape), factor)
     B = pictures.common_batch(person=person.shape[0], garment=garment.shape[0], mask=mask.shape[0])
     views = pictures.common_batch(person=person.shape[0], mask=mask.shape[0])
-    hidden = canvas.grey_out(person.expand(views, -1, -1, -1), mask.expand(views, -1, -1))
-    upper = encode(vae, hidden).expand(B, -1, -1, -1)
-    lower = encode(vae, garment).expand(B, -1, -1, -1)
-    small = latents.latent_mask(mask, factor).expand(B, -1, -1, -1)
+    upper, small = encode_person(person.expand(views, -1, -1, -1), mask.expand(views, -1, -1), vae)
+    lower = encode(vae, garment)
+    return assemble(*(part.expand(B, -1, -1, -1) for part in (upper, lower, small)))
+
+
+def encode_person(
+    person: torch.Tensor, mask: torch.Tensor, vae
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latent of the greyed out person [B, 4, h, w], mask [B, 1, h, w] at latent size)."""
+    return encode(vae, canvas.grey_out(person, mask)), latents.latent_mask(mask, vae_factor(vae))
+
+
+def assemble(
+    upper: torch.Tensor, lower: torch.Tensor, small: torch.Tensor
+) -> tuple[list[Any], list[Any], dict[str, torch.Tensor]]:
+    """(positive, negative, LATENT) of latents of persons and garments, and masks, all [B, ...]."""
 
     def side(below: torch.Tensor) -> list[Any]:
         entries = {
@@ -132,7 +155,7 @@ def conditioning(
         return [[torch.zeros((1, 1, CONTEXT_WIDTH)), entries]]
 
     start = torch.zeros(
-        (B, 4, 2 * upper.shape[2], upper.shape[3]),
+        (upper.shape[0], 4, 2 * upper.shape[2], upper.shape[3]),
         device=comfy.model_management.intermediate_device(),
     )
     return side(lower), side(torch.zeros_like(lower)), {"samples": start}

@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas
 from .._comfy import CATEGORY, REPORT_KEY, known, show_text
-from . import glue, loading, sampling
+from . import batch, glue, loading, sampling
 
 FAMILY = f"{CATEGORY}/Try-on"
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
@@ -226,6 +226,13 @@ class FrugalTryOnStitch(io.ComfyNode):
                     tooltip="Softness of the mask's edge: standard deviation of a Gaussian in "
                     "photo px; less where the window's edge is nearer than three of them.",
                 ),
+                io.Boolean.Input(
+                    "color_match",
+                    default=False,
+                    optional=True,
+                    tooltip="Shift the painted colours so that mean and contrast agree with the "
+                    "photo in a ring around the mask. Outside the mask nothing changes.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -241,9 +248,9 @@ class FrugalTryOnStitch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, vae, frame, mask_blur):
+    def execute(cls, samples, vae, frame, mask_blur, color_match=False):
         picture = glue.decode(samples, vae, frame.canvas)
-        return io.NodeOutput(canvas.stitch(picture, frame, mask_blur), picture)
+        return io.NodeOutput(canvas.stitch(picture, frame, mask_blur, color_match), picture)
 
 
 class FrugalTryOnSigmas(io.ComfyNode):
@@ -295,4 +302,5 @@ NODES = [
     FrugalTryOnConditioning,
     FrugalTryOnStitch,
     FrugalTryOnSigmas,
+    *batch.NODES,
 ]
