@@ -121,7 +121,7 @@ def layer_curve(
             continue
         options = formats.options(target, shape)
         tensors = formats.encode(
-            target, weight, device, options=options, statistics=statistics, seed=seed
+            target, weight, device, options, statistics=statistics, seed=seed, where=name
         )
         made[target] = _error(name, target, weight, tensors, options, hessian, device)
     return LayerCurve(name, shape, made, refused, statistics is not None)
