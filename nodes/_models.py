@@ -1,0 +1,57 @@
+"""Model files as the families offer them: one list, one way from a name to its file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..kernels.checkpoints.gguf_file import SUFFIX as GGUF
+from ..kernels.checkpoints.source import INDEX_SUFFIX, SHARD
+from ..kernels.errors import FrugalError
+
+FOLDER = "diffusion_models"
+
+
+def model_names() -> list[str]:
+    """Files to choose from: every model file, GGUF too, and one index in place of the parts it
+    lists.
+    """
+    indexes, blocks = [], []
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        for place, _, files in os.walk(folder, followlinks=True):
+            inside = os.path.relpath(place, folder)
+            for name in files:
+                kind = blocks if name.lower().endswith(GGUF) else indexes
+                if kind is blocks or name.endswith(INDEX_SUFFIX):
+                    kind.append(os.path.normpath(os.path.join(inside, name)))
+    stems = {name.removesuffix(INDEX_SUFFIX) for name in indexes}
+    singles = [
+        name
+        for name in folder_paths.get_filename_list(FOLDER)
+        if SHARD.split(name)[0] not in stems or name in stems
+    ]
+    return sorted({*singles, *indexes, *blocks})
+
+
+def model_path(name: str) -> Path:
+    """The full path of a chosen file. Raises FrugalError if it is gone."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise FrugalError(
+            f"{name} is not there",
+            f"a file in models/{FOLDER}",
+            "refresh the list and choose again",
+        )
+    return Path(path)
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the chosen file, or the index or a part of a model in parts, is replaced."""
+    path = model_path(name)
+    parts = []
+    if path.name.endswith(INDEX_SUFFIX):
+        parts = sorted(path.parent.glob(f"{path.name.removesuffix(INDEX_SUFFIX)}-*"))
+    states = [(file.name, file.stat()) for file in (path, *parts)]
+    return ";".join(f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states)
