@@ -20,6 +20,7 @@ Shape = tuple[int, ...]
 UNET_PREFIX = "model.diffusion_model."
 TENSORS = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
 INPAINT_CHANNELS, MASK_FREE_CHANNELS, PLAIN_CHANNELS = 9, 8, 4
+MASKED, MASK_FREE = "masked", "mask-free"
 GET_BASE = (
     "take sd-v1-5-inpainting.safetensors (models/checkpoints), or the diffusers folder "
     "stable-diffusion-inpainting (models/CatVTON)"
@@ -47,17 +48,18 @@ def unet_names(names: Iterable[str], file: str) -> tuple[str, dict[str, str]]:
     )
 
 
-def require_inpainting(in_channels: int, file: str) -> None:
-    """Refuse a UNet without the 9 input channels [noisy latent 4, mask 1, masked picture 4]."""
-    if in_channels == INPAINT_CHANNELS:
-        return
-    kind = {
-        MASK_FREE_CHANNELS: " (the mask-free variant, which joins the pictures side by side)",
-        PLAIN_CHANNELS: " (a plain text-to-image model)",
-    }.get(in_channels, "")
+def variant(in_channels: int, file: str) -> str:
+    """MASKED for 9 input channels [noisy latent 4, mask 1, masked picture 4], MASK_FREE for 8
+    [noisy latent 4, picture 4]; FrugalError for any other number.
+    """
+    found = {INPAINT_CHANNELS: MASKED, MASK_FREE_CHANNELS: MASK_FREE}.get(in_channels)
+    if found is not None:
+        return found
+    kind = " (a plain text-to-image model)" if in_channels == PLAIN_CHANNELS else ""
     raise FrugalError(
         f"{file} has {in_channels} input channels{kind}",
-        f"the {INPAINT_CHANNELS} channels of an SD 1.5 inpainting UNet",
+        f"the {INPAINT_CHANNELS} channels of an SD 1.5 inpainting UNet, or the "
+        f"{MASK_FREE_CHANNELS} of instruct-pix2pix for mask-free weights",
         GET_BASE,
     )
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -21,6 +22,7 @@ from ...kernels.checkpoints import catvton
 from ...kernels.checkpoints.header import read_header
 from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
+from ...kernels.tryon import precision
 from .._comfy import REPORT_KEY, known
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,7 +49,11 @@ class CatVTONConfig(comfy.supported_models.SD15):
         return self.prediction
 
     def get_model(self, state_dict, prefix="", device=None):
-        model = super().get_model(state_dict, prefix, device)
+        if self.unet_config["in_channels"] == catvton.MASK_FREE_CHANNELS:
+            kind = self.model_type(state_dict, prefix)
+            model = comfy.model_base.SD15_instructpix2pix(self, model_type=kind, device=device)
+        else:
+            model = super().get_model(state_dict, prefix, device)
         for name in cross_attention_modules(model.diffusion_model):
             comfy.utils.set_attr(model.diffusion_model, name, SkipCrossAttention())
         return model
@@ -145,11 +151,11 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
 def canonical_unet(
     tensors: Mapping[str, torch.Tensor], file: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors in LDM names without cross-attention, UNetModel arguments) of a 9-channel UNet."""
+    """(tensors in LDM names without cross-attention, UNetModel arguments) of a try-on UNet."""
     naming, names = catvton.unet_names(tensors, file)
     unet = {new: tensors[old] for old, new in names.items()}
     first = unet["input_blocks.0.0.weight" if naming == "ldm" else "conv_in.weight"]
-    catvton.require_inpainting(first.shape[1], file)
+    catvton.variant(first.shape[1], file)
     if naming == "diffusers":
         table = comfy.utils.unet_to_diffusers(catvton.unet_config(shapes_of(unet), file))
         unknown = sorted(unet.keys() - table.keys())
@@ -196,16 +202,62 @@ def merge_attention(
     attention: Mapping[str, torch.Tensor],
     file: str,
 ) -> dict[str, torch.Tensor]:
-    """The UNet with its self-attention replaced by the attention file's; nothing is copied."""
+    """The UNet with its self-attention replaced by the attention file's; nothing is copied, and
+    what declared a replaced weight to be quantised goes with it.
+    """
     order = catvton.attention_order(comfy.utils.unet_to_diffusers(dict(config)))
     table = catvton.attention_map(shapes_of(attention), shapes_of(unet), order, file)
-    return unet | {table[name]: tensor for name, tensor in attention.items()}
+    replaced = {name.rpartition(".")[0] for name in table.values()}
+    kept = {
+        name: tensor
+        for name, tensor in unet.items()
+        if name.rpartition(".")[0] not in replaced
+        or name.rpartition(".")[2] not in (precision.SCALE, precision.DECLARATION)
+    }
+    return kept | {table[name]: tensor for name, tensor in attention.items()}
+
+
+def quantise(
+    unet: dict[str, torch.Tensor], target: str, file: str
+) -> tuple[dict[str, torch.Tensor], dict[str, precision.Layer]]:
+    """(tensors, quantised layers): those the file declares and, for a target other than AS_STORED,
+    every other wanted layer quantised on ComfyUI's device, with progress. `unet` is emptied, so
+    that what is quantised can leave memory.
+    """
+    layers = precision.declared(unet, file)
+    if target == precision.AS_STORED:
+        return dict(unet), layers
+    other = [layer.format for layer in layers.values() if layer.kind != target]
+    if other:
+        raise FrugalError(
+            f"{file} already holds {len(other)} layers in {other[0]}",
+            f"fp32, fp16 or bf16 weights to quantise to {target}",
+            f"set quantize to '{precision.AS_STORED}', or use an unquantised file",
+        )
+    fresh = precision.plan(shapes_of(unet), target)
+    fresh = {name: layer for name, layer in fresh.items() if name not in layers}
+    progress = comfy.utils.ProgressBar(len(fresh))
+    device, made = comfy.model_management.get_torch_device(), {}
+    for name, tensor in precision.quantise(unet, fresh, device=device, where=file):
+        made[name] = tensor
+        if name.endswith(f".{precision.DECLARATION}"):
+            progress.update(1)
+    return made, layers | fresh
 
 
 def build(
-    state_dict, config, heads: int, prediction: str, weight_dtype: str, disable_dynamic, file
+    state_dict,
+    layers,
+    config,
+    heads: int,
+    prediction: str,
+    weight_dtype: str,
+    disable_dynamic,
+    file,
 ):
-    """A ModelPatcher from canonical tensors; every tensor must land and none may be left over."""
+    """A ModelPatcher from canonical tensors, those of `layers` quantised; every tensor must land
+    and none may be left over.
+    """
     model_config = CatVTONConfig(config)
     model_config.unet_config["num_heads"] = heads
     model_config.prediction = ModelType.V_PREDICTION if prediction == "v" else ModelType.EPS
@@ -215,8 +267,11 @@ def build(
     dtype = DTYPES.get(weight_dtype) or management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state_dict),
         supported_dtypes=dtypes,
-        weight_dtype=comfy.utils.weight_dtype(state_dict),
+        weight_dtype=comfy.utils.weight_dtype(floats_of(state_dict, layers)),
     )
+    if layers and weight_dtype == "auto" and dtype == torch.float32:
+        # A device that computes in fp32 would double what quantising just saved.
+        dtype = torch.float16
     cast = management.unet_manual_cast(dtype, load_device, dtypes)
     place = known(model_config.set_inference_dtype, device=load_device)
     model_config.set_inference_dtype(dtype, cast, **place)
@@ -226,6 +281,10 @@ def build(
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
+    if layers:
+        from . import quantised  # some ComfyUI versions have no quantised tensors
+
+        quantised.install(model.diffusion_model, layers, dtype, cast or dtype, load_device)
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
     try:
         missing, unexpected = model.diffusion_model.load_state_dict(
@@ -242,20 +301,36 @@ def build(
         wrong += [f"has {len(unexpected)} unknown ones ('{unexpected[0]}')"] if unexpected else []
         raise FrugalError(
             f"{file} {' and '.join(wrong)}",
-            "an unquantised SD 1.5 inpainting UNet, complete",
+            "an SD 1.5 inpainting UNet, complete, quantised in no way but the pack's own",
             catvton.GET_BASE,
         )
     return patcher
 
 
+def floats_of(
+    state_dict: Mapping[str, torch.Tensor], layers: Mapping[str, precision.Layer]
+) -> dict[str, torch.Tensor]:
+    """The tensors that are not quantised."""
+    return {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+    }
+
+
 def load_catvton(
-    base: str, attention: str | None, weight_dtype: str = "auto", disable_dynamic: bool = False
+    base: str,
+    attention: str | None,
+    weight_dtype: str = "auto",
+    quantize: str = precision.AS_STORED,
+    disable_dynamic: bool = False,
 ):
     """ModelPatcher of a try-on UNet from paths, with its LoadReport attached under REPORT_KEY.
 
     base: safetensors or checkpoint file, or diffusers folder. attention: CatVTON attention file,
     None when the base is already merged. weight_dtype: "auto" (core's choice), "fp32", "fp16",
-    "bf16". Raises FrugalError for any file that is not fully understood.
+    "bf16"; of quantised models that of the remaining weights, where "auto" keeps 16 bits. quantize:
+    one of `precision.CHOICES`. Raises FrugalError for any file that is not fully understood.
     """
     start = time.perf_counter()
     file, tensors, metadata = read_base(base)
@@ -264,7 +339,8 @@ def load_catvton(
     widths = [t.shape[0] for key, t in unet.items() if key.endswith(".attn1.to_q.weight")]
     heads = catvton.head_count(metadata, widths, name)
     prediction = catvton.prediction_type(metadata, tensors, name)
-    notes = [f"{heads} attention heads, {prediction} prediction, cross-attention skipped"]
+    kind = catvton.variant(config["in_channels"], name)
+    notes = [f"{kind}, {heads} attention heads, {prediction} prediction, cross-attention skipped"]
     if "num_heads" not in metadata and config["model_channels"] != SD15_WIDTH:
         notes.append("the file does not name its number of attention heads: 8 assumed")
     outside = len(tensors) - len(catvton.unet_names(tensors, name)[1])
@@ -283,7 +359,18 @@ def load_catvton(
             "no attention file and a base with cross-attention: unless CatVTON's attention is "
             "merged into it, this is a plain inpainting model that dresses nobody"
         )
-    patcher = build(unet, config, heads, prediction, weight_dtype, disable_dynamic, name)
+    # What lies in memory and not in a mapped file is let go as it is quantised.
+    del tensors
+    unet, layers = quantise(unet, quantize, name)
+    if layers:
+        kernels = sum(layer.ndim == 4 for layer in layers.values())
+        found = ", ".join(sorted({layer.format for layer in layers.values()}))
+        notes.append(
+            f"{len(layers) - kernels} matrices and {kernels} convolutions in 8 bits ({found})"
+            + ("" if quantize == precision.AS_STORED else ", quantised while loading")
+        )
+    args = (layers, config, heads, prediction, weight_dtype, disable_dynamic, name)
+    patcher = build(unet, *args)
     report = LoadReport(
         title=f"CatVTON try-on UNet from {name}",
         files=files,
@@ -294,14 +381,20 @@ def load_catvton(
     )
     patcher.set_attachments(REPORT_KEY, report)
     if hasattr(patcher, "cached_patcher_init"):
-        patcher.cached_patcher_init = (load_catvton, (base, attention, weight_dtype))
+        patcher.cached_patcher_init = (load_catvton, (base, attention, weight_dtype, quantize))
     return patcher
 
 
 def weight_bytes(module: torch.nn.Module) -> dict[str, int]:
-    """Bytes of a module's parameters by dtype name."""
+    """Bytes of a module's parameters by dtype name; the scales of quantised ones by their own."""
     found: dict[str, int] = {}
     for parameter in module.parameters():
-        kind = str(parameter.dtype).removeprefix("torch.")
-        found[kind] = found.get(kind, 0) + parameter.nbytes
+        parts: Any = [parameter]
+        if hasattr(parameter, "_qdata"):
+            from . import quantised
+
+            parts = quantised.leaves(parameter).values()
+        for part in parts:
+            kind = str(part.dtype).removeprefix("torch.")
+            found[kind] = found.get(kind, 0) + part.nbytes
     return found

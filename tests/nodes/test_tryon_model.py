@@ -13,57 +13,28 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_detection import detect_unet_config
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from frugal.kernels.checkpoints import catvton
 from frugal.kernels.errors import FrugalError
 from frugal.nodes._comfy import REPORT_KEY
 from frugal.nodes.tryon import glue, loading, sampling
-
-HEADS = 4
-META = {"num_heads": str(HEADS)}
-
-
-class Skip:
-    """The published processor: gives its input back."""
-
-    def __call__(self, attn, hidden_states, *args, **kwargs):
-        return hidden_states
-
-
-def skip_cross_attention(unet):
-    unet.set_attn_processor(
-        {
-            name: Skip() if name.endswith("attn2.processor") else processor
-            for name, processor in unet.attn_processors.items()
-        }
-    )
-    return unet
-
-
-def make_unet(seed, in_channels=9):
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        in_channels=in_channels,
-        out_channels=4,
-        block_out_channels=(64, 128, 192),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=HEADS,
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            # Spread norm weights: with all of them 1 a missing norm2 would hardly show.
-            if "norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return unet.requires_grad_(False)
-
-
-def state(unet):
-    return {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
+from frugal.tests import tryon_bed as bed
+from frugal.tests.tryon_bed import (
+    HEADS,
+    META,
+    FakeVAE,
+    attention_tensors,
+    forward,
+    inputs,
+    make_unet,
+    relative,
+    run,
+    scene,
+    skip_cross_attention,
+    state,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +56,6 @@ def tuned(base):
     return skip_cross_attention(tuned)
 
 
-def attention_tensors(unet, stride=8):
-    """Numbered as the published training code numbers modules: module tree order, middle last."""
-    names = [name for name, _ in unet.named_modules() if name.endswith("attn1")]
-    names.sort(key=lambda name: name.startswith("mid_block"))
-    weights = unet.state_dict()
-    return {
-        f"{stride * i}.{tensor}": weights[f"{name}.{tensor}"].contiguous()
-        for i, name in enumerate(names)
-        for tensor in catvton.TENSORS
-    }
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, base, tuned):
     root = tmp_path_factory.mktemp("catvton")
@@ -115,27 +74,6 @@ def folder(tmp_path_factory, base, tuned):
     save_file(weights, root / "folder" / "unet" / "diffusion_pytorch_model.safetensors")
     (root / "folder" / "unet" / "config.json").write_text(json.dumps({"attention_head_dim": HEADS}))
     return root
-
-
-def inputs(seed=3, batch=2):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, 9, 32, 12, generator=g)
-    return x, torch.full((batch,), 601)
-
-
-def run(patcher, x, t, context=None):
-    comfy.model_management.load_models_gpu([patcher])
-    with torch.no_grad():
-        return patcher.model.diffusion_model(x, t, context=context)
-
-
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
-
-
-def forward(unet, x, t):
-    with torch.no_grad():
-        return unet(x, t, encoder_hidden_states=torch.zeros(x.shape[0], 1, 8)).sample
 
 
 def report_text(patcher):
@@ -262,7 +200,7 @@ def test_bad_files_are_refused_with_the_reason(folder, tmp_path, base, tuned):
 
     good = state(base)
     refused(state(make_unet(0, 4)), "4 input channels .a plain text-to-image model")
-    refused(state(make_unet(0, 8)), "8 input channels .the mask-free variant")
+    refused(state(make_unet(0, 5)), "5 input channels; expected the 9")
     refused({n: t for n, t in good.items() if n != "conv_out.bias"}, "lacks 1 tensors")
     refused(good | {"extra.weight": torch.zeros(1)}, "1 unknown tensors, the first 'extra.weight'")
     ldm, _ = loading.read_file(str(folder / "ldm.safetensors"))
@@ -289,7 +227,12 @@ def test_bad_files_are_refused_with_the_reason(folder, tmp_path, base, tuned):
 
 
 def test_reload_factory_gives_the_same_model(folder):
-    args = (str(folder / "ldm.safetensors"), str(folder / "attention.safetensors"), "fp32")
+    args = (
+        str(folder / "ldm.safetensors"),
+        str(folder / "attention.safetensors"),
+        "fp32",
+        "as stored",
+    )
     patcher = loading.load_catvton(*args)
     if getattr(patcher, "cached_patcher_init", None) is None:
         pytest.skip("this ComfyUI has no reload factories")
@@ -331,25 +274,6 @@ def test_the_full_size_model_maps_as_published():
             assert merged[name] is attention[f"{8 * index}.{tensor}"]
 
 
-class FakeVAE:
-    """Averages 8 x 8 pixels into four channels: enough to see what goes where."""
-
-    def spacial_compression_encode(self):
-        return 8
-
-    def encode(self, pixels):
-        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1) * 2 - 1, 8)
-        return torch.cat([small, small.mean(dim=1, keepdim=True)], dim=1)
-
-
-def scene(batch=1, H=64, W=32):
-    g = torch.Generator().manual_seed(5)
-    person, garment = torch.rand(2, batch, H, W, 3, generator=g)
-    mask = torch.zeros(batch, H, W)
-    mask[:, 19:45, 9:23] = 1
-    return person, garment, mask
-
-
 def test_conditioning_gives_the_reference_channels(folder):
     person, garment, mask = scene()
     vae = FakeVAE()
@@ -379,15 +303,7 @@ def test_sampling_equals_the_published_loop(folder, tuned, cfg, eta):
     start = torch.randn(latent["samples"].shape, generator=g)
     fresh = [torch.randn(start.shape, generator=g) for _ in range(4)]
 
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
+    scheduler = bed.scheduler()
     scheduler.set_timesteps(4)
     sides = [side[0][1] for side in (negative, positive)]
     extra = [
@@ -432,15 +348,7 @@ def test_the_sampler_refuses_another_kind_of_model(folder):
 
 def test_the_schedule_equals_diffusers(folder):
     patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
+    scheduler = bed.scheduler()
     for steps in (1, 5, 20, 30, 50, 100):
         scheduler.set_timesteps(steps)
         alphas = scheduler.alphas_cumprod[[*scheduler.timesteps.tolist(), 0]]
