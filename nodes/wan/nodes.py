@@ -8,6 +8,7 @@ from ...kernels.quant.matmul import AUTO
 from ...kernels.quant.matmul import CHOICES as PRODUCTS
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
+from .._models import fingerprint, model_names, model_path
 from . import embeds, glue
 from .encode_cache import FrugalCachedTextEncode
 from .experts import FrugalWanTwoExperts
@@ -30,7 +31,7 @@ class FrugalLoadWan(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=glue.model_names(),
+                    options=model_names(),
                     tooltip="A file in models/diffusion_models, or the index of a split model.",
                 ),
                 io.Combo.Input(
@@ -86,11 +87,11 @@ class FrugalLoadWan(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO):
-        return glue.fingerprint(model_name)
+        return fingerprint(model_name)
 
     @classmethod
     def execute(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO) -> io.NodeOutput:
-        path = glue.model_path(model_name)
+        path = model_path(model_name)
         patcher, report = glue.load_wan(path, weight_dtype, quantize, matmul)
         show_text(cls.hidden.unique_id, report.text())
         return io.NodeOutput(patcher, report.text())

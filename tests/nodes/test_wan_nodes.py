@@ -13,6 +13,7 @@ import torch
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant.on_load import AS_STORED, FP8
+from frugal.nodes import _models
 from frugal.nodes.wan import embeds, glue, row_scaled
 from frugal.nodes.wan.nodes import (
     NODES,
@@ -28,7 +29,7 @@ SOURCE = bed.weights()
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Model and output folders of their own."""
-    for kind in (glue.FOLDER, embeds.FOLDER):
+    for kind in (_models.FOLDER, embeds.FOLDER):
         place = tmp_path / kind
         place.mkdir()
         extensions = folder_paths.folder_names_and_paths[kind][1]
@@ -37,7 +38,7 @@ def folders(tmp_path, monkeypatch):
     (tmp_path / "output").mkdir()
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     yield tmp_path
-    for kind in (glue.FOLDER, embeds.FOLDER):
+    for kind in (_models.FOLDER, embeds.FOLDER):
         folder_paths.filename_list_cache.pop(kind, None)
 
 
@@ -58,8 +59,8 @@ def run(node, **inputs):
 def test_load_wan_node(folders, monkeypatch):
     shown = []
     monkeypatch.setattr("frugal.nodes.wan.nodes.show_text", lambda _, text: shown.append(text))
-    bed.write(folders / glue.FOLDER / "wan.safetensors", *bed.scaled(SOURCE, bed.E4)[:2])
-    assert glue.model_names() == ["wan.safetensors"]
+    bed.write(folders / _models.FOLDER / "wan.safetensors", *bed.scaled(SOURCE, bed.E4)[:2])
+    assert _models.model_names() == ["wan.safetensors"]
     inputs = {"model_name": "wan.safetensors", "weight_dtype": "default"}
     patcher, report = run(FrugalLoadWan, **inputs).result
     assert type(patcher.model).__name__ == "WAN21"
@@ -68,12 +69,12 @@ def test_load_wan_node(folders, monkeypatch):
     assert shown == [report]
     before = FrugalLoadWan.fingerprint_inputs(**inputs)
     assert before == FrugalLoadWan.fingerprint_inputs(**inputs)
-    os.utime(folders / glue.FOLDER / "wan.safetensors", (1, 1))
+    os.utime(folders / _models.FOLDER / "wan.safetensors", (1, 1))
     assert FrugalLoadWan.fingerprint_inputs(**inputs) != before
 
 
 def test_quantize_widget(folders):
-    bed.write(folders / glue.FOLDER / "wan.safetensors", SOURCE)
+    bed.write(folders / _models.FOLDER / "wan.safetensors", SOURCE)
     inputs = {"model_name": "wan.safetensors", "weight_dtype": "default"}
     _, report = run(FrugalLoadWan, **inputs, quantize=FP8).result
     assert "note: 20 layers are quantised to fp8 per-channel while loading" in report
@@ -84,33 +85,33 @@ def test_quantize_widget(folders):
 
 
 def test_combo_offers_an_index_in_place_of_its_parts(folders):
-    place = folders / glue.FOLDER / "Wan2.1"
+    place = folders / _models.FOLDER / "Wan2.1"
     place.mkdir()
     for name in ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"):
         (place / name).write_bytes(b"")
     (place / "lone-00001-of-00002.safetensors").write_bytes(b"")
     (place / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
-    names = [name.replace("\\", "/") for name in glue.model_names()]
+    names = [name.replace("\\", "/") for name in _models.model_names()]
     assert names == ["Wan2.1/lone-00001-of-00002.safetensors", "Wan2.1/m.safetensors.index.json"]
-    index = glue.model_names()[1]
-    assert glue.model_path(index).is_file()
-    before = glue.fingerprint(index)
+    index = _models.model_names()[1]
+    assert _models.model_path(index).is_file()
+    before = _models.fingerprint(index)
     os.utime(place / "m-00002-of-00002.safetensors", (1, 1))
-    assert glue.fingerprint(index) != before
+    assert _models.fingerprint(index) != before
 
 
 @pytest.mark.parametrize("kind", ["gone", "empty", "gguf"])
 def test_file_without_a_model(kind, folders):
     name = "wan.gguf" if kind == "gguf" else "wan.safetensors"
     if kind != "gone":
-        (folders / glue.FOLDER / name).write_bytes(b"GGUF" if kind == "gguf" else b"")
+        (folders / _models.FOLDER / name).write_bytes(b"GGUF" if kind == "gguf" else b"")
     says = {"gone": "is not there", "empty": r"is empty \(0 bytes\)", "gguf": "expected a GGUF"}
     with pytest.raises(FrugalError, match=says[kind]):
         run(FrugalLoadWan, model_name=name, weight_dtype="default")
 
 
 def test_pickle_with_code_is_not_run(folders):
-    path = folders / glue.FOLDER / "wan.pt"
+    path = folders / _models.FOLDER / "wan.pt"
     torch.save({"x": Path("anything")}, path)
     with pytest.raises(FrugalError, match="cannot be read as plain weights"):
         run(FrugalLoadWan, model_name="wan.pt", weight_dtype="default")

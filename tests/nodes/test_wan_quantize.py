@@ -9,6 +9,7 @@ import torch
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant.matmul import AUTO
 from frugal.kernels.quant.on_load import AS_STORED, FP8, INT8_CONVROT, TARGETS, W4A8_NAME
+from frugal.nodes import _models
 from frugal.nodes.wan import glue, mapped, row_scaled
 from frugal.tests import wan_bed as bed
 from frugal.tests.wan_checks import check, forward, loaded_weights, reference
@@ -93,15 +94,15 @@ def test_gguf_is_offered(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     for name in ("a.gguf", "deep/b.GGUF", "c.safetensors", "d.txt"):
         (tmp_path / name).write_bytes(b"")
-    extensions = folder_paths.folder_names_and_paths[glue.FOLDER][1]
+    extensions = folder_paths.folder_names_and_paths[_models.FOLDER][1]
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, glue.FOLDER, ([str(tmp_path)], extensions)
+        folder_paths.folder_names_and_paths, _models.FOLDER, ([str(tmp_path)], extensions)
     )
-    folder_paths.filename_list_cache.pop(glue.FOLDER, None)
-    names = [name.replace("\\", "/") for name in glue.model_names()]
-    folder_paths.filename_list_cache.pop(glue.FOLDER, None)
+    folder_paths.filename_list_cache.pop(_models.FOLDER, None)
+    names = [name.replace("\\", "/") for name in _models.model_names()]
+    folder_paths.filename_list_cache.pop(_models.FOLDER, None)
     assert names == ["a.gguf", "c.safetensors", "deep/b.GGUF"]
-    assert glue.model_path(glue.model_names()[2]).is_file()
+    assert _models.model_path(_models.model_names()[2]).is_file()
 
 
 def mapped_file(tensor: torch.Tensor) -> bool:
