@@ -79,12 +79,14 @@ def _int8(weight: torch.Tensor, shape: Curvature, rotation: int) -> dict[str, to
 
 def _fp8(weight: torch.Tensor, shape: Curvature, rotation: int) -> dict[str, torch.Tensor]:
     grid, places = PlainGrid(float8=True), torch.argsort(shape.order)
-    scale = _fp8_scale(weight, shape, grid)
+    # As it is stored, so that codes are chosen against what a reader multiplies by.
+    stored = torch.tensor(_fp8_scale(weight, shape, grid), dtype=torch.float32)
+    scale = float(stored)
     out = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     for rows, columns in parts(weight, shape, rotation):
         values = solve_rows(columns / scale, shape, grid)
         out[rows] = values[places].t().to(torch.float8_e4m3fn).cpu()
-    return {"weight": out, "weight_scale": torch.tensor(scale, dtype=torch.float32)}
+    return {"weight": out, "weight_scale": stored}
 
 
 def _fp8_scale(weight: torch.Tensor, shape: Curvature, grid: PlainGrid) -> float:
@@ -101,7 +103,8 @@ def _fp8_scale(weight: torch.Tensor, shape: Curvature, grid: PlainGrid) -> float
             tops.cpu().topk(min(SAMPLE_ROWS, len(tops))).indices,
         ]
     ).unique()
-    [(_, columns)] = parts(weight[chosen.to(weight.device)], shape, 0)
+    sample = weight[chosen.to(weight.device)]
+    columns = torch.cat([piece for _, piece in parts(sample, shape, 0)], dim=1)
     found = [
         float(loss(grid.snap((), columns / scale) * scale, columns, shape.hessian).sum())
         for scale in (first * part for part in FP8_PARTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,6 @@ from frugal.tests.quant_bed import layer, output_error
 pytest.importorskip("comfy_kitchen")
 
 SOLVED = [target for target in formats.TARGETS if target != formats.BF16]
-FOUR_BIT = [target for target in SOLVED if target not in (formats.FP8, formats.INT8)]
 
 
 def held(target, weight, statistics=None):
@@ -68,7 +69,7 @@ def test_rows_are_solved_in_parts(target, small, monkeypatch):
     # A product of another shape rounds differently, and a code may tip over.
     errors = [output_error(weight, each, held_out) for each in (whole, parts)]
     assert abs(errors[0] - errors[1]) < 0.03 * errors[0]
-    assert (whole == parts).float().mean() > 0.5 or target in FOUR_BIT[:2] + [formats.INT8]
+    assert (whole - parts).norm() < 0.5 * (whole - weight).norm()
 
 
 def test_the_rotation_is_comfy_kitchens():
@@ -130,7 +131,7 @@ def test_descending_never_goes_up(size, rows, seed, float8):
         gptq.descend(values, columns, ready.hessian, grid)
         losses.append(clip.loss(values, columns, ready.hessian))
     assert torch.equal(grid.snap((), values), values)
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         assert bool((after <= before * (1 + 1e-4) + 1e-6 * losses[0].max()).all())
 
 
@@ -175,12 +176,15 @@ def test_poor_statistics_are_no_worse_than_rounding(target, kind, small):
         seen[:, 1:] = 0
     else:
         seen = torch.zeros_like(seen)
-    solved, made = held(target, weight, statistics_of("layer", seen))
+    solved, _ = held(target, weight, statistics_of("layer", seen))
     nearest, _ = held(target, weight)
     assert bool(torch.isfinite(solved).all())
     # What was never seen is rounded, not dropped.
-    limit = 3 if kind == "few rows" else 2
-    assert (solved - weight).norm() < limit * (nearest - weight).norm()
+    assert (solved - weight).norm() < 4 * (nearest - weight).norm()
+    if target == formats.FP8 and kind == "dead inputs":
+        dead = slice(40, 90)
+        wrong = [(each - weight)[:, dead].norm() for each in (solved, nearest)]
+        assert wrong[0] < 1.1 * wrong[1]
     if kind != "none":
         assert output_error(weight, solved, seen) <= output_error(weight, nearest, seen)
 
