@@ -1,4 +1,4 @@
-"""One linear layer as GPTQ and AWQ store it, and the weight that its words stand for."""
+"""One linear layer as GPTQ, AWQ and awq_w4a16 store it, and the weight that its words stand for."""
 
 from __future__ import annotations
 
@@ -65,3 +65,31 @@ def gptq_or_awq_layer(
         layer["g_idx"] = index.astype(np.int32)
     tensors = {leaf: torch.from_numpy(np.ascontiguousarray(value)) for leaf, value in layer.items()}
     return tensors, torch.from_numpy(np.ascontiguousarray(meant.T)).float()
+
+
+def w4a16_layer(
+    weight: torch.Tensor, group: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Tensors of one awq_w4a16 layer (leaf -> tensor) and the float32 weight that they stand for,
+    value by value from the definition: (q - 8) * scale + zero, even input in the low half byte.
+    """
+    rows, width = weight.shape
+    grouped = weight.double().reshape(rows, width // group, group)
+    low, high = grouped.amin(dim=2), grouped.amax(dim=2)
+    scales = ((high - low) / 15).t().contiguous().to(dtype)
+    zeros = (low + 8 * scales.t().double()).t().contiguous().to(dtype)
+    s, z = scales.double().numpy(), zeros.double().numpy()
+    floats = weight.double().numpy()
+    q = np.zeros((rows, width), dtype=np.uint8)
+    meant = np.zeros((rows, width))
+    for column in range(width):
+        g = column // group
+        q[:, column] = np.clip(np.round((floats[:, column] - z[g]) / s[g]) + 8, 0, 15)
+        meant[:, column] = (q[:, column].astype(np.float64) - 8) * s[g] + z[g]
+    words = q[:, 0::2] + 16 * q[:, 1::2]
+    tensors = {
+        "weight": torch.from_numpy(words.astype(np.uint8).view(np.int8)),
+        "weight_scale": scales,
+        "weight_zeros": zeros,
+    }
+    return tensors, torch.from_numpy(meant).float()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
-from frugal.tests.packed_bed import gptq_or_awq_layer
+from frugal.tests.packed_bed import gptq_or_awq_layer, w4a16_layer
 
 T2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=16, out_dim=16)
 I2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=36, out_dim=16, image=True)
@@ -229,6 +229,16 @@ PACKED_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def w4a16(source: Weights, group: int = 64, config: WanConfig = T2V) -> File:
+    """awq_w4a16 as newer ComfyUI versions store it."""
+    held, meant = base(source)
+    for layer in block_linears(source, config):
+        tensors, meant[f"{layer}.weight"] = w4a16_layer(source[f"{layer}.weight"], group)
+        held.update({f"{layer}.{leaf}": tensor for leaf, tensor in tensors.items()})
+        held.update(declare(layer, format="awq_w4a16", group_size=group))
+    return held, {}, meant
+
+
 def write_gguf(path: Path, source: Weights, kind: str, shapes: bool = True) -> Weights:
     """A GGUF file as converters write it: block linears as `kind`, 5-D weights flattened with
     their shape beside them, the rest F32. Returns the weights that it stands for, in float32.
@@ -383,6 +393,7 @@ def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
     made["int8 weight_scale [rows], comfy_quant"] = lambda: int8_rows(source, (-1,), declared=True)
     for label, options in PACKED_LAYOUTS.items():
         made[label] = lambda options=options: gptq_or_awq(source, **options)
+    made["awq_w4a16, groups of 64"] = lambda: w4a16(source)
     made["NVFP4, LightX2V, alpha"] = lambda: lightx2v_nvfp4(source)
     made["NVFP4, LightX2V, input_absmax"] = lambda: lightx2v_nvfp4(source, older=True)
     plain, exact = base(source)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant.packed_int import PackedSpec
+from ..quant.packed_int import W4A16, PackedSpec
 from .header import TensorInfo
 
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
@@ -30,7 +30,7 @@ INT8, W4A4, W4A8, NVFP4, MXFP8 = (
     "nvfp4",
     "mxfp8",
 )
-NATIVE = (*FLOAT8.values(), INT8, W4A4, W4A8, NVFP4, MXFP8)
+NATIVE = (*FLOAT8.values(), INT8, W4A4, W4A8, NVFP4, MXFP8, W4A16)
 OPTIONS = (
     "convrot",
     "convrot_groupsize",
@@ -51,6 +51,7 @@ SIDE = {
     "weight_s_rel": "weight_s_rel",
     "weight_s_channel": "weight_s_channel",
     "weight_codebook": "weight_codebook",
+    "weight_zeros": "weight_zeros",
 }
 # Tensors of conventions that no supported ComfyUI reads rightly; the value names the convention.
 FOREIGN = {
@@ -76,8 +77,9 @@ class LayerLayout:
 
     `stored` maps a side tensor's name in the file (such as scale_weight) to its canonical name;
     `unit_scale` says that the file holds no scale because the weight is a plain cast; `options`
-    are the declared format options; `packed` says how GPTQ or AWQ words are read; `lightx2v` marks
-    NVFP4 in LightX2V's own convention; `computed` that the file holds floats, quantised on load.
+    are the declared format options; `packed` says how GPTQ, AWQ or W4A16 words are read; `lightx2v`
+    marks NVFP4 in LightX2V's own convention; `computed` that the file holds floats, quantised on
+    load.
     """
 
     format: str
@@ -208,6 +210,9 @@ def _declared(
             )
     elif form == W4A8:
         _w4a8(where, shape, weight, side, options)
+    elif form == W4A16:
+        spec = _w4a16(where, shape, weight, side, options)
+        return LayerLayout(form, stored=stored, options=options, packed=spec)
     elif form == NVFP4:
         _check(where, weight, torch.uint8, (out, inside // 2))
         allowed = {"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"}
@@ -271,6 +276,34 @@ def _w4a8(
             "16",
             "convert the model again",
         )
+
+
+def _w4a16(
+    where: str,
+    shape: tuple[int, int],
+    weight: TensorInfo,
+    side: Mapping[str, TensorInfo],
+    options: Mapping[str, Any],
+) -> PackedSpec:
+    out, inside = shape
+    _check(where, weight, torch.int8, (out, inside // 2))
+    both = {"weight_scale", "weight_zeros"}
+    check_only(where, W4A16, side, both, both)
+    group = options.get("group_size", 64)
+    if type(group) is not int or group < 2 or inside % group or inside % 2:
+        raise FrugalError(
+            f"{where} declares the scale group {ascii(group)[:20]} for width {inside}",
+            "a divisor of the width, 2 or more",
+            "convert the model again",
+        )
+    for leaf in sorted(both):
+        if side[leaf].shape != (inside // group, out) or side[leaf].dtype not in FLOATS:
+            raise FrugalError(
+                f"{where} has {leaf} {side[leaf].text()}",
+                f"floats of shape [{inside // group}, {out}]",
+                "convert the model again",
+            )
+    return PackedSpec(W4A16, 4, 0, out, inside, group)
 
 
 def _rows(where: str, scale: TensorInfo, shape: tuple[int, int]) -> bool:

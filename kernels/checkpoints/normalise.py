@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant.packed_int import PackedWeight
+from ..quant.packed_int import W4A16, PackedWeight
 from .layouts import FLOAT8, MXFP8, NVFP4, W4A4, LayerLayout
-from .packed import PACKED, check_packed, from_lightx2v
+from .packed import check_packed, from_lightx2v
 from .plan import Plan
 
 E5M2, E4M3 = "float8_e5m2", "float8_e4m3fn"
@@ -62,7 +62,8 @@ def normalise(
 
 
 def take_packed(plan: Plan, state_dict: dict[str, torch.Tensor]) -> dict[str, PackedWeight]:
-    """Take GPTQ and AWQ layers out of a normalised state dict (which changes): layer -> weight.
+    """Take the layers that the pack runs (GPTQ, AWQ, W4A16) out of a normalised state dict (which
+    changes): layer -> weight.
 
     In their place the state dict gets one fp8 element seen as the whole weight and a scale of one,
     so that a loader which knows fp8 builds the layer without memory for it. Raises FrugalError for
@@ -96,7 +97,10 @@ def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
 
 def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor) -> torch.Tensor:
     leaf = name.rpartition(".")[2]
-    blocks = layout.format in (NVFP4, MXFP8, *PACKED) and leaf == "weight_scale"
+    if layout.format == W4A16:
+        _scale(file, name, tensor)
+        return tensor
+    blocks = (layout.format in (NVFP4, MXFP8) or layout.packed) and leaf == "weight_scale"
     if blocks or leaf not in ("weight_scale", "weight_scale_2"):
         return tensor
     scale = _scale(file, name, tensor)
@@ -130,7 +134,7 @@ def declaration(plan: Plan, known: Collection[str]) -> dict[str, str]:
         if form == E5M2 and form not in known and E4M3 in known:
             # Where only one fp8 format is known, its reader takes the type from the bytes.
             form = E4M3
-        if form in PACKED:
+        if form in plan.own_formats:
             # Declared as the stand-in that take_packed leaves in their place.
             form = E4M3
         if form not in known:

@@ -172,7 +172,7 @@ def check_packed(where: str, weight: PackedWeight, stated: Mapping[str, Any]) ->
             "download the file again",
         )
     spec = weight.spec
-    if spec.order == AWQ:
+    if spec.order != GPTQ:
         return
     stored = stored_zero_points(weight.zeros, spec)
     low, high = int(stored.min()), int(stored.max())

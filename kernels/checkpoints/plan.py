@@ -44,7 +44,8 @@ class Plan:
     `rename` maps each tensor of the file that is kept to its canonical name, `layers` each linear
     layer that is quantised to its layout, `transformer` holds what the file's own configuration
     adds to the shapes, `formats` counts bytes of weights per format, `notes` says in words what a
-    user should know, and `settings` holds what the file states of a GPTQ or AWQ quantisation.
+    user should know, `settings` holds what the file states of a GPTQ or AWQ quantisation, and
+    `own_formats` are the formats that the pack runs because ComfyUI does not.
     """
 
     file: str
@@ -56,6 +57,7 @@ class Plan:
     formats: Mapping[str, int]
     notes: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    own_formats: tuple[str, ...] = PACKED
 
     @property
     def per_row_float8(self) -> tuple[str, ...]:
@@ -63,7 +65,9 @@ class Plan:
 
     @property
     def packed(self) -> tuple[str, ...]:
-        return tuple(name for name, layer in self.layers.items() if layer.format in PACKED)
+        return tuple(
+            name for name, layer in self.layers.items() if layer.format in self.own_formats
+        )
 
 
 def plan_wan(

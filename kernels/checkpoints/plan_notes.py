@@ -19,10 +19,8 @@ def format_name(layout: LayerLayout, info: TensorInfo | None = None) -> str:
         spec = layout.packed
         reordered = "reordered " if "g_idx" in layout.stored else ""
         version = "" if spec.order != GPTQ else " v1" if spec.zero_offset else " v2"
-        return (
-            f"{spec.order.upper()}{version}, {spec.bits} bits, {reordered}groups of "
-            f"{spec.group_size}"
-        )
+        order = spec.order.upper().replace("_", " ")
+        return f"{order}{version}, {spec.bits} bits, {reordered}groups of {spec.group_size}"
     if layout.format in FLOAT8.values():
         scale = "per row" if layout.per_row else "none" if layout.unit_scale else "per tensor"
         return f"{layout.format}, scale {scale}"
@@ -45,9 +43,9 @@ def plan_notes(
         notes.append("LightX2V NVFP4: half bytes change places, which copies the packed weights")
     if any(layer.packed for layer in layers.values()):
         notes.append(
-            "GPTQ and AWQ layers stay packed; one layer at a time is unpacked; a LoRA that ComfyUI "
-            "merges is rounded to the same few bits, which loses weak ones: where there is a LoRA "
-            "loader that bypasses the weights, use that"
+            "GPTQ, AWQ and W4A16 layers stay packed; one layer at a time is unpacked; a LoRA that "
+            "ComfyUI merges is rounded to the same few bits, which loses weak ones: where there is "
+            "a LoRA loader that bypasses the weights, use that"
         )
     notes += [f"{count} tensors under {part} are left out" for part, count in left_out.items()]
     if unit_scales_dropped:

@@ -1,6 +1,7 @@
-"""Linear weights packed as small integers in 32-bit words, as GPTQ and AWQ files hold them.
+"""Linear weights packed as small integers, as GPTQ, AWQ and ComfyUI's awq_w4a16 files hold them.
 
-Both store the transposed weight of a layer with `rows` outputs and `width` inputs:
+GPTQ and AWQ store the transposed weight of a layer with `rows` outputs and `width` inputs in 32-bit
+words:
 
     w[n, k] = (q[k, n] - z[g, n]) * s[g, n],  g = group of input k
 
@@ -8,6 +9,10 @@ GPTQ packs neighbouring inputs into a word, low bits first, and numbers the grou
 inputs were reordered (act-order). AWQ packs eight neighbouring outputs, in the order 0 2 4 6 1 3 5
 7 from the low bits up. Zero points are packed along the outputs in the order of their convention,
 and GPTQ's first version stores z - 1. Sources: the GPTQ and AWQ papers' reference packers.
+
+awq_w4a16 stores rows of bytes, the even input in the low half, and its zero points as floats:
+
+    w[n, k] = (q[n, k] - 8) * s[g, n] + z[g, n],  g = k / group size  (comfy-kitchen, awq_w4a16.py)
 
 Nothing here repacks: the words stay as the file holds them, so a memory-mapped file stays mapped,
 and one layer at a time is unpacked in pieces.
@@ -19,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-GPTQ, AWQ = "gptq", "awq"
+GPTQ, AWQ, W4A16 = "gptq", "awq", "awq_w4a16"
 WORD = 32
 # Place of output 0..7 within an AWQ word, in units of one value from the low bits up.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -29,8 +34,8 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """How the words of one layer are read: convention (GPTQ or AWQ), bits per value, what is added
-    to a stored zero point, outputs, inputs, inputs per group (unused where a g_idx is given).
+    """How the words of one layer are read: convention (GPTQ, AWQ or W4A16), bits per value, what is
+    added to a stored zero point, outputs, inputs, inputs per group (unused where a g_idx is given).
     """
 
     order: str
@@ -57,7 +62,8 @@ class PackedSpec:
 @dataclass(frozen=True)
 class PackedWeight:
     """One layer: words int32 `spec.words_shape()`, scales float [groups, rows], zeros int32
-    [groups, rows / values per word], g_idx int32 [width] or None, and how to read them.
+    [groups, rows / values per word], g_idx int32 [width] or None, and how to read them. In W4A16
+    words are int8 [rows, width / 2] and zeros are of the scales' shape and type.
     """
 
     words: torch.Tensor
@@ -68,10 +74,12 @@ class PackedWeight:
 
 
 def dequantise(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [rows, width] in `dtype`, each value rounded once; a transposed view of
-    contiguous memory. Works on the device of the words.
+    """The weight [rows, width] in `dtype`, each value rounded once (in W4A16 to float32 first).
+    Contiguous in W4A16, else a transposed view. Works on the device of the words.
     """
     spec, device = weight.spec, weight.words.device
+    if spec.order == W4A16:
+        return _dequantise_rows(weight, dtype)
     zeros = zero_points(weight.zeros, spec)
     out = torch.empty(spec.width, spec.rows, dtype=dtype, device=device)
     for start, stop in _pieces(spec):
@@ -84,9 +92,11 @@ def dequantise(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def requantise(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
     """Round a float weight [rows, width] to the nearest values of the same layout as `like`: same
-    groups, new scales and zero points from each group's smallest and largest value (0 included).
-    The result is on the device of `weight`.
+    groups, new scales and zero points from each group's smallest and largest value (0 included, but
+    in W4A16, whose zero points are free). The result is on the device of `weight`.
     """
+    if like.spec.order == W4A16:
+        return _requantise_rows(weight, like)
     spec, source = like.spec, weight.t()
     count, device = like.scales.shape[0], weight.device
     g_idx = None if like.g_idx is None else like.g_idx.to(device)
@@ -106,6 +116,44 @@ def requantise(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
         _store(words, values, spec, start, stop)
     stored = _pack(zeros - spec.zero_offset, spec, along_rows=True)
     return PackedWeight(words, scales, stored, g_idx, spec)
+
+
+def _row_pieces(spec: PackedSpec) -> list[slice]:
+    step = max(1, PIECE // spec.width)
+    return [slice(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step)]
+
+
+def _dequantise_rows(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    spec = weight.spec
+    out = torch.empty(spec.rows, spec.width, dtype=dtype, device=weight.words.device)
+    for rows in _row_pieces(spec):
+        words = weight.words[rows].view(torch.uint8)
+        values = torch.stack((words & 15, words >> 4), dim=2).float().sub_(8)
+        values = values.reshape(words.shape[0], -1, spec.group_size)
+        values.mul_(weight.scales[:, rows].t().float()[:, :, None])
+        values.add_(weight.zeros[:, rows].t().float()[:, :, None])
+        out[rows] = values.reshape(-1, spec.width)
+    return out
+
+
+def _requantise_rows(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
+    spec, device = like.spec, weight.device
+    words = torch.empty(spec.rows, spec.width // 2, dtype=torch.int8, device=device)
+    scales = torch.empty(like.scales.shape, dtype=like.scales.dtype, device=device)
+    zeros = torch.empty(like.zeros.shape, dtype=like.zeros.dtype, device=device)
+    least = torch.finfo(like.scales.dtype).tiny
+    for rows in _row_pieces(spec):
+        values = weight[rows].float().reshape(-1, spec.width // spec.group_size, spec.group_size)
+        low, high = values.amin(dim=2), values.amax(dim=2)
+        scale = ((high - low) / spec.largest).clamp_(min=least).to(scales.dtype)
+        zero = (low + 8 * scale.float()).to(zeros.dtype)
+        # Against the scale and zero point as they are stored, so that their rounding counts.
+        steps = (values - zero.float()[:, :, None]) / scale.float()[:, :, None]
+        whole = steps.round_().add_(8).clamp_(0, spec.largest).to(torch.uint8)
+        halves = whole.reshape(-1, spec.width // 2, 2)
+        words[rows] = (halves[:, :, 0] | halves[:, :, 1] << 4).view(torch.int8)
+        scales[:, rows], zeros[:, rows] = scale.t(), zero.t()
+    return PackedWeight(words, scales, zeros, None, spec)
 
 
 def zero_points(zeros: torch.Tensor, spec: PackedSpec) -> torch.Tensor:

@@ -5,7 +5,6 @@ check of the result.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,24 +16,21 @@ import comfy.model_management
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 
-from ...kernels.checkpoints.gguf_file import SUFFIX as GGUF
 from ...kernels.checkpoints.layouts import FLOAT8
 from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
 from ...kernels.checkpoints.plan import Plan, plan_wan
-from ...kernels.checkpoints.source import INDEX_SUFFIX, SHARD, Source, open_source
+from ...kernels.checkpoints.source import Source, open_source
 from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
 from ...kernels.errors import FrugalError
-from ...kernels.quant.matmul import AUTO
+from ...kernels.quant.matmul import AUTO, FULL
 from ...kernels.quant.on_load import AS_STORED, quantised_plan, quantiser
-from ...kernels.quant.packed_int import PackedWeight
+from ...kernels.quant.packed_int import W4A16, PackedWeight
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY
 from . import mapped, matmul, packed_int, row_scaled
 
-FOLDER = "diffusion_models"
 DEFAULT = "default"
 # What quantising the largest layer takes on the device, in bytes, with room to spare.
 QUANTISE_MEMORY = 3 * 10**9
@@ -45,49 +41,6 @@ WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
     "fp32": torch.float32,
 }
-
-
-def model_names() -> list[str]:
-    """Files to choose from: every model file, GGUF too, and one index in place of the parts it
-    lists.
-    """
-    indexes, blocks = [], []
-    for folder in folder_paths.get_folder_paths(FOLDER):
-        for place, _, files in os.walk(folder, followlinks=True):
-            inside = os.path.relpath(place, folder)
-            for name in files:
-                kind = blocks if name.lower().endswith(GGUF) else indexes
-                if kind is blocks or name.endswith(INDEX_SUFFIX):
-                    kind.append(os.path.normpath(os.path.join(inside, name)))
-    stems = {name.removesuffix(INDEX_SUFFIX) for name in indexes}
-    singles = [
-        name
-        for name in folder_paths.get_filename_list(FOLDER)
-        if SHARD.split(name)[0] not in stems or name in stems
-    ]
-    return sorted({*singles, *indexes, *blocks})
-
-
-def model_path(name: str) -> Path:
-    """The full path of a chosen file. Raises FrugalError if it is gone."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise FrugalError(
-            f"{name} is not there",
-            f"a file in models/{FOLDER}",
-            "refresh the list and choose again",
-        )
-    return Path(path)
-
-
-def fingerprint(name: str) -> str:
-    """Changes when the chosen file, or the index or a part of a model in parts, is replaced."""
-    path = model_path(name)
-    parts = []
-    if path.name.endswith(INDEX_SUFFIX):
-        parts = sorted(path.parent.glob(f"{path.name.removesuffix(INDEX_SUFFIX)}-*"))
-    states = [(file.name, file.stat()) for file in (path, *parts)]
-    return ";".join(f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states)
 
 
 def load_wan(
@@ -104,6 +57,9 @@ def load_wan(
     started = time.perf_counter()
     source = open_source(path, WEIGHT_DTYPES[weight_dtype] or torch.float16)
     plan = plan_wan(source.name, source.tensors, source.metadata, source.value)
+    # ComfyUI's kernel for it multiplies in 16 bit.
+    if W4A16 not in _known_formats() or products == FULL:
+        plan = replace(plan, own_formats=(*plan.own_formats, W4A16))
     plan = _with_choice(plan, source, quantize)
     _check_weight_dtype(plan, weight_dtype)
     precision, kernels = matmul.planned(plan, products)
@@ -210,7 +166,7 @@ def _check_weight_dtype(plan: Plan, weight_dtype: str) -> None:
     own = (*plan.per_row_float8, *plan.packed)
     if own and not row_scaled.supported():
         raise FrugalError(
-            f"{plan.file} holds {len(own)} layers in GPTQ, AWQ or fp8 with one scale per row",
+            f"{plan.file} holds {len(own)} layers in GPTQ, AWQ, W4A16 or fp8 with a scale per row",
             "a ComfyUI with quantised tensors",
             "update ComfyUI, or use an fp8 file with one scale per tensor",
         )
@@ -305,5 +261,7 @@ def _finish_quantised(
             module._full_precision_mm = True
         if name in packed:
             packed_int.wrap(module, packed[name])
+        elif layout.format == W4A16:
+            packed_int.make_patchable(module)
         if layout.per_row:
             row_scaled.wrap(module)

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ weights in the two shapes of ComfyUI's quantised tensors.
+"""GPTQ, AWQ and W4A16 weights in the two shapes of ComfyUI's quantised tensors.
 
 The packed words, scales and zero points of the file are kept as they are; a layer is unpacked to
 the compute dtype when it runs (see kernels/quant/packed_int.py), so products are in full precision.
@@ -7,6 +7,7 @@ A patch such as a LoRA rounds the changed weight to the same layout again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import comfy.quant_ops
 import torch
 
-from ...kernels.quant.packed_int import PackedSpec, PackedWeight, dequantise, requantise
+from ...kernels.quant.packed_int import W4A16, PackedSpec, PackedWeight, dequantise, requantise
 
 NAME = "FrugalPackedInt"
 
@@ -90,6 +91,42 @@ if hasattr(comfy.quant_ops, "register_layout_class"):
         @classmethod
         def requantize_kwargs(cls, qtensor):
             return {"like": cls.packed(qtensor._qdata, qtensor._params)}
+
+
+def make_patchable(module: Any) -> None:
+    """Let a W4A16 layer that ComfyUI itself loaded take patches: comfy-kitchen's layout runs it but
+    does not round to it.
+    """
+    weight = module.weight
+    module.layout_type = _patchable(weight._layout_cls)
+    made = comfy.quant_ops.QuantizedTensor(weight._qdata, module.layout_type, weight._params)
+    module.weight = torch.nn.Parameter(made, requires_grad=False)
+
+
+@functools.cache
+def _patchable(name: str) -> str:
+    from comfy_kitchen.tensor import get_layout_class, register_layout_class
+
+    base: Any = get_layout_class(name)
+
+    class Patchable(base):
+        @classmethod
+        def quantize(cls, tensor, like=None, **_):
+            if like is None:
+                raise NotImplementedError("a packed weight is only rounded like another one")
+            old = like._params
+            spec = PackedSpec(W4A16, 4, 0, *old.orig_shape, old.group_size)
+            made = requantise(tensor, PackedWeight(like._qdata, old.scale, old.zeros, None, spec))
+            changed = {"scale": made.scales, "zeros": made.zeros, "orig_dtype": tensor.dtype}
+            return made.words, dataclasses.replace(old, **changed)
+
+        @classmethod
+        def requantize_kwargs(cls, qtensor):
+            return {"like": qtensor}
+
+    own = f"Frugal{name}"
+    register_layout_class(own, Patchable)
+    return own
 
 
 def _tensor(weight: PackedWeight, dtype: torch.dtype) -> Any:

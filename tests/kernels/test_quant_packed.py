@@ -11,9 +11,15 @@ from frugal.kernels.checkpoints.header import TensorInfo
 from frugal.kernels.checkpoints.packed import check_packed, classify_packed
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import packed_int
-from frugal.kernels.quant.packed_int import PackedWeight, dequantise, requantise
+from frugal.kernels.quant.packed_int import (
+    W4A16,
+    PackedSpec,
+    PackedWeight,
+    dequantise,
+    requantise,
+)
 from frugal.tests import wan_bed as bed
-from frugal.tests.packed_bed import gptq_or_awq_layer
+from frugal.tests.packed_bed import gptq_or_awq_layer, w4a16_layer
 
 V2 = {"checkpoint_format": "gptq_v2"}
 SHAPES = [(64, 128), (24, 256), (256, 64)]
@@ -50,6 +56,60 @@ def test_weights_are_what_the_words_say(label, shape, monkeypatch):
     assert torch.equal(dequantise(found, torch.float32), meant)
     # The weight itself is near, so the packer of the test is no nonsense.
     assert bed.relative(meant, weight(*shape)) < (0.01 if options.get("bits") == 8 else 0.12)
+
+
+def w4a16(tensors: bed.Weights, shape: tuple[int, int], group: int) -> PackedWeight:
+    scales, zeros = tensors["weight_scale"], tensors["weight_zeros"]
+    return PackedWeight(
+        tensors["weight"], scales, zeros, None, PackedSpec(W4A16, 4, 0, *shape, group)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_w4a16_is_what_its_definition_says(shape, dtype, monkeypatch):
+    tensors, meant = w4a16_layer(weight(*shape), 32, dtype)
+    found = w4a16(tensors, shape, 32)
+    check_packed("x: q", found, {})
+    whole = dequantise(found, torch.float32)
+    assert whole.shape == shape and whole.is_contiguous()
+    torch.testing.assert_close(whole, meant, rtol=0, atol=2e-7 * float(meant.abs().max()))
+    assert torch.equal(dequantise(found, torch.float16), whole.half())
+    monkeypatch.setattr(packed_int, "PIECE", 1)
+    assert torch.equal(dequantise(found, torch.float32), whole)
+    assert bed.relative(meant, weight(*shape)) < 0.12
+
+
+def test_w4a16_agrees_with_comfy_kitchen():
+    tensor = pytest.importorskip("comfy_kitchen.tensor")
+    layout = getattr(tensor, "TensorCoreAWQW4A16Layout", None)
+    if layout is None:
+        pytest.skip("this comfy-kitchen has no such layout")
+    tensors, _ = w4a16_layer(weight(64, 128), 32, torch.float32)
+    scale, zeros = tensors["weight_scale"], tensors["weight_zeros"]
+    params = layout.Params(
+        scale=scale, zeros=zeros, orig_dtype=torch.float32, orig_shape=(64, 128), group_size=32
+    )
+    theirs = layout.dequantize(tensors["weight"], params)
+    torch.testing.assert_close(dequantise(w4a16(tensors, (64, 128), 32), torch.float32), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_to_w4a16(dtype, monkeypatch):
+    source = weight(64, 128)
+    tensors, meant = w4a16_layer(source, 32, dtype)
+    like = w4a16(tensors, (64, 128), 32)
+    made = requantise(source, like)
+    # The same rounding as the independent packer's, but where a value lies between two steps.
+    assert (made.words != tensors["weight"]).float().mean() < 1e-3
+    torch.testing.assert_close(made.scales, tensors["weight_scale"])
+    torch.testing.assert_close(made.zeros, tensors["weight_zeros"])
+    assert bed.relative(dequantise(made, torch.float32), meant) < 1e-2
+    monkeypatch.setattr(packed_int, "PIECE", 1)
+    assert torch.equal(requantise(source, like).words, made.words)
+    # One value in all places has no range: the zero point carries it.
+    flat = requantise(torch.full((64, 128), 0.5), like)
+    assert bed.relative(dequantise(flat, torch.float32), torch.full((64, 128), 0.5)) < 1e-6
 
 
 def test_zero_point_conventions_differ_by_one_step():

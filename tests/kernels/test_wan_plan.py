@@ -59,6 +59,18 @@ def native(form: str, **changes: torch.Tensor) -> bed.Weights:
     return tensors | {f"blocks.0.ffn.2.{leaf}": value for leaf, value in changes.items()}
 
 
+def w4a16(group: int = 8, **changes: torch.Tensor) -> bed.Weights:
+    layer = "blocks.0.ffn.2"
+    held = {
+        "weight": torch.ones(8, 8, dtype=torch.int8),
+        "weight_scale": torch.ones(2, 8),
+        "weight_zeros": torch.ones(2, 8),
+        **changes,
+    }
+    tensors = bf16() | bed.declare(layer, format="awq_w4a16", group_size=group)
+    return tensors | {f"{layer}.{leaf}": value for leaf, value in held.items()}
+
+
 HEADER = "_quantization_metadata"
 # label -> (tensors, metadata, what the message must say)
 REFUSED = {
@@ -196,6 +208,22 @@ REFUSED = {
         lambda: native("nvfp4", weight=torch.ones(8, 16, dtype=torch.uint8)),
         None,
         r"shape \[8, 16\]",
+    ),
+    "w4a16 without zeros": (
+        lambda: without(w4a16(), "blocks.0.ffn.2.weight_zeros"),
+        None,
+        "awq_w4a16 without weight_zeros",
+    ),
+    "w4a16 of another group": (lambda: w4a16(group=5), None, "scale group 5 for width 16"),
+    "w4a16 with transposed scales": (
+        lambda: w4a16(weight_scale=torch.ones(8, 2)),
+        None,
+        r"has weight_scale float32 \[8, 2\]; expected floats of shape \[2, 8\]",
+    ),
+    "w4a16 as bytes": (
+        lambda: w4a16(weight=torch.ones(8, 8, dtype=torch.uint8)),
+        None,
+        "expected int8",
     ),
     "w4a8 with correction": (
         lambda: native("asym_w4a8_int8", weight_correction=torch.ones(8)),

@@ -10,14 +10,19 @@ import comfy.sd
 import pytest
 import torch
 
+from frugal.kernels.checkpoints.header import TensorInfo
+from frugal.kernels.checkpoints.normalise import declaration, normalise, take_packed
+from frugal.kernels.checkpoints.plan import plan_wan
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant.packed_int import PackedWeight, dequantise, requantise
 from frugal.nodes.wan import glue, packed_int
 from frugal.tests import wan_bed as bed
-from frugal.tests.wan_checks import check, forward, reference
+from frugal.tests.wan_checks import check, forward, loaded_weights, reference
 
 SOURCE = bed.weights()
+LAYERS = bed.block_linears(SOURCE)
 KNOWN = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
+W4A16 = "awq_w4a16"
 
 
 def load(path):
@@ -27,12 +32,16 @@ def load(path):
 
 def packed_file(folder, label, config=bed.T2V):
     source = bed.weights(config)
-    tensors, metadata, meant = bed.gptq_or_awq(source, config, **bed.PACKED_LAYOUTS[label])
+    tensors, metadata, meant = (
+        bed.w4a16(source, config=config)
+        if label == W4A16
+        else bed.gptq_or_awq(source, config, **bed.PACKED_LAYOUTS[label])
+    )
     return bed.write(folder / "wan.safetensors", tensors, metadata), tensors, meant
 
 
 @pytest.mark.parametrize("config", [bed.T2V, bed.I2V], ids=["T2V", "I2V"])
-@pytest.mark.parametrize("label", bed.PACKED_LAYOUTS)
+@pytest.mark.parametrize("label", [*bed.PACKED_LAYOUTS, W4A16])
 def test_packed_layout_arrives_as_its_words_say(label, config, tmp_path):
     path, tensors, meant = packed_file(tmp_path, label, config)
     patcher, report = load(path)
@@ -40,10 +49,11 @@ def test_packed_layout_arrives_as_its_words_say(label, config, tmp_path):
     layers = bed.block_linears(bed.weights(config), config)
     for layer in layers:
         module = patcher.model.diffusion_model.get_submodule(layer)
-        assert torch.equal(module.weight._qdata, tensors[f"{layer}.qweight"])
+        words = tensors[f"{layer}.{'weight' if label == W4A16 else 'qweight'}"]
+        assert torch.equal(module.weight._qdata, words)
     values = sum(meant[f"{layer}.weight"].numel() for layer in layers)
     held = next(size for name, size in report.formats.items() if "bits" in name)
-    assert held == values * bed.PACKED_LAYOUTS[label].get("bits", 4) // 8
+    assert held == values * bed.PACKED_LAYOUTS.get(label, {}).get("bits", 4) // 8
 
 
 def test_only_the_words_are_held(tmp_path):
@@ -136,6 +146,63 @@ def test_bypassing_lora_is_exact(label, tmp_path):
         patched.eject_model()
         patched.unpatch_model(torch.device("cpu"))
         assert bed.relative(out, reference(wanted)) <= 2e-3
+
+
+def test_w4a16_that_comfyui_runs_takes_patches(monkeypatch, tmp_path):
+    """comfy-kitchen's own layout of the format, as newer ComfyUI versions load it."""
+    tensor = pytest.importorskip("comfy_kitchen.tensor")
+    if not hasattr(comfy.quant_ops, "register_layout_class") or not hasattr(
+        tensor, "TensorCoreAWQW4A16Layout"
+    ):
+        pytest.skip("no such layout")
+    name = "TensorCoreAWQW4A16Layout"
+    tensor.register_layout_class(name, tensor.TensorCoreAWQW4A16Layout)
+    path, _, meant = packed_file(tmp_path, W4A16)
+    with torch.inference_mode():
+        model = glue.load_wan(path)[0]
+        for layer, held in held_packed(model).items():
+            module = model.model.diffusion_model.get_submodule(layer)
+            params = tensor.TensorCoreAWQW4A16Layout.Params(
+                scale=held.scales,
+                zeros=held.zeros,
+                orig_dtype=torch.float32,
+                orig_shape=(held.spec.rows, held.spec.width),
+                group_size=held.spec.group_size,
+            )
+            theirs = comfy.quant_ops.QuantizedTensor(held.words, name, params)
+            module.weight = torch.nn.Parameter(theirs, requires_grad=False)
+            packed_int.make_patchable(module)
+        before = forward(model)
+        # Its kernel multiplies in the 16-bit type of the scales.
+        assert bed.relative(before, reference(meant)) <= 1e-2
+        lora, wanted = bed.lora_of(meant)
+        patched = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+        patched.patch_model(torch.device("cpu"))
+        rounded = {**wanted, **{k: v for k, v in loaded_weights(patched).items() if k in meant}}
+        worst = max(bed.relative(rounded[f"{n}.weight"], wanted[f"{n}.weight"]) for n in LAYERS)
+        assert 0.01 < worst < 0.15
+        assert bed.relative(forward(patched), reference(rounded)) <= 1e-2
+        patched.unpatch_model(torch.device("cpu"))
+        assert torch.equal(forward(model), before)
+
+
+def test_known_w4a16_is_handed_to_comfyui():
+    """The plan leaves the format to a ComfyUI that knows it, and takes it out for one that does
+    not.
+    """
+    tensors, metadata, _ = bed.w4a16(SOURCE)
+    facts = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    plan = plan_wan("wan", facts, metadata, tensors.__getitem__)
+    assert not plan.packed and len(plan.layers) == len(LAYERS)
+    stated = json.loads(declaration(plan, [W4A16])["_quantization_metadata"])["layers"]
+    assert stated[LAYERS[0]] == {"format": W4A16, "group_size": 64}
+    state = normalise(plan, tensors)
+    assert take_packed(plan, state) == {}
+    for leaf in ("weight", "weight_scale", "weight_zeros"):
+        assert torch.equal(state[f"{LAYERS[0]}.{leaf}"], tensors[f"{LAYERS[0]}.{leaf}"])
+    tensors[f"{LAYERS[0]}.weight_zeros"][0, 0] = float("inf")
+    with pytest.raises(FrugalError, match="weight_zeros holds 1 values that are not finite"):
+        normalise(plan, tensors)
 
 
 def test_saved_model_does_not_pass_for_another_format(tmp_path):
