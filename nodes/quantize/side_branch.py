@@ -146,14 +146,19 @@ def _applied(loras: tuple[SideLora, ...]) -> Callable[..., Any]:
 def _install(
     model: Any, path: str, forward: Callable[..., Any], changed: list[tuple[torch.nn.Module, Any]]
 ) -> None:
-    module = model.get_submodule(path)
-    parent = model.get_submodule(path.rpartition(".")[0])
+    module, parent = (_found(model, name) for name in (path, path.rpartition(".")[0]))
     if fuses(parent) and all(parent is not seen for seen, _ in changed):
         changed.append((parent, parent.__dict__.get("forward")))
         parent.forward = MethodType(_unfused, parent)
     before = module.__dict__.get("forward")
     changed.append((module, before))
     module.forward = MethodType(forward if before is None else _over(before, forward), module)
+
+
+def _found(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    module = model.get_submodule(path)
+    # A module that torch.compile wraps calls the one inside it.
+    return getattr(module, "_orig_mod", module)
 
 
 def fuses(parent: torch.nn.Module) -> bool:
