@@ -56,34 +56,63 @@ class Moment:
             for row in range(size):
                 made[row, row:] = self.correlation[place : place + size - row]
                 place += size - row
-            made += made.triu(1).t()
         else:
             raise FrugalError("statistics without a matrix", "one", "calibrate again")
         root = self.diagonal.clamp(min=0).sqrt()
         made *= root[:, None]
         made *= root
         made.diagonal().copy_(self.diagonal)
+        _mirror(made)
         return made
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """Make a square matrix symmetric, in place, by what is right of its diagonal."""
+    for start in range(0, len(matrix), PANEL):
+        stop = start + PANEL
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].t()
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).t())
+
+
+class Directions:
+    """The random matrices of sketches, one for each size, standard normal over sqrt(width); the
+    same for the same seed.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._made: dict[tuple[int, int, str], torch.Tensor] = {}
+
+    def get(self, width: int, columns: int, device: torch.device) -> torch.Tensor:
+        """float32 [width, columns]."""
+        key = (width, columns, str(device))
+        if key not in self._made:
+            make = torch.Generator().manual_seed(self.seed)
+            made = torch.randn(width, columns, generator=make) / math.sqrt(width)
+            self._made[key] = made.to(device)
+        return self._made[key]
 
 
 class Gatherer:
     """Sums over the rows of one input; the sums are on the CPU in float32.
 
     width: inputs. columns: how many columns of memory it may take; from `width` up H is exact.
+    directions: the random matrices of sketches, which inputs of one width share.
     """
 
-    def __init__(self, width: int, columns: int, seed: int = 0):
+    def __init__(self, width: int, columns: int, directions: Directions | None = None):
         if columns < min(width, FEWEST):
             raise FrugalError(
                 f"room for {columns} columns of statistics per input",
                 f"at least {FEWEST}",
                 "allow more memory",
             )
-        self.width, self.columns, self.seed = width, min(width, columns), seed
+        self.width, self.columns = width, min(width, columns)
+        self._directions = directions or Directions(0)
         self.rows = 0
         self._total = torch.zeros(width, self.columns)
         self._squares = torch.zeros(width, dtype=torch.float64)
-        self._directions: torch.Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -94,19 +123,16 @@ class Gatherer:
         rows = rows.detach().float()
         self.rows += len(rows)
         self._squares += rows.square().sum(0, dtype=torch.float64).cpu()
-        right = rows if self.exact else rows @ self._random(rows.device)
+        right = (
+            rows
+            if self.exact
+            else rows @ self._directions.get(self.width, self.columns, rows.device)
+        )
         for start in range(0, self.width, PANEL):
             part = slice(start, start + PANEL)
             # Of a symmetric sum only what is on or right of the diagonal is counted.
             first = start if self.exact else 0
             self._total[part, first:] += (rows[:, part].t() @ right[:, first:]).cpu()
-
-    def split(self) -> Gatherer:
-        """A copy that goes on by itself."""
-        other = Gatherer(self.width, self.columns, self.seed)
-        other.rows, other._total = self.rows, self._total.clone()
-        other._squares = self._squares.clone()
-        return other
 
     def moment(self, name: str, device: torch.device | str = "cpu") -> Moment:
         """What was gathered; the sketch is solved on `device`. `name` is for the error raised where
@@ -126,15 +152,6 @@ class Gatherer:
         found = self._factor(torch.device(device)).cpu() * inverse[:, None]
         return Moment(self.rows, diagonal, factor=found.half())
 
-    def _random(self, device: torch.device) -> torch.Tensor:
-        if self._directions is None or self._directions.device != device:
-            self._directions = directions(self.width, self.columns, self.seed).to(device)
-        return self._directions
-
-    def forget_directions(self) -> None:
-        """Give back the random matrix [in, columns]; it is made again when needed."""
-        self._directions = None
-
     def _correlation(self, inverse: torch.Tensor) -> torch.Tensor:
         out = torch.empty(self.width * (self.width + 1) // 2, dtype=torch.float16)
         place = 0
@@ -147,7 +164,7 @@ class Gatherer:
 
     def _factor(self, device: torch.device) -> torch.Tensor:
         """[in, kept] with factor factor^T the best approximation of H that the sketch holds."""
-        random = directions(self.width, self.columns, self.seed).to(device)
+        random = self._directions.get(self.width, self.columns, device)
         sketch = (self._total / self.rows).to(device)
         shift = SHIFT * float(torch.linalg.vector_norm(sketch)) or 1.0
         sketch += shift * random
@@ -167,14 +184,6 @@ class Gatherer:
         values, vectors = values[-kept:], vectors[:, -kept:]
         scale = ((values - shift).clamp(min=0) / values.clamp(min=1e-300)).sqrt()
         return ((half @ vectors) * scale).float()
-
-
-def directions(width: int, columns: int, seed: int) -> torch.Tensor:
-    """The random matrix of a sketch, float32 [width, columns], standard normal over sqrt(width);
-    the same for the same numbers on any machine.
-    """
-    make = torch.Generator().manual_seed(seed)
-    return torch.randn(width, columns, generator=make) / math.sqrt(width)
 
 
 def columns_within(widths: Sequence[int], memory: int) -> int:
