@@ -13,8 +13,8 @@ LISTED = 6
 
 @dataclass(frozen=True)
 class LoraReport:
-    """Counts of keys: `keys` in the file for this model, `beside` as side branches, `inside` by
-    changing the parameter itself; `left` key -> reason; `layers` with a branch and the `size` in
+    """Counts of keys: `keys` in the file for this model, `beside` applied without changing a
+    loaded weight, `inside` by changing it; `left` key -> reason; `layers` with a branch and the `size` in
     bytes of what they hold; `text_encoder` keys that are not this model's.
     """
 
@@ -46,8 +46,8 @@ class LoraReport:
         lines.append(f"{self.layers} layers with a side branch, {megabytes(self.size)}")
         if self.inside:
             lines.append(
-                f"{self.inside} keys change unquantised parameters in place: exact, but another "
-                "strength loads the model's weights again"
+                f"{self.inside} keys change unquantised parameters in place, as ComfyUI's own LoRA "
+                "loader does: another strength loads the model's weights again"
             )
         if self.text_encoder:
             lines.append(f"{self.text_encoder} keys are for a text encoder, not for this model")

@@ -42,6 +42,7 @@ def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]
     """
     changes: dict[str, _Change] = {}
     patches: dict[Any, Any] = {}
+    exchanged: dict[str, torch.Tensor] = {}
     left = dict(file.unplaced)
     beside = inside = 0
     for entry in file.entries:
@@ -49,7 +50,10 @@ def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]
             _put_beside(model, entry, changes)
             beside += len(entry.keys)
         except NotBesideError as reason:
-            if _fits_inside(model, entry):
+            if _is_loose(model.model, entry):
+                exchanged[entry.name] = entry.patch[1][0]
+                beside += len(entry.keys)
+            elif _fits_inside(model, entry):
                 patches[entry.target] = entry.patch
                 inside += len(entry.keys)
             else:
@@ -72,8 +76,14 @@ def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]
         return model.clone(), report
     if layers:
         model = attach(model, side_lora(model, file.name, strength, layers))
-    if patches:
+    if patches or exchanged:
         model = model.clone()
+    for name, change in exchanged.items():
+        held = model.get_model_object(name)
+        value = held.detach().float() + strength * change.to(held.device, torch.float32)
+        value = torch.nn.Parameter(value.to(held.dtype), requires_grad=False)
+        model.add_object_patch(name, value)
+    if patches:
         refused = set(patches) - set(model.add_patches(patches, strength))
         if refused:
             raise FrugalError(
@@ -143,6 +153,20 @@ def _delta(patch: Any) -> tuple[Delta, torch.Tensor | None]:
         return low_rank.lokr(outer, (a2, b2) if w2 is None else (w2,), alpha), magnitude
     name = getattr(patch, "name", None) or f"a whole '{patch[0]}'"
     raise NotBesideError(f"{name} of a weight is no low-rank change")
+
+
+def _is_loose(model: torch.nn.Module, entry: Entry) -> bool:
+    """Whether this is the change of a parameter beside layers in one module, as Wan's modulation:
+    ComfyUI takes patches of such parameters and never applies them.
+    """
+    path, _, leaf = entry.name.rpartition(".")
+    module = _module(model, path)
+    parameter = getattr(module, leaf, None)
+    if type(parameter) is not torch.nn.Parameter or parameter.dtype not in FLOATS:
+        return False
+    own = sum(1 for _ in module.parameters(recurse=False))
+    loose = own < sum(1 for _ in module.parameters())
+    return loose and entry.part is None and _is_diff(entry.patch, tuple(parameter.shape))
 
 
 def _fits_inside(model: Any, entry: Entry) -> bool:
