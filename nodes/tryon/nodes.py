@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas, precision
 from .._comfy import CATEGORY, REPORT_KEY, known, show_text
-from . import batch, glue, loading, sampling
+from . import batch, glue, loading, parse, sampling
 
 FAMILY = f"{CATEGORY}/Try-on"
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
@@ -312,4 +312,5 @@ NODES = [
     FrugalTryOnStitch,
     FrugalTryOnSigmas,
     *batch.NODES,
+    *parse.NODES,
 ]

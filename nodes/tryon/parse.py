@@ -1,0 +1,79 @@
+"""The node that tells clothes, skin and hair apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+from comfy_api.v0_0_2 import io, ui
+
+from ...kernels.tryon import parsing
+from .._comfy import CATEGORY, known
+from . import parser_glue
+
+FAMILY = f"{CATEGORY}/Try-on"
+
+parser_glue.register_folder()
+
+
+class FrugalHumanParse(io.ComfyNode):
+    """Photo to label map."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalHumanParse",
+            display_name="Human Parse",
+            category=FAMILY,
+            description="Tells clothes, skin, hair and background of a photo apart with a "
+            "Segformer parser from models/human_parsing. Nothing is downloaded.",
+            inputs=[
+                io.Image.Input("image", tooltip="Photos of persons, any size."),
+                io.Combo.Input(
+                    "parser",
+                    options=parser_glue.choices(),
+                    tooltip="Folder under models/human_parsing with config.json and "
+                    "model.safetensors, such as segformer_b2_clothes or fashn-human-parser.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "labels",
+                    display_name="labels",
+                    tooltip="Label map as grey levels (label / 255), in the order of the map named "
+                    "below; for 'Cloth Mask' and 'Mask from Label Map'.",
+                ),
+                io.Image.Output(
+                    "body",
+                    display_name="body (DensePose)",
+                    tooltip="Hands, feet, arms, legs and torso in DensePose's numbers, where the "
+                    "parser tells them apart (FASHN); else empty.",
+                ),
+                io.Image.Output(
+                    "preview", display_name="preview", tooltip="The photo with coloured labels."
+                ),
+                io.String.Output(
+                    "map",
+                    display_name="map",
+                    tooltip="Name of the label order: ATR, LIP, or numbers (the parser's own).",
+                ),
+            ],
+            **known(
+                io.Schema,
+                search_aliases=["segformer", "human parsing", "clothes segmentation", "atr", "lip"],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, image, parser):
+        labels, body, name = parser_glue.parse(parser_glue.folder_of(parser), image)
+        shown = parser_glue.overlay(image, labels)
+        pictures = (parsing.as_picture(labels), parsing.as_picture(body), shown)
+        return io.NodeOutput(*pictures, name, ui=ui.PreviewImage(shown[:4]))
+
+
+NODES: list[type[io.ComfyNode]] = []
+if importlib.util.find_spec("transformers"):
+    NODES.append(FrugalHumanParse)
+else:
+    logging.warning("[Frugal] Human Parse is off: install 'transformers' to get it.")

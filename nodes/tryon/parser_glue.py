@@ -1,0 +1,159 @@
+"""A Segformer human parser from a local folder, placed and freed by ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+
+from ...kernels.errors import FrugalError
+from ...kernels.masks.labels import voc_palette
+from ...kernels.tryon import parsing, pictures, segformer_names
+
+KIND = "human_parsing"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def register_folder() -> None:
+    """Make models/human_parsing a folder kind of its own."""
+    folder_paths.add_model_folder_path(KIND, os.path.join(folder_paths.models_dir, KIND))
+
+
+def choices() -> list[str]:
+    """Names of the folders under models/human_parsing that hold a config.json."""
+    found = set()
+    for root in folder_paths.get_folder_paths(KIND):
+        if os.path.isdir(root):
+            found |= {
+                name
+                for name in os.listdir(root)
+                if os.path.isfile(os.path.join(root, name, "config.json"))
+            }
+    return sorted(found)
+
+
+def folder_of(name: str) -> str:
+    """Absolute path of a `choices` entry."""
+    for root in folder_paths.get_folder_paths(KIND):
+        path = os.path.join(root, name)
+        if name in choices() and os.path.isdir(path):
+            return path
+    raise FrugalError(
+        f"there is no human parser '{name}'",
+        "a folder with config.json and model.safetensors under models/human_parsing",
+        "put one there, such as segformer_b2_clothes",
+    )
+
+
+def _json(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+class Parser(torch.nn.Module):
+    """Picture to logits. ComfyUI sets `device` on what it places, which transformers forbids on its
+    own classes.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        return self.network(pixel_values=picture).logits
+
+
+def load(folder: str):
+    """(ModelPatcher of the network, label order, preprocessing) from a model folder.
+
+    The network is built from its config.json and filled from the weights beside it: nothing is
+    fetched. Raises FrugalError for another kind of model or weights that do not fit.
+    """
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    config, base = _json(folder, "config.json"), os.path.basename(folder)
+    if config.get("model_type") != "segformer":
+        raise FrugalError(
+            f"{base} is a model of the kind '{config.get('model_type')}'",
+            "segformer",
+            "use a Segformer parser such as segformer_b2_clothes or fashn-human-parser",
+        )
+    file = next((f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))), None)
+    if file is None:
+        raise FrugalError(
+            f"the folder {base} has no weights", " or ".join(WEIGHTS), "copy the weights there"
+        )
+    names = {int(number): name for number, name in config.get("id2label", {}).items()}
+    order = parsing.label_order(names)
+    preprocess = parsing.Preprocess.read(_json(folder, "preprocessor_config.json"))
+    network = SegformerForSemanticSegmentation(SegformerConfig(**config)).eval()
+    weights = comfy.utils.load_torch_file(os.path.join(folder, file), safe_load=True)
+    wanted = network.state_dict()
+    names_of = segformer_names.module_names(weights, wanted)
+    weights = {names_of[name]: tensor for name, tensor in weights.items()}
+    # A counter of training steps is no part of the network: no forward reads it.
+    misfits = [
+        name
+        for name in wanted.keys() | weights.keys()
+        if not name.endswith("num_batches_tracked")
+        and (name not in weights or name not in wanted or weights[name].shape != wanted[name].shape)
+    ]
+    if misfits:
+        raise FrugalError(
+            f"{base}/{file} has {len(misfits)} tensors missing, unknown or of another shape, such "
+            f"as '{min(misfits)}'",
+            "the weights of its config.json",
+            "copy both files from the same model",
+        )
+    network.load_state_dict(weights, strict=False)
+    management = comfy.model_management
+    patcher = comfy.model_patcher.ModelPatcher(
+        Parser(network.float()),
+        load_device=management.get_torch_device(),
+        offload_device=management.unet_offload_device(),
+    )
+    return patcher, order, preprocess
+
+
+def parse(folder: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """(labels int64 [B, H, W], body int64 [B, H, W] in DensePose's numbers, name of the map).
+
+    body is 0 everywhere if the parser does not tell hands, feet and skin apart.
+    """
+    patcher, order, preprocess = load(folder)
+    photo = pictures.as_rgb(image, "image")
+    size = (photo.shape[1], photo.shape[2])
+    comfy.model_management.load_models_gpu([patcher])
+    bar = comfy.utils.ProgressBar(photo.shape[0])
+    found = []
+    with torch.no_grad():
+        for i in range(photo.shape[0]):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            ready = preprocess(photo[i : i + 1].to(patcher.load_device))
+            found.append(parsing.labels_of(patcher.model(ready), size).cpu())
+            bar.update(1)
+    raw = torch.cat(found)
+    if int(raw.max()) >= len(order.labels):
+        raise FrugalError(
+            f"the parser gives the label {int(raw.max())}",
+            f"0 to {len(order.labels) - 1} as named in its config.json",
+            "use the config.json that belongs to the weights",
+        )
+    body = parsing.renumber(raw, order.body) if order.body else torch.zeros_like(raw)
+    return parsing.renumber(raw, order.labels), body, order.map
+
+
+def overlay(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The photo with each label's colour (PASCAL VOC palette) laid over it by half; 0 stays."""
+    colours = torch.from_numpy(voc_palette(256).astype(np.float32) / 255)[labels]
+    photo = pictures.as_rgb(image, "image").float().cpu()
+    return torch.where((labels > 0)[..., None], (photo + colours) / 2, photo)
