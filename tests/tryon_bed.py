@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import comfy.model_management
+import comfy.sample
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from frugal.kernels.checkpoints import catvton
+from frugal.nodes.tryon import sampling
 
 HEADS = 4
 META = {"num_heads": str(HEADS)}
@@ -116,3 +118,49 @@ def scheduler():
         steps_offset=1,
         timestep_spacing="leading",
     )
+
+
+SCALE = 0.18215
+
+
+def published_loop(unet, sides, start, fresh, cfg, eta):
+    """The published sampling loop in diffusers: (uncond, cond) extra channels, injected noise.
+
+    start [B, 4, h, w]; fresh: one noise tensor per step. Gives latents on the model's scale.
+    """
+    schedule = scheduler()
+    schedule.set_timesteps(len(fresh))
+    x = start.clone()
+    for t, noise in zip(schedule.timesteps, fresh, strict=True):
+        uncond, cond = (forward(unet, torch.cat([x, extra], 1), t) for extra in sides)
+        # Guidance is off at 1 and below, as in the published pipeline.
+        guess = uncond + cfg * (cond - uncond) if cfg > 1 else cond
+        x = schedule.step(guess, t, x, eta=eta, variance_noise=noise if eta else None)[0]
+    return x
+
+
+def native_loop(patcher, conditioning, start, fresh, cfg, eta):
+    """The same through ComfyUI's sampling, on the model's scale."""
+    positive, negative, latent = conditioning
+    sigmas, _ = sampling.reference_schedule(patcher, len(fresh), eta)
+    queue = iter(fresh)
+    sampler = sampling.DDIMSampler(eta, noise_sampler=lambda *_: next(queue))
+    made = comfy.sample.sample_custom(
+        patcher,
+        start,
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        latent["samples"],
+        disable_pbar=True,
+        seed=0,
+    )
+    return SCALE * made
+
+
+def noises(shape, steps, seed=7):
+    """(start, one tensor per step)."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g), [torch.randn(shape, generator=g) for _ in range(steps)]

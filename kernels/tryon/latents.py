@@ -1,4 +1,5 @@
-"""The stacked latent of CatVTON: person above, garment below, twice the canvas's latent height.
+"""The joined latent of CatVTON: person above, garment below, twice the canvas's latent height; in
+the mask-free model person left, garment right.
 
 Latents are float [B, C, h, w] with h = H / factor, w = W / factor of the canvas (H, W); factor is
 8 for SD 1.5. Stacking along the height and the nearest mask follow CatVTON (arXiv 2407.15886).
@@ -51,18 +52,26 @@ def stack(person: torch.Tensor, garment: torch.Tensor) -> torch.Tensor:
     return torch.cat([person, garment], dim=2)
 
 
+def beside(person: torch.Tensor, garment: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] twice -> [B, C, h, 2w], person left: the mask-free model's canvas."""
+    return torch.cat([person, garment], dim=3)
+
+
 def person_half(samples: torch.Tensor, size: tuple[int, int], factor: int) -> torch.Tensor:
-    """Upper half of a stacked latent; raises FrugalError when it is not twice the canvas (H, W)
-    high.
+    """The person's half of a joined latent, upper or left; raises FrugalError when it is neither
+    twice as high nor twice as wide as the canvas (H, W).
     """
-    want = (2 * (size[0] // factor), size[1] // factor)
-    if samples.ndim != 4 or tuple(samples.shape[2:]) != want:
-        raise FrugalError(
-            f"the LATENT has the shape {tuple(samples.shape)}",
-            f"[batch, 4, {want[0]}, {want[1]}], person over garment for a canvas of {_text(size)}",
-            "sample the LATENT of the 'Try-On Conditioning' node",
-        )
-    return samples[:, :, : want[0] // 2]
+    h, w = size[0] // factor, size[1] // factor
+    if samples.ndim == 4 and tuple(samples.shape[2:]) == (2 * h, w):
+        return samples[:, :, :h]
+    if samples.ndim == 4 and tuple(samples.shape[2:]) == (h, 2 * w):
+        return samples[..., :w]
+    raise FrugalError(
+        f"the LATENT has the shape {tuple(samples.shape)}",
+        f"[batch, 4, {2 * h}, {w}], person over garment for a canvas of {_text(size)}, or "
+        f"[batch, 4, {h}, {2 * w}], beside it, of the mask-free model",
+        "sample the LATENT of the 'Try-On Conditioning' node",
+    )
 
 
 def _text(size: tuple[int, ...]) -> str:

@@ -8,11 +8,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.model_base import ModelType
@@ -24,63 +22,11 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
 from ...kernels.tryon import precision
 from .._comfy import REPORT_KEY, known
+from .unet import CatVTONConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_LICENCE = "CatVTON weights: CC BY-NC-SA 4.0, non-commercial"
 SD15_WIDTH, SD15_CONTEXT = 320, 768
-
-
-class SkipCrossAttention(torch.nn.Module):
-    """Stands for `attn2`: returns its input, so that the block computes x + norm2(x).
-
-    CatVTON skips cross-attention this way; deleting the module would add self-attention twice.
-    """
-
-    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return x
-
-
-class CatVTONConfig(comfy.supported_models.SD15):
-    """Core's SD 1.5 without cross-attention; `prediction` is set per instance."""
-
-    prediction = ModelType.EPS
-
-    def model_type(self, state_dict, prefix=""):
-        return self.prediction
-
-    def get_model(self, state_dict, prefix="", device=None):
-        if self.unet_config["in_channels"] == catvton.MASK_FREE_CHANNELS:
-            kind = self.model_type(state_dict, prefix)
-            model = comfy.model_base.SD15_instructpix2pix(self, model_type=kind, device=device)
-        else:
-            model = super().get_model(state_dict, prefix, device)
-        for name in cross_attention_modules(model.diffusion_model):
-            comfy.utils.set_attr(model.diffusion_model, name, SkipCrossAttention())
-        return model
-
-
-def cross_attention_modules(unet: torch.nn.Module) -> list[str]:
-    """Names of every `attn2` of a UNet."""
-    return [
-        name
-        for name, module in unet.named_modules()
-        if name.rpartition(".")[2] == "attn2" and module is not None
-    ]
-
-
-def apply_skip_cross_attention(patcher):
-    """Clone of a loaded MODEL whose cross-attention is skipped by object patches; undone on
-    unpatch.
-    """
-    patcher = patcher.clone()
-    names = cross_attention_modules(patcher.model.diffusion_model)
-    if not names:
-        raise FrugalError(
-            "the model has 0 cross-attention blocks", "an SD 1.5 UNet", "connect such a MODEL"
-        )
-    for name in names:
-        patcher.add_object_patch(f"diffusion_model.{name}", SkipCrossAttention())
-    return patcher
 
 
 def read_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

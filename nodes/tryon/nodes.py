@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas, precision
 from .._comfy import CATEGORY, REPORT_KEY, known, show_text
-from . import batch, glue, loading, parse, sampling
+from . import batch, glue, loading, mask_free, parse, sampling, saving
 
 FAMILY = f"{CATEGORY}/Try-on"
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
@@ -311,6 +311,8 @@ NODES = [
     FrugalTryOnConditioning,
     FrugalTryOnStitch,
     FrugalTryOnSigmas,
+    *saving.NODES,
+    *mask_free.NODES,
     *batch.NODES,
     *parse.NODES,
 ]

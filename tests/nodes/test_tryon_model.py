@@ -13,13 +13,14 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_detection import detect_unet_config
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from frugal.kernels.checkpoints import catvton
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.tryon.schedule import ddim_timesteps
 from frugal.nodes._comfy import REPORT_KEY
-from frugal.nodes.tryon import glue, loading, sampling
+from frugal.nodes.tryon import glue, loading, sampling, unet
 from frugal.tests import tryon_bed as bed
 from frugal.tests.tryon_bed import (
     HEADS,
@@ -130,9 +131,9 @@ def test_skipping_differs_from_deleting_and_from_stock_cross_attention(folder, t
     x, t = inputs()
     want = forward(tuned, x, t)
     patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
-    unet = patcher.model.diffusion_model
-    for name in loading.cross_attention_modules(unet):
-        comfy.utils.set_attr(unet, name, None)
+    model = patcher.model.diffusion_model
+    for name in unet.cross_attention_modules(model):
+        comfy.utils.set_attr(model, name, None)
     assert relative(run(patcher, x, t), want) > 0.1
     stock = make_unet(0)
     stock.load_state_dict(tuned.state_dict())
@@ -151,7 +152,7 @@ def test_the_object_patch_way_is_the_same_and_comes_off(folder, base):
     context = torch.zeros(2, 1, 8)
     before = run(stock, x, t, context)
     assert relative(before, forward(base, x, t)) <= 1e-5
-    skipped = loading.apply_skip_cross_attention(stock)
+    skipped = unet.apply_skip_cross_attention(stock)
     reference = skip_cross_attention(make_unet(0))
     assert relative(run(skipped, x, t, context), forward(reference, x, t)) <= 1e-5
     comfy.model_management.unload_all_models()
@@ -262,12 +263,12 @@ def test_the_full_size_model_maps_as_published():
         )
     tensors = full.state_dict()
     assert len(tensors) == 686
-    unet, config = loading.canonical_unet(tensors, "x")
-    assert len(unet) == 606 and sum(t.numel() for t in unet.values()) == 815_572_804
+    found, config = loading.canonical_unet(tensors, "x")
+    assert len(found) == 606 and sum(t.numel() for t in found.values()) == 815_572_804
     attention = attention_tensors(full)
     assert len(attention) == 80 and sum(t.numel() for t in attention.values()) == 49_574_080
-    merged = loading.merge_attention(unet, config, attention, "x")
-    assert merged.keys() == unet.keys()
+    merged = loading.merge_attention(found, config, attention, "x")
+    assert merged.keys() == found.keys()
     for index, block in enumerate(FULL_ORDER):
         for tensor in catvton.TENSORS:
             name = f"{block}.transformer_blocks.0.attn1.{tensor}"
@@ -294,45 +295,79 @@ def test_conditioning_gives_the_reference_channels(folder):
         assert torch.equal(made[:, :1], want[:, :1])
 
 
-@pytest.mark.parametrize("cfg, eta", [(2.5, 1.0), (1.0, 1.0), (2.5, 0.0)])
+def sides_of(conditioning):
+    """(uncond, cond) extra channels as the published pipeline builds them."""
+    return [
+        torch.cat([e["concat_mask"], bed.SCALE * e["concat_latent_image"]], 1)
+        for e in (conditioning[1][0][1], conditioning[0][0][1])
+    ]
+
+
+@pytest.mark.parametrize("cfg, eta", [(2.5, 1.0), (1.0, 1.0), (2.5, 0.0), (1.0, 0.0)])
 def test_sampling_equals_the_published_loop(folder, tuned, cfg, eta):
     """DDIM written with diffusers, noise injected on both sides; two persons, four steps."""
     person, garment, mask = scene(batch=2)
-    positive, negative, latent = glue.conditioning(person, garment, mask, FakeVAE())
-    g = torch.Generator().manual_seed(7)
-    start = torch.randn(latent["samples"].shape, generator=g)
-    fresh = [torch.randn(start.shape, generator=g) for _ in range(4)]
-
-    scheduler = bed.scheduler()
-    scheduler.set_timesteps(4)
-    sides = [side[0][1] for side in (negative, positive)]
-    extra = [
-        torch.cat([entries["concat_mask"], 0.18215 * entries["concat_latent_image"]], 1)
-        for entries in sides
-    ]
-    x = start.clone()
-    for t, noise in zip(scheduler.timesteps, fresh, strict=True):
-        uncond, cond = (forward(tuned, torch.cat([x, e], 1), t) for e in extra)
-        guess = uncond + cfg * (cond - uncond)
-        x = scheduler.step(guess, t, x, eta=eta, variance_noise=noise if eta else None)[0]
-
+    made = glue.conditioning(person, garment, mask, FakeVAE())
+    start, fresh = bed.noises(made[2]["samples"].shape, 4)
+    want = bed.published_loop(tuned, sides_of(made), start, fresh, cfg, eta)
     patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
-    sigmas, _ = sampling.reference_schedule(patcher, 4, eta)
+    got = bed.native_loop(patcher, made, start, fresh, cfg, eta)
+    assert relative(got, want) <= 1e-5
+    # The picture, from the person's half, in 8 bits: no value more than one step apart.
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+        layers_per_block=1,
+    ).eval()
+    pictures = []
+    for latents in (got, want):
+        half = latents[:, :, : latents.shape[2] // 2] / bed.SCALE
+        with torch.no_grad():
+            pictures.append(((vae.decode(half).sample / 2 + 0.5).clamp(0, 1) * 255).round())
+    assert pictures[1].std() > 10 and pictures[1].shape == (2, 3, 64, 32)
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
+
+
+def test_two_persons_at_once_equal_two_single_runs(folder):
+    person, garment, mask = scene(batch=2)
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+    both = glue.conditioning(person, garment, mask, FakeVAE())
+    start, fresh = bed.noises(both[2]["samples"].shape, 4)
+    together = bed.native_loop(patcher, both, start, fresh, 2.5, 1.0)
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone = glue.conditioning(person[one], garment[one], mask[one], FakeVAE())
+        single = bed.native_loop(patcher, alone, start[one], [n[one] for n in fresh], 2.5, 1.0)
+        assert relative(together[one], single) <= 1e-5
+    assert relative(together[:1], together[1:]) > 0.1
+
+
+@pytest.mark.parametrize("wrong", ["one side for both", "sigma 0 at the end", "start at sigma"])
+def test_what_the_published_loop_is_not(folder, tuned, wrong):
+    """Each of these is a plausible mistake; the parity test tells it from the published loop."""
+    person, garment, mask = scene(batch=1)
+    made = glue.conditioning(person, garment, mask, FakeVAE())
+    start, fresh = bed.noises(made[2]["samples"].shape, 4)
+    want = bed.published_loop(tuned, sides_of(made), start, fresh, 2.5, 1.0)
+    patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
+    sigmas, _ = sampling.reference_schedule(patcher, 4, 1.0)
     queue = iter(fresh)
-    sampler = sampling.DDIMSampler(eta, noise_sampler=lambda *_: next(queue))
-    made = comfy.sample.sample_custom(
-        patcher,
-        start,
-        cfg,
-        sampler,
-        sigmas,
-        positive,
-        negative,
-        latent["samples"],
-        disable_pbar=True,
-        seed=0,
-    )
-    assert relative(0.18215 * made, x) <= 1e-5
+    sampler = sampling.DDIMSampler(1.0, noise_sampler=lambda *_: next(queue))
+    negative = made[1]
+    if wrong == "one side for both":
+        negative = made[0]
+    elif wrong == "sigma 0 at the end":
+        sigmas = torch.cat([sigmas[:-1], torch.zeros(1)])
+    else:
+        sampler.max_denoise = lambda *_: False
+    got = comfy.sample.sample_custom(
+        patcher, start, 2.5, sampler, sigmas, made[0], negative, made[2]["samples"],
+        disable_pbar=True, seed=0,
+    )  # fmt: skip
+    assert relative(bed.SCALE * got, want) > 1e-3
 
 
 def test_the_sampler_refuses_another_kind_of_model(folder):
@@ -349,8 +384,9 @@ def test_the_sampler_refuses_another_kind_of_model(folder):
 def test_the_schedule_equals_diffusers(folder):
     patcher = loading.load_catvton(str(folder / "merged.safetensors"), None, "fp32")
     scheduler = bed.scheduler()
-    for steps in (1, 5, 20, 30, 50, 100):
+    for steps in (1, 4, 5, 10, 20, 25, 30, 40, 50, 100):
         scheduler.set_timesteps(steps)
+        assert ddim_timesteps(steps) == scheduler.timesteps.tolist()
         alphas = scheduler.alphas_cumprod[[*scheduler.timesteps.tolist(), 0]]
         sigmas, _ = sampling.reference_schedule(patcher, steps, 1.0)
         assert torch.allclose(
