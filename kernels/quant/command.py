@@ -13,7 +13,7 @@ import torch
 from ..errors import FrugalError
 from . import formats
 from .convert import Merge
-from .job import ALLOWED, Job, Outcome, Progress, budget_bytes, run
+from .job import ALLOWED, Job, Progress, budget_bytes, run
 from .weights import Weights
 
 NAMES = {
@@ -84,13 +84,8 @@ def main(arguments: Sequence[str] | None = None, loras: LoraReader | None = None
             file=sys.stderr,
         )
         return 130
-    print(told(outcome))  # noqa: T201
+    print(outcome.text())  # noqa: T201
     return 0
-
-
-def told(outcome: Outcome) -> str:
-    """The outcome as text, with the measured layers if there are any."""
-    return outcome.text()
 
 
 def _job(given: argparse.Namespace) -> Job:

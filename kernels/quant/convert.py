@@ -50,7 +50,12 @@ class Merge(Protocol):
 
 
 class Statistics(Protocol):
-    """What calibration knows of the layers' inputs; `layer` gives None for one it has not seen."""
+    """What the calibration file `path` knows of the layers' inputs; `layer` gives None for one that
+    it has not seen.
+    """
+
+    @property
+    def path(self) -> Path: ...
 
     def layer(self, name: str) -> Any: ...
 
@@ -72,7 +77,8 @@ class Step:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion did: names and bytes of both files, seconds, target -> number and bytes of
+    """What a conversion did: names and bytes of both files (`payload_bytes`
+    without the header), seconds, target -> number and bytes of
     layers, layer -> what was measured of it, notes, and how many tensors an earlier run had left.
     """
 
@@ -80,6 +86,7 @@ class ConvertReport:
     source_bytes: int
     target: str
     target_bytes: int
+    payload_bytes: int
     seconds: float
     layers: Mapping[str, tuple[int, int]]
     measured: Mapping[str, Any]
@@ -142,7 +149,7 @@ def _step(weights: Weights, unit: str, target: str | None, changed: frozenset[st
     if layout is None:
         kind = _infos(weights, unit)[f"{unit}.weight"].dtype
         if target is None or (target == formats.BF16 and kind == formats.half(kind)):
-            return Step(unit, COPY, _infos(weights, unit))
+            return Step(unit, COPY, _infos(weights, unit), str(kind).removeprefix("torch."))
         return _made(unit, target, shape, torch.float32 if touched else kind, kind)
     same = label(layout, shape)
     native = layout.format in UPSTREAM and not layout.per_row
@@ -222,7 +229,8 @@ def convert(
     notes = _notes(source, plan, calibration, merge)
     metadata = _metadata(source, plan, merge, facts)
     # Another device rounds a few values differently.
-    mark = [_identity(source), merge.identity if merge else "", device.type, seed, measure is None]
+    files = [*source.source.files, *([calibration.path] if calibration is not None else [])]
+    mark = [_states(files), merge.identity if merge else "", device.type, seed, measure is None]
     with Writer(target, groups, metadata, json.dumps(mark), overwrite) as out:
         total, state = out.size, [out.size - payload(plan[out.written :])]
 
@@ -242,6 +250,7 @@ def convert(
         sum(source.source.sizes().values()),
         target.name,
         size,
+        payload(plan),
         time.perf_counter() - started,
         _counts(plan),
         measured,
@@ -373,6 +382,6 @@ def _metadata(
     return {"format": "pt", **kept, "frugal": json.dumps(own)}
 
 
-def _identity(source: Weights) -> list[Any]:
-    states = [(path.name, path.stat()) for path in source.source.files]
+def _states(files: Iterable[Path]) -> list[Any]:
+    states = [(path.name, path.stat()) for path in files]
     return [[name, state.st_size, state.st_mtime_ns] for name, state in states]

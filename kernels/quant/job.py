@@ -4,9 +4,8 @@ node and for the command line.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ import torch
 from ..errors import FrugalError
 from . import formats
 from .budget import GB, Allocation, allocate
+from .calibration import Calibration, read_calibration
 from .convert import ConvertReport, Merge, convert, merged, payload, steps, uniform
-from .curves import LayerCurve, measure, stored_error
+from .curves import LayerCurve, measure
 from .importance import wiring
+from .quality import QualityReport, measured, plan_text, report_of, write_json
 from .weights import Weights
 
 Progress = Callable[[str, float, float], None]
@@ -46,21 +47,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The report of the conversion; with a budget what was chosen, and the curves it rests on."""
+    """The report of the conversion; where a budget decided what it bought, as text; where layers
+    were measured their quality, which is also in the file `quality_file`.
+    """
 
     report: ConvertReport
-    allocation: Allocation | None = None
-    curves: Mapping[str, LayerCurve] = field(default_factory=dict)
+    plan: str = ""
+    quality: QualityReport | None = None
+    quality_file: Path | None = None
 
     def text(self) -> str:
-        lines = [self.report.text()]
-        if self.allocation is not None:
-            lines.append(
-                f"budget: {self.allocation.bytes} bytes of weights, summed relative error "
-                f"{self.allocation.error:.6g}"
-            )
-            lines += [f"note: {note}" for note in self.allocation.notes]
-        return "\n".join(lines)
+        parts = [self.report.text(), self.plan]
+        if self.quality is not None and self.quality_file is not None:
+            parts += [self.quality.text(), f"all figures: {self.quality_file.name}"]
+        return "\n\n".join(filter(None, parts))
 
 
 def run(
@@ -84,32 +84,26 @@ def run(
         raise FrugalError(
             f"{job.output.name} is to be written from itself", "another file", "choose another name"
         )
-    merge, known = merge_for(source), _calibration(job.calibration)
-    allocation, curves = None, {}
+    merge = merge_for(source)
+    known = None if job.calibration is None else read_calibration(job.calibration)
+    plan = ""
     if job.target is None:
         allocation, curves = choose(source, job, merge, known, progress)
         choice: Mapping[str, str] = allocation.choice
+        plan = plan_text(allocation, curves, job.budget)
+        del curves
     else:
         choice = uniform(source, job.target)
     facts: dict[str, Any] = {"seed": job.seed}
     if job.calibration is not None:
         facts["calibration"] = [job.calibration.name, job.calibration.stat().st_size]
-    if allocation is not None:
+    if plan:
         facts |= {"budget_bytes": job.budget, "allowed": list(job.allowed)}
 
     def compare(
         layer: str, target: str, weight: torch.Tensor, made: Mapping[str, Any], statistics: Any
     ) -> dict[str, Any]:
-        shape = (weight.shape[0], weight.shape[1])
-        options = formats.options(target, shape)
-        found = stored_error(layer, target, weight, made, options, statistics, job.device)
-        return {
-            "target": target,
-            "bytes": found.bytes,
-            "noise": found.noise,
-            "signal": found.signal,
-            "inner": found.inner,
-        }
+        return measured(layer, target, weight, made, statistics, job.device)
 
     report = convert(
         source,
@@ -124,11 +118,20 @@ def run(
         overwrite=job.overwrite,
         seed=job.seed,
     )
-    return Outcome(report, allocation, curves)
+    if not report.measured:
+        return Outcome(report, plan)
+    quality = report_of(
+        report.target,
+        report.source,
+        report.payload_bytes,
+        [report.measured[layer] for layer in source.shapes if layer in report.measured],
+        notes=report.notes,
+    )
+    return Outcome(report, plan, quality, write_json(quality, job.output))
 
 
 def choose(
-    source: Weights, job: Job, merge: Merge | None, known: Any, progress: Progress
+    source: Weights, job: Job, merge: Merge | None, known: Calibration | None, progress: Progress
 ) -> tuple[Allocation, dict[str, LayerCurve]]:
     """The format of every linear layer that fits the budget of a job, by measured error.
 
@@ -166,15 +169,3 @@ def choose(
 def budget_bytes(gigabytes: float) -> int:
     """A size in GB (10^9 bytes) as bytes."""
     return round(gigabytes * GB)
-
-
-def _calibration(path: Path | None) -> Any:
-    if path is None:
-        return None
-    try:
-        reader = importlib.import_module(".calibration", __package__)
-    except ModuleNotFoundError as error:
-        raise FrugalError(
-            "a calibration file", "a version that reads them", "leave it out"
-        ) from error
-    return reader.read_calibration(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .convert import FrugalQuantize
 from .lora_side import FrugalLoraSide
 
-NODES: list = [FrugalLoraSide]
+NODES: list = [FrugalQuantize, FrugalLoraSide]

@@ -1,0 +1,172 @@
+"""The converter as a node."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.v0_0_2 import io, ui
+
+from ...kernels.quant import formats
+from ...kernels.quant.job import Job, budget_bytes
+from ...kernels.quant.quality_picture import picture
+from .._comfy import CATEGORY, known, show_text
+from .._models import fingerprint, model_names, model_path
+from . import glue
+
+BUDGET = "a size"
+ENDINGS = {
+    formats.BF16: "bf16",
+    formats.FP8: "fp8",
+    formats.INT8: "int8_convrot",
+    formats.W4A8: "w4a8",
+    formats.W4A8_G64: "w4a8_g64",
+    formats.AWQ: "awq_w4a16",
+}
+# Formats that a budget may choose besides bf16, and where their products are fast.
+ALLOW = {
+    "allow_int8": (formats.INT8, True, "1 byte per weight. Fast from RTX 20 on."),
+    "allow_fp8": (formats.FP8, False, "1 byte per weight, less exact than int8. Any card."),
+    "allow_w4a8": (formats.W4A8, True, "0.57 byte per weight. Fast from RTX 30 on."),
+    "allow_w4a8_g64": (formats.W4A8_G64, False, "0.52 byte per weight. Fast from RTX 30 on."),
+    "allow_awq": (formats.AWQ, False, "0.56 byte per weight; in ComfyUI itself from 0.38 on."),
+}
+
+
+class FrugalQuantize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalQuantize",
+            display_name="Quantize Wan Model (Frugal)",
+            category=f"{CATEGORY}/quantize",
+            description=(
+                "Writes a Wan model as one safetensors file in ComfyUI's own quantised formats, "
+                "in one format or so that it has a given size. The file loads in ComfyUI without "
+                "this pack. One layer at a time is in memory; cancelled work goes on when it is "
+                "queued again."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=model_names(),
+                    tooltip="The model to convert, best one in fp16, bf16 or fp32.",
+                ),
+                io.Combo.Input(
+                    "to",
+                    options=[*formats.TARGETS, BUDGET],
+                    default=formats.INT8,
+                    tooltip=(
+                        "Format of the large layers. With 'a size', every layer gets one of the "
+                        "allowed formats so that the whole fits and errs as little as possible."
+                    ),
+                ),
+                io.Float.Input(
+                    "size_gb",
+                    default=9.0,
+                    min=0.001,
+                    max=200.0,
+                    step=0.1,
+                    tooltip="Size of all weights in GB (10^9 bytes), used with 'a size'.",
+                ),
+                *(
+                    io.Boolean.Input(
+                        name, default=default, tooltip=f"With 'a size': {label} may be used. {text}"
+                    )
+                    for name, (label, default, text) in ALLOW.items()
+                ),
+                io.Combo.Input(
+                    "calibration",
+                    options=glue.files(glue.CALIBRATION),
+                    default=glue.NONE,
+                    tooltip=(
+                        "What the layers' inputs look like, from the calibration node. With it, "
+                        "values are chosen for the least error of the outputs."
+                    ),
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=glue.files("loras"),
+                    default=glue.NONE,
+                    tooltip="A LoRA to merge before quantising.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="Strength of the LoRA, 1 as trained.",
+                ),
+                io.Boolean.Input(
+                    "measure",
+                    default=True,
+                    tooltip="Compare every quantised layer with its source, for the report.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="wan",
+                    tooltip="Start of the file name in models/diffusion_models.",
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace a file that has this name already."
+                ),
+            ],
+            outputs=[
+                io.String.Output("file_name", tooltip="Name of the file as loaders list it."),
+                io.String.Output("report", tooltip="Sizes, formats, errors, and what was changed."),
+                io.Image.Output(
+                    "chart", tooltip="Error and size of every block; black if nothing was measured."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **known(
+                io.Schema,
+                search_aliases=["quantize", "convert", "int8", "fp8", "w4a8", "awq", "gptq"],
+            ),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, **_):
+        return fingerprint(model_name)
+
+    @classmethod
+    def execute(
+        cls,
+        model_name,
+        to,
+        size_gb,
+        calibration,
+        lora_name,
+        lora_strength,
+        measure,
+        filename_prefix,
+        overwrite,
+        **allowed,
+    ) -> io.NodeOutput:
+        ending = f"{size_gb:g}GB" if to == BUDGET else ENDINGS[to]
+        path = glue.output_path(filename_prefix, ending)
+        loras = []
+        if lora_name != glue.NONE:
+            loras.append((glue.path_of("loras", lora_name), lora_strength))
+        chosen = None
+        if calibration != glue.NONE:
+            chosen = glue.path_of(glue.CALIBRATION, calibration)
+        job = Job(
+            model_path(model_name),
+            path,
+            None if to == BUDGET else to,
+            budget_bytes(size_gb),
+            (formats.BF16, *(label for name, (label, *_) in ALLOW.items() if allowed[name])),
+            chosen,
+            comfy.model_management.get_torch_device(),
+            overwrite,
+            measure,
+        )
+        outcome = glue.convert(job, loras, lambda text: show_text(cls.hidden.unique_id, text))
+        text = outcome.text()
+        show_text(cls.hidden.unique_id, text)
+        chart = torch.zeros(1, 64, 64, 3)
+        if outcome.quality is not None:
+            chart = torch.from_numpy(picture(outcome.quality).copy()).float()[None] / 255
+        return io.NodeOutput(glue.listed(path), text, chart, ui=ui.PreviewText(text))

@@ -1,0 +1,110 @@
+"""What the converter needs of ComfyUI: folders, device, progress with cancelling, LoRAs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+
+from ...kernels.errors import FrugalError
+from ...kernels.quant.convert import Merge
+from ...kernels.quant.job import Job, Outcome, run
+from ...kernels.quant.weights import Weights
+from .._models import FOLDER
+from .lora_merge import LoraMerge
+
+NONE = "none"
+CALIBRATION = "calibration"
+SUFFIX = ".safetensors"
+# What one layer takes on the device, in bytes, calibrated and with room to spare.
+MEMORY = 6 * 10**9
+TICKS = 1000
+
+folder_paths.add_model_folder_path(
+    CALIBRATION, os.path.join(folder_paths.models_dir, CALIBRATION), is_default=True
+)
+
+
+def files(kind: str) -> list[str]:
+    """Files of a models folder to choose from, and before them that none is wanted."""
+    found = folder_paths.get_filename_list(kind)
+    return [NONE, *(name for name in found if name.endswith(SUFFIX) or kind != CALIBRATION)]
+
+
+def path_of(kind: str, name: str) -> Path:
+    """The full path of a file chosen from `files`. Raises FrugalError if it is gone."""
+    found = folder_paths.get_full_path(kind, name)
+    if found is None:
+        raise FrugalError(
+            f"{name} is not there", f"a file in models/{kind}", "refresh the list and choose again"
+        )
+    return Path(found)
+
+
+def output_path(prefix: str, ending: str) -> Path:
+    """Where a model called `<prefix>_<ending>.safetensors` is written; makes its folder.
+
+    Raises FrugalError for a prefix that is empty or leads out of the models folder.
+    """
+    folder = _folder()
+    path = (folder / f"{prefix.strip()}_{ending}{SUFFIX}").resolve()
+    if not prefix.strip() or prefix.strip().endswith(("/", "\\")) or folder not in path.parents:
+        raise FrugalError(
+            f"the name {ascii(prefix)[:60]}",
+            f"a file name inside models/{FOLDER}",
+            "type a plain name",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def listed(path: Path) -> str:
+    """The name of a file from `output_path` as loaders list it."""
+    return str(path.relative_to(_folder()))
+
+
+def _folder() -> Path:
+    folders = [Path(folder).resolve() for folder in folder_paths.get_folder_paths(FOLDER)]
+    # ComfyUI lists the folder of the old name first.
+    return next((place for place in folders if place.name == FOLDER), folders[0])
+
+
+def convert(
+    job: Job, loras: list[tuple[Path, float]], say: Callable[[str], None] = lambda text: None
+) -> Outcome:
+    """Do a job with ComfyUI's progress bar and cancelling; `say` gets a line about the stage."""
+    if job.device.type != "cpu":
+        comfy.model_management.free_memory(MEMORY, job.device)
+    bar, last = comfy.utils.ProgressBar(TICKS), ["", -1]
+
+    def progress(stage: str, done: float, total: float) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        tick = int(TICKS * done / total) if total else TICKS
+        if stage != last[0]:
+            say({"measure": "measuring every layer in every format", "write": "writing"}[stage])
+        if [stage, tick] != last:
+            last[:] = [stage, tick]
+            bar.update_absolute(tick, TICKS)
+
+    def merge_for(weights: Weights) -> Merge | None:
+        return LoraMerge(weights, loras) if loras else None
+
+    ended = False
+    try:
+        outcome = run(job, merge_for, progress)
+        ended = True
+    finally:
+        part = job.output.with_name(f"{job.output.name}.part")
+        if not ended and part.exists():
+            text = (
+                f"{part.name} holds what is done: queue the same again to go on, or delete it and "
+                f"{part.name}.json"
+            )
+            logging.warning("[Frugal] %s", text)
+            say(text)
+    return outcome
