@@ -3,7 +3,8 @@
 What is summed. Each layer adds importance * (noise / signal): the relative energy of the error of
 its own output, times the share of the model's output that hangs on it. The errors of different
 layers are taken as independent, so their energies add up. `importance.wiring` gives the shares from
-how a Wan model is wired; without them every layer counts 1.
+how a Wan model is wired, `importance.probe` measures them. Without either every layer counts 1,
+which spends bytes on layers that hardly matter: do not compare such a sum with an output.
 
 How it is solved. Choosing one of several (bytes, error) pairs per layer under a sum of bytes is the
 multiple-choice knapsack problem (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter

@@ -70,6 +70,10 @@ class FormatError:
 class LayerCurve:
     """One layer [out, in]: format -> what it costs, format -> why it does not suit, and whether
     inputs were recorded (else the weight alone was judged).
+
+    white: the relative error energy of the output for an error of the weight that has no direction,
+    over the relative energy of that error: ||W||^2 tr(H) / (in * tr(W H W^T)); 1 where the weight
+    alone was judged.
     """
 
     name: str
@@ -77,6 +81,7 @@ class LayerCurve:
     formats: Mapping[str, FormatError]
     refused: Mapping[str, str]
     calibrated: bool
+    white: float = 1.0
 
 
 def stored_error(
@@ -124,7 +129,10 @@ def layer_curve(
             target, weight, device, options, statistics=statistics, seed=seed, where=name
         )
         made[target] = _error(name, target, weight, tensors, options, hessian, device)
-    return LayerCurve(name, shape, made, refused, statistics is not None)
+    white = 1.0
+    if hessian is not None and made:
+        white = _white(weight, hessian, next(iter(made.values())).signal)
+    return LayerCurve(name, shape, made, refused, statistics is not None, white)
 
 
 def measure(
@@ -196,6 +204,14 @@ def _error(
             "choose another file or calibration",
         )
     return FormatError(size, noise, signal, signal + cross)
+
+
+def _white(weight: torch.Tensor, hessian: torch.Tensor, signal: float) -> float:
+    step = max(1, PIECE // weight.shape[1])
+    pieces = (weight[start : start + step].double() for start in range(0, len(weight), step))
+    energy = sum(float(piece.square().sum()) for piece in pieces)
+    mean = float(hessian.diagonal().double().mean())
+    return energy * mean / signal if signal and energy and mean else 1.0
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:

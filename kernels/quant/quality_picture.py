@@ -139,9 +139,10 @@ def _names(draw: Any, fonts: dict[int, Any], names: list[str], slot: float, y: i
             x = LEFT + slot * (place + 0.5)
             draw.text((x, y + 6), text, INK, fonts[13], anchor="ma")
     if names and names[0] == OUTSIDE:
-        draw.text((LEFT - 8, y + 26), "embeddings, head", INK, fonts[13])
-        x = LEFT + slot * 0.5
+        x, text = LEFT + slot * 0.5, "embeddings, head"
         draw.line((x, y + 6, x, y + 22), INK)
+        left = max(8.0, x - draw.textlength(text, fonts[13]) / 2)
+        draw.text((left, y + 26), text, INK, fonts[13])
     title = "block (v: VACE)" if any(text.startswith("v") for text in numbers) else "block"
     draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12), title, INK, fonts[14], anchor="mb")
 

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from frugal.kernels.quant import budget as module
 from frugal.kernels.quant import formats
 from frugal.kernels.quant.budget import allocate, frontier
 from frugal.kernels.quant.curves import FormatError, LayerCurve
-from frugal.kernels.quant.importance import wiring
+from frugal.kernels.quant.importance import for_outputs, probe, wiring
 
 NAMED = (formats.BF16, formats.FP8, formats.INT8, formats.W4A8)
 
@@ -236,3 +237,34 @@ def test_refusals():
     narrow = LayerCurve("a", (2, 20), {}, {formats.INT8: "it has 20 inputs"}, False)
     with pytest.raises(FrugalError, match=r"a fits none .*int8 ConvRot: it has 20 inputs"):
         frontier({"a": narrow}, 0, (formats.INT8,))
+
+
+def test_probe_finds_known_shares():
+    """The sum of three layers with gains 1, 2 and 0 on white inputs: shares 1/5, 4/5 and 0."""
+    make = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(96, 64, generator=make) for name in "abc"}
+    inputs = torch.randn(500, 3, 64, generator=make)
+    asked = []
+
+    def run(differences):
+        asked.append(tuple(differences))
+        parts = [
+            gain * inputs[:, place] @ (weights[name] + differences.get(name, 0)).T
+            for place, (name, gain) in enumerate(zip("abc", (1, 2, 0), strict=True))
+        ]
+        return sum(parts)
+
+    steps = []
+    readers = [(name, lambda name=name: weights[name]) for name in "abc"]
+    found = probe(readers, run, step=steps.append)
+    assert asked == [(), ("a",), ("b",), ("c",)] and steps == list("abc")
+    assert found["a"] == pytest.approx(0.2, rel=0.1)
+    assert found["b"] == pytest.approx(0.8, rel=0.1)
+    assert found["c"] == 0
+    assert found == probe(readers, run)
+    curves = {name: curve(name, {formats.INT8: (1, 0.1)}) for name in "abc"}
+    assert for_outputs(found, curves) == found
+    curves["a"] = LayerCurve("a", (96, 64), {}, {}, True, white=2.0)
+    assert for_outputs(found, curves)["a"] == found["a"] / 2
+    with pytest.raises(FrugalError, match="finite outputs that are not zero"):
+        probe(readers, lambda differences: torch.zeros(3))

@@ -268,3 +268,19 @@ def test_picture_of_any_report(curves):
     ]
     many.append(quality.LayerQuality("vace_blocks.0.b", formats.AWQ, 1, 0.5, 1.0, 6.0, False))
     assert picture(QualityReport("f", "s", 200, tuple(many))).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_undirected_noise_reaches_the_output_as_predicted():
+    """`white` against noise drawn many times; 1 by definition without recorded inputs."""
+    weight, inputs = layer(4)
+    made = layer_curve("a", weight, (formats.BF16,), statistics=Recorded(inputs))
+    make = torch.Generator().manual_seed(1)
+    out = inputs @ weight.float().T
+    ratios = []
+    for _ in range(40):
+        noise = torch.randn(SHAPE, generator=make)
+        lost = (inputs @ noise.T).square().sum() / out.square().sum()
+        ratios.append(float(lost / (noise.square().sum() / weight.float().square().sum())))
+    assert made.white == pytest.approx(sum(ratios) / len(ratios), rel=0.05)
+    assert abs(made.white - 1) > 0.01
+    assert layer_curve("a", weight, (formats.BF16,)).white == 1
