@@ -30,7 +30,6 @@ QUANT_METADATA = "_quantization_metadata"
 # Metadata of a quantisation that the new file does not have.
 DROPPED = (QUANT_METADATA, "quantization_config", "gptq_checkpoint_format", "gptq_bits")
 COPY, KEEP, MAKE = "copied", "kept", "made"
-UPSTREAM = (*NATIVE, formats.FORMATS[formats.AWQ])
 
 
 class Merge(Protocol):
@@ -152,7 +151,7 @@ def _step(weights: Weights, unit: str, target: str | None, changed: frozenset[st
             return Step(unit, COPY, _infos(weights, unit), str(kind).removeprefix("torch."))
         return _made(unit, target, shape, torch.float32 if touched else kind, kind)
     same = label(layout, shape)
-    native = layout.format in UPSTREAM and not layout.per_row
+    native = layout.format in NATIVE and not layout.per_row
     if native and not touched and target in (None, same):
         return _kept(weights, unit)
     # What ComfyUI cannot read as it is becomes 16-bit floats where nothing else is asked for.
