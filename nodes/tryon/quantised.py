@@ -178,6 +178,13 @@ class _WeightOnly:
         return per_channel.decode(weight._qdata, params["scale"], torch.float32, params["rotation"])
 
     def set_weight(self: Any, weight, inplace_update=False, seed=None, return_weight=False, **_):
+        if inplace_update:
+            # ComfyUI's hooks would afterwards restore the 8-bit values and not their scales.
+            raise FrugalError(
+                "a hook changes quantised weights while sampling",
+                "a LoRA that stays the same for the whole run",
+                "use a LoRA loader, or load the model with quantize 'as stored'",
+            )
         q, s = per_channel.encode(
             weight, self.layer.kind, rotation=self.layer.rotation, seed=seed or None
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import pytest
 import torch
@@ -192,6 +193,57 @@ def test_layers_left_behind_by_a_small_memory_budget_compute_the_same(folder, ki
         clone.unpatch_model(clone.offload_device)
         assert bed.relative(made, expected) <= limit
     assert torch.equal(bed.run(patcher, x, t), want)
+
+
+def test_hooks_that_change_weights_in_place_are_refused(folder):
+    patcher = load(folder, "int8")
+    conv = comfy.utils.get_attr(patcher.model, CONV.removesuffix(".weight"))
+    with pytest.raises(FrugalError, match="a hook changes quantised weights"):
+        conv.set_weight(torch.zeros(conv.weight.shape), inplace_update=True)
+
+
+def test_a_lora_file_finds_quantised_convolutions_and_matrices(folder, plain):
+    """Through ComfyUI's own loader, in the names that training tools write."""
+    lora, g = {}, torch.Generator().manual_seed(6)
+    names = (
+        ("lora_unet_down_blocks_1_resnets_0_conv1", (128, 64, 3, 3)),
+        ("lora_unet_down_blocks_2_attentions_0_transformer_blocks_0_attn1_to_q", (192, 192)),
+    )
+    for name, shape in names:
+        ends = shape[2:]
+        lora[f"{name}.lora_down.weight"] = 0.2 * torch.randn((4, shape[1], *ends), generator=g)
+        lora[f"{name}.lora_up.weight"] = 0.2 * torch.randn(
+            (shape[0], 4, *[1] * len(ends)), generator=g
+        )
+    made = {}
+    x, t = bed.inputs()
+    for label, patcher in (("int8", load(folder, "int8")), ("plain", plain)):
+        model, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)
+        assert set(model.patches) == {ATTN, CONV}
+        made[label] = bed.run(model, x, t)
+    assert bed.relative(made["int8"], made["plain"]) <= 2.5e-2
+    assert bed.relative(made["plain"], bed.run(plain, x, t)) > 0.1
+
+
+def test_a_layer_survives_being_gathered_into_one_buffer(folder):
+    """How newer ComfyUI versions stream a layer to the device: bytes in a buffer, read back."""
+    memory = pytest.importorskip("comfy.memory_management")
+    patcher = load(folder, "int8")
+    conv = comfy.utils.get_attr(patcher.model, CONV.removesuffix(".weight"))
+    parts = [conv.weight, conv.bias]
+    buffer = torch.zeros(memory.vram_aligned_size(parts), dtype=torch.uint8)
+    weight, bias = memory.interpret_gathered_like(parts, buffer)
+    weight.copy_(conv.weight.data)
+    bias.copy_(conv.bias.data)
+    assert torch.equal(weight.dequantize(), conv.weight.dequantize())
+    assert torch.equal(bias, conv.bias)
+    # And with a LoRA: rounded anew in the layer's own way.
+    again = weight.requantize_from_float(
+        weight.dequantize() * 2, scale="recalculate", stochastic_rounding=3
+    )
+    assert bed.relative(again.dequantize(), 2 * conv.weight.dequantize()) < 1e-2
+    weight.copy_(again)
+    assert torch.equal(weight.dequantize(), again.dequantize())
 
 
 def test_half_precision_inputs_stay_half(folder, plain):
