@@ -1,10 +1,10 @@
 """What converting a large Wan file costs: memory of its own, and bytes per second.
 
 `python bench/quantize.py RESULTS.json [FORMAT ...]` writes a synthetic bf16 checkpoint (width 5120,
-8 blocks: 6.1 GB; 1 block: 1.2 GB) into a temporary folder (FRUGAL_BENCH_FOLDER chooses its disk) and converts it in
-a fresh process per run. Memory is RssAnon, pages that belong to the process and to no file, above
-what it was before the conversion; the peak is the highest value seen by a thread that looks every
-5 ms. Beside it, in fresh processes too:
+8 blocks: 6.1 GB; 1 block: 1.2 GB) into a temporary folder (FRUGAL_BENCH_FOLDER chooses its disk)
+and converts it in a fresh process per run. Memory is RssAnon, pages that belong to the process and
+to no file, above what it was before the conversion; the peak is the highest value seen by a thread
+that looks every 5 ms. Beside it, in fresh processes too:
 
 - in memory: the whole file read with safetensors, the same rounding, the whole result written with
   safetensors and brought to disk;
@@ -29,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 2
 WHOS = ("stream", "in memory", "rounding", "copy")
-# Format -> blocks of the file: the slow rounding of 4 bits is measured on a smaller one, with layers
-# of the same size.
+# Format -> blocks of the file: the slow rounding of 4 bits is measured on a smaller one, whose layers
+# have the same size.
 FORMATS = {"int8 ConvRot": 8, "fp8": 8, "W4A8": 1, "AWQ W4A16": 1}
 
 
