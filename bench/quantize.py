@@ -29,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 2
 WHOS = ("stream", "in memory", "rounding", "copy")
-# Format -> blocks of the file: the slow rounding of 4 bits is measured on a smaller one, whose layers
-# have the same size.
+# Format -> blocks of the file: the slow rounding of 4 bits is measured on a smaller file, whose
+# layers have the same size.
 FORMATS = {"int8 ConvRot": 8, "fp8": 8, "W4A8": 1, "AWQ W4A16": 1}
 
 
