@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas, precision
 from .._comfy import CATEGORY, REPORT_KEY, known, show_text
-from . import batch, glue, loading, mask_free, parse, sampling, saving
+from . import all_in_one, batch, glue, loading, mask_free, parse, sampling, saving
 
 FAMILY = f"{CATEGORY}/Try-on"
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
@@ -314,5 +314,6 @@ NODES = [
     *saving.NODES,
     *mask_free.NODES,
     *batch.NODES,
+    *all_in_one.NODES,
     *parse.NODES,
 ]
