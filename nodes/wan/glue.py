@@ -17,6 +17,7 @@ import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import torch
+from safetensors.torch import load_file
 
 from ...kernels.checkpoints.layouts import FLOAT8
 from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
@@ -202,8 +203,9 @@ def _tensors(source: Source) -> Mapping[str, torch.Tensor]:
     if source.loaded:
         return source.loaded
     tensors: dict[str, torch.Tensor] = {}
+    theirs = mapped.reads(info.dtype for info in source.tensors.values())
     for path in source.files:
-        tensors.update(comfy.utils.load_torch_file(str(path)))
+        tensors.update(comfy.utils.load_torch_file(str(path)) if theirs else load_file(path))
     return tensors
 
 

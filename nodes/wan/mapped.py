@@ -7,16 +7,32 @@ weight of the right type stays in the file's mapping: no memory of its own, read
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import comfy.cli_args
 import comfy.ops
+import comfy.utils
+import torch
+
+
+def dynamic() -> bool:
+    """Whether ComfyUI's dynamic loading is on, which maps files in its own way."""
+    return getattr(getattr(comfy, "memory_management", None), "aimdo_enabled", False)
 
 
 def useful() -> bool:
     """Whether the running ComfyUI would copy, and was not asked for operations of its own."""
-    memory = getattr(comfy, "memory_management", None)
-    # Its own loading maps too, and its mappings must not be written to.
-    dynamic = getattr(memory, "aimdo_enabled", False)
-    return not dynamic and not comfy.cli_args.args.fast
+    # Dynamic loading's mappings must not be written to.
+    return not dynamic() and not comfy.cli_args.args.fast
+
+
+def reads(dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether ComfyUI's reader knows all these types. That of its dynamic loading goes by a table
+    of its own, in which MXFP8's float8_e8m0fnu may be missing; without dynamic loading the
+    safetensors library reads.
+    """
+    table = getattr(comfy.utils, "_TYPES", None)
+    return not dynamic() or table is None or set(dtypes) <= set(table.values())
 
 
 class MappedOps(comfy.ops.manual_cast):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import comfy.quant_ops
+import comfy.utils
 import pytest
 import torch
 
@@ -98,6 +102,44 @@ def test_native_format_is_handed_over_or_refused(form, tmp_path):
         patcher, report = glue.load_wan(path)
     check(patcher, meant, tolerance=tolerance, least=0.98 if form == "convrot_w4a4" else 0.999)
     assert any(name.startswith(form) for name in report.formats)
+
+
+class PlainMapping:
+    """A file in memory in place of the mapping that needs a GPU's driver."""
+
+    def __init__(self, path):
+        self.content = ctypes.create_string_buffer(Path(path).read_bytes())
+
+    def get(self) -> int:
+        return ctypes.addressof(self.content)
+
+    def get_file_handle(self) -> int:
+        return -1
+
+
+def test_mxfp8_scales_of_their_own_type_are_read_under_dynamic_loading(tmp_path, monkeypatch):
+    """ComfyUI's reader for dynamic loading has no entry for the type of these scales."""
+    mapping = pytest.importorskip("comfy_aimdo.model_mmap")
+    memory = getattr(comfy, "memory_management", None)
+    if not hasattr(memory, "aimdo_enabled"):
+        pytest.skip("this ComfyUI has no dynamic loading")
+    tensors = bed.base(SOURCE)[0]
+    layer = bed.block_linears(SOURCE)[0]
+    tensors |= bed.fake_native(layer, "mxfp8", *SOURCE[f"{layer}.weight"].shape)
+    scales = tensors[f"{layer}.weight_scale"].view(torch.float8_e8m0fnu)
+    tensors[f"{layer}.weight_scale"] = scales
+    path = bed.write(tmp_path / "wan.safetensors", tensors)
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    monkeypatch.setattr(mapping, "ModelMMAP", PlainMapping)
+    plain = bed.write(tmp_path / "plain.safetensors", bed.base(SOURCE)[0])
+    assert len(glue._tensors(glue.open_source(plain))) == len(SOURCE)
+    found = glue._tensors(glue.open_source(path))
+    assert found.keys() == tensors.keys()
+    held = found[f"{layer}.weight_scale"]
+    assert torch.equal(held.view(torch.uint8), scales.view(torch.uint8))
+    if torch.float8_e8m0fnu not in comfy.utils._TYPES.values():
+        with pytest.raises(KeyError):
+            comfy.utils.load_torch_file(str(path))
 
 
 def as_stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -181,6 +181,9 @@ VARIANTS = {
     "FLF2V": bed.variant(bed.I2V, flf_tokens=514),
     "VACE": bed.VACE,
     "Fun control": bed.variant(bed.I2V, in_dim=48, ref_dim=16),
+    "Fun control without reference": bed.variant(bed.I2V, in_dim=48),
+    # Fun inpaint has I2V's channels: 16 noise, 4 mask, 16 image.
+    "I2V without end (Fun inpaint)": bed.variant(bed.I2V, in_dim=36),
     "Fun camera": bed.variant(bed.I2V, in_dim=32, camera=True),
     "I2V without image encoder (Wan 2.2)": bed.variant(bed.T2V, in_dim=36),
 }
