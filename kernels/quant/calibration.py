@@ -51,8 +51,9 @@ class Memo:
 class LayerStatistics:
     """What a layer's inputs looked like.
 
-    name: canonical name of the layer. rows: inputs counted. width: inputs of the layer. key: equal
-    for layers with the same input. load: reads the moment. memo: what solvers made of it.
+    name: canonical name of the layer. rows: inputs counted, 0 if unknown. width: inputs of the
+    layer. key: equal for layers with the same input. load: reads the moment. memo: what solvers
+    made of it.
     """
 
     name: str

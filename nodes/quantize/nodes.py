@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .calibrate import FrugalCalibrate
 from .convert import FrugalQuantize
 from .lora_side import FrugalLoraSide
 
-NODES: list = [FrugalQuantize, FrugalLoraSide]
+NODES: list = [FrugalQuantize, FrugalCalibrate, FrugalLoraSide]

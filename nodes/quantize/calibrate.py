@@ -1,0 +1,105 @@
+"""The calibration node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.v0_0_2 import io
+
+from ...kernels.errors import FrugalError
+from .._comfy import CATEGORY, known, show_text
+from . import glue
+from .capture import Settings, wrap
+
+ADD, REPLACE = "add to it", "replace it"
+
+
+class FrugalCalibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalCalibrate",
+            display_name="Calibrate Wan Model (Frugal)",
+            category=f"{CATEGORY}/quantize",
+            description=(
+                "Records what the layers of a Wan model see while your own workflow samples, for "
+                "the quantise node. Put it between the model and the sampler and queue once: the "
+                "file is written when sampling ends. The picture stays the same."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan model, best one in fp16 or bf16."),
+                io.String.Input(
+                    "name",
+                    default="wan",
+                    tooltip="Name of the file in models/calibration, without ending.",
+                ),
+                io.Combo.Input(
+                    "if_it_exists",
+                    options=[ADD, REPLACE],
+                    default=ADD,
+                    tooltip="Queue several prompts and seeds with 'add to it' for more variety.",
+                ),
+                io.Float.Input(
+                    "memory_gb",
+                    default=8.0,
+                    min=0.01,
+                    max=500.0,
+                    step=0.5,
+                    tooltip=(
+                        "Main memory in GB (10^9 bytes) that the statistics may take while "
+                        "sampling. More keeps more detail, and the file grows with it."
+                    ),
+                ),
+                io.Int.Input(
+                    "rows_per_call",
+                    default=2048,
+                    min=16,
+                    max=1_000_000,
+                    tooltip="Tokens counted each time the model is called; the rest is left out.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31,
+                    tooltip="Which tokens are counted. It does not change the picture.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("recorded_model", tooltip="The model, for the sampler."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            **known(
+                io.Schema,
+                search_aliases=["calibrate", "gptq", "imatrix", "hessian", "statistics"],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, model, name, if_it_exists, memory_gb, rows_per_call, seed) -> io.NodeOutput:
+        node = cls.hidden.unique_id
+        settings = Settings(
+            calibration_path(name),
+            if_it_exists == ADD,
+            int(memory_gb * 10**9),
+            rows_per_call,
+            seed,
+            lambda text: show_text(node, text),
+        )
+        return io.NodeOutput(wrap(model, settings))
+
+
+def calibration_path(name: str) -> Path:
+    """Where a calibration called `name` is written. Raises FrugalError for a name that is empty or
+    leads out of the folder.
+    """
+    folder = Path(folder_paths.get_folder_paths(glue.CALIBRATION)[0]).resolve()
+    path = (folder / f"{name.strip().removesuffix(glue.SUFFIX)}{glue.SUFFIX}").resolve()
+    if not path.name.removesuffix(glue.SUFFIX) or folder not in path.parents:
+        raise FrugalError(
+            f"the name {ascii(name)[:60]}",
+            f"a file name inside models/{glue.CALIBRATION}",
+            "type a plain name",
+        )
+    return path
