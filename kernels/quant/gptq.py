@@ -189,14 +189,12 @@ def _inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
     return upper if bool(torch.isfinite(upper.diagonal()).all()) else None
 
 
-def solve_rows(
-    columns: torch.Tensor, shape: Curvature, grid: Grid, sweeps: int = SWEEPS
-) -> torch.Tensor:
+def solve_rows(columns: torch.Tensor, shape: Curvature, grid: Grid) -> torch.Tensor:
     """Values on the grid for columns [in, rows] in the order of solving, same shape; columns stay
     as they are.
     """
     values = feed_forward(columns.clone(), shape.upper, grid)
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         descend(values, columns, shape.hessian, grid)
     return values
 

@@ -5,9 +5,9 @@ One run covers all layers at all its steps: each distinct input keeps its second
 a sketch, whichever the memory allows (kernels.quant.moments), so nothing has to be queued twice.
 Layers only look on: module hooks exist while the model runs and return nothing, so the outputs are
 the same to the bit. Layers that get the same rows (q, k and v of a block; k and v of all blocks,
-which read the text) are told by those rows, not by their names. Rows that come again, such as the padding of
-a text or the text at the next step, count once: how many different ones there were says how far H
-can be trusted.
+which read the text) are told by those rows, not by their names. Rows that come again, such as the
+padding of a text or the text at the next step, count once: how many different ones there were says
+how far H can be trusted.
 """
 
 from __future__ import annotations

