@@ -204,6 +204,20 @@ def extent(words, ends):
 
 
 @njit
+def copy_row(source, target):
+    zero = np.float32(0)
+    for x in range(target.shape[0]):
+        target[x] = source[x] if source[x] == source[x] else zero
+
+
+@njit
+def copy_numbers(source, target):
+    """Copy float32 [H, W], NaN as 0."""
+    for y in range(source.shape[0]):
+        copy_row(source[y], target[y])
+
+
+@njit
 def row_is_hard(row):
     """Whether every value of the row is 0, 1 or NaN (which counts as 0)."""
     zero, one = np.float32(0), np.float32(1)

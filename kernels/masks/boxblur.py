@@ -3,7 +3,8 @@
 Kovesi, "Fast Almost-Gaussian Filtering", 2010: three boxes of two odd widths have the standard
 deviation asked for to within a fraction of a pixel. Each pass repeats the edge values, on both
 axes, exactly like three calls of `scipy.ndimage.uniform_filter(mode="nearest")`; sums are exact,
-so there is no drift and no rounding before the end.
+so there is no drift and no rounding before the end. Columns come first, as running sums that keep
+only the rows in reach: a picture of any height then works in the cache, and in little memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from ._jit import njit
-from .bits import unpack_bytes
+from .bits import BYTE, set_where
+from .bits import narrow as take_byte
 
 BLOCK = 64
 
@@ -58,19 +60,20 @@ def widen_row(source, target):
 
 
 @njit
-def box_columns(source, s0, target, t0, t1, r, height):
-    """Vertical box sums of half width r for rows t0..t1 into `target`, whose first row is row t0.
+def next_sum(ring, y, first, r, height, before, now):
+    """Vertical box sum of row y into `now` from the rows of `ring`, where row n lies in slot n
+    modulo its length; `before` is the sum of row y - 1, unless y is the `first` one.
 
-    `source` (same integer dtype, first row s0) holds every row in reach that exists; past the
-    picture its first and last rows repeat. Sums are exact while 2 r + 1 times the largest value
-    fits the dtype.
+    One integer dtype. Past the picture its first and last rows repeat.
     """
-    target[0] = target.dtype.type(0)
-    for n in range(t0 - r, t0 + r + 1):
-        add_row(target[0], source[min(max(n, 0), height - 1) - s0])
-    for y in range(t0 + 1, t1):
-        entering, leaving = min(y + r, height - 1) - s0, max(y - r - 1, 0) - s0
-        slide_row(target[y - 1 - t0], source[entering], source[leaving], target[y - t0])
+    slots = ring.shape[0]
+    if y == first:
+        now[:] = now.dtype.type(0)
+        for n in range(y - r, y + r + 1):
+            add_row(now, ring[min(max(n, 0), height - 1) % slots])
+    else:
+        entering, leaving = min(y + r, height - 1) % slots, max(y - r - 1, 0) % slots
+        slide_row(before, ring[entering], ring[leaving], now)
 
 
 @njit
@@ -208,39 +211,59 @@ def to_float(values, scale, out):
 
 @njit
 def triple_box(
-    words, height, y0, y1, radii, scale, narrow, medium, values, total, row, out, oy, ox
+    words,
+    height,
+    y0,
+    y1,
+    radii,
+    scale,
+    row,
+    bits,
+    first,
+    once,
+    twice,
+    thrice,
+    values,
+    total,
+    out,
+    oy,
+    ox,
 ):
     """Rows y0..y1 of the 0/1 picture `words` under three box filters of half widths `radii`, at
     (oy, ox) of `out`.
 
-    scale: `unit_scale`. Scratch in the dtypes N, M, V of `exact_dtypes`: narrow N and medium M,
-    flat, with 2 planes of (y1 - y0 + 2 sum(radii)) W cells each; values V [W]; total V [W + 2
-    sum(radii) + 3]; row uint8 [W].
+    scale: `unit_scale`. Scratch in the dtypes N, M, V of `exact_dtypes`: row uint8 [W]; bits N
+    [slots, W], slots a multiple of 8 and at least 2 radii[0] + 9; first N [2, W]; once M [2
+    radii[1] + 2, W]; twice M [2 radii[2] + 2, W]; thrice M [2, W]; values V [W]; total V [W + 2
+    sum(radii) + 3].
     """
     width = words.shape[1]
     ra, rb, rc = radii
-    b0, b1 = max(0, y0 - rc), min(height, y1 + rc)
-    a0, a1 = max(0, b0 - rb), min(height, b1 + rb)
-    s0, s1 = max(0, a0 - ra), min(height, a1 + ra)
-    half_n, half_m = narrow.shape[0] // 2, medium.shape[0] // 2
-    bits = narrow[: (s1 - s0) * width].reshape((s1 - s0, width))
-    sums = narrow[half_n : half_n + (a1 - a0) * width].reshape((a1 - a0, width))
-    once = medium[: (a1 - a0) * width].reshape((a1 - a0, width))
-    twice = medium[half_m : half_m + (b1 - b0) * width].reshape((b1 - b0, width))
-    thrice = medium[: (y1 - y0) * width].reshape((y1 - y0, width))
-    unpack_bytes(words, bits, False, row, s0, s1)
-    box_columns(bits, s0, sums, a0, a1, ra, height)
-    for y in range(a1 - a0):
-        widen_row(sums[y], once[y])
-    box_columns(once, a0, twice, b0, b1, rb, height)
-    box_columns(twice, b0, thrice, y0, y1, rc, height)
+    b0 = max(0, y0 - rc)
+    a0 = max(0, b0 - rb)
     wide = values.dtype.type
     area = wide((2 * ra + 1) * (2 * rb + 1) * (2 * rc + 1))
     spread = ra + rb + rc
+    at, n1, n2 = max(0, a0 - ra) & ~(BYTE - 1), a0, b0
     for y in range(y0, y1):
-        sums_y = thrice[y - y0]
-        widen_row(sums_y, values)
-        head, tail = level_span(sums_y)
+        while n2 <= min(y + rc, height - 1):
+            while n1 <= min(n2 + rb, height - 1):
+                while at <= min(n1 + ra, height - 1):
+                    take_byte(words[at >> 6], np.uint64(at & 63), row)
+                    for j in range(BYTE):
+                        set_where(row, np.uint8(1 << j), False, bits[(at + j) % bits.shape[0]])
+                    at += BYTE
+                now = first[n1 & 1]
+                next_sum(bits, n1, a0, ra, height, first[1 - (n1 & 1)], now)
+                widen_row(now, once[n1 % once.shape[0]])
+                n1 += 1
+            before = twice[max(n2 - 1, 0) % twice.shape[0]]
+            next_sum(once, n2, b0, rb, height, before, twice[n2 % twice.shape[0]])
+            n2 += 1
+        sums = thrice[y & 1]
+        next_sum(twice, y, y0, rc, height, thrice[1 - (y & 1)], sums)
+        widen_row(sums, values)
+        head, tail = level_span(sums)
         x0, x1 = max(0, head - spread), min(width, tail + spread)
         if head == width:
             x0, x1 = 0, 0

@@ -93,6 +93,9 @@ def run_chain(
             for a, b in pool.ranges(flat.shape[1], threads)
         ]
         pool.spread(tasks, threads, lambda _: advance(0))
+        if settings.only_smooths:
+            advance(count)
+            return out
         frames = out
     plan = chain.Plan.of(settings)
     if count < threads and frames[0].size >= SPLIT_FROM:

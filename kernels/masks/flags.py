@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._jit import njit
-from .bits import BYTE, valid_bits
+from .bits import BYTE, narrow, set_where, valid_bits
 
 PLANES = 7
 GAP = 64
@@ -117,17 +117,25 @@ def put_bits(total, least, shift, word):
 
 
 @njit
-def blur_threshold(plane, band, taps, least, sums, wide, total, words):
+def blur_threshold(padded, height, band, taps, least, byte, ring, sums, wide, total, words):
     """Where the Gaussian of a 0/1 picture reaches a value: sets or clears bits of `words`.
 
-    plane: uint16 [H, W + 2 r] of 0 and 1, mirrored past its sides. taps: uint32 [r + 2], the
+    padded: uint64 [K, W + 2 r], the picture mirrored past its sides. taps: uint32 [r + 2], the
     centre, one side and a 0, summing to at most 2^15 with both sides. least: uint32, on the scale
     of the squared sum. band: uint64 [K, W], the pixels that may change; eight rows and their spans
-    of columns are done together. Scratch: sums uint16 [W + 2 r], wide and total uint32 [W + 2 r].
+    of columns are done together. Scratch: byte uint8 [W + 2 r]; ring uint16 [slots, W + 2 r], slots
+    a multiple of 8 and at least 2 r + 17; sums uint16 [W + 2 r]; wide and total uint32 [W + 2 r].
     """
-    height, width = plane.shape[0], words.shape[1]
+    width = words.shape[1]
     r = taps.shape[0] - 2
+    slots = ring.shape[0]
+    ready = 0
     for y0 in range(0, height, BYTE):
+        while ready < min(height, y0 + BYTE + r + 1):
+            narrow(padded[ready >> 6], np.uint64(ready & 63), byte)
+            for j in range(BYTE):
+                set_where(byte, np.uint8(1 << j), False, ring[(ready + j) % slots])
+            ready += BYTE
         word, shift = band[y0 >> 6], np.uint64(y0 & 63)
         x = 0
         while x < width:
@@ -143,13 +151,13 @@ def blur_threshold(plane, band, taps, least, sums, wide, total, words):
             n = xb - xa + 2 * r
             part, row, out = sums[:n], wide[:n], total[: xb - xa]
             for y in range(y0, min(height, y0 + BYTE)):
-                scale_into(plane[y, xa : xa + n], np.uint16(taps[0]), part)
+                scale_into(ring[y % slots, xa : xa + n], np.uint16(taps[0]), part)
                 for d in range(1, r + 1, 2):
                     add_two(
-                        plane[mirror(y - d, height), xa : xa + n],
-                        plane[mirror(y + d, height), xa : xa + n],
-                        plane[mirror(y - d - 1, height), xa : xa + n],
-                        plane[mirror(y + d + 1, height), xa : xa + n],
+                        ring[mirror(y - d, height) % slots, xa : xa + n],
+                        ring[mirror(y + d, height) % slots, xa : xa + n],
+                        ring[mirror(y - d - 1, height) % slots, xa : xa + n],
+                        ring[mirror(y + d + 1, height) % slots, xa : xa + n],
                         np.uint16(taps[d]),
                         np.uint16(taps[d + 1]),
                         part,

@@ -51,15 +51,16 @@ def _blurred(
     band = _grown(words, height, "square", r, scratch)
     band &= ~_shrunk(words, height, "square", r, scratch)
     padded = np.ascontiguousarray(words[:, agnostic.mirrored(width, r)])
-    plane = scratch.plane("plane16", (height, width + 2 * r), np.uint16)
-    row = scratch.flat("row", width + 2 * r, np.uint8)
-    bits.unpack_bytes(padded, plane, False, row, 0, height)
+    slots = -(-(2 * r + 17) // 8) * 8
     out = words.copy()
     flags.blur_threshold(
-        plane,
+        padded,
+        height,
         band,
         taps,
         np.uint32(least),
+        scratch.flat("row", width + 2 * r, np.uint8),
+        scratch.plane("ring16", (slots, width + 2 * r), np.uint16),
         scratch.flat("sums16", width + 2 * r, np.uint16),
         scratch.flat("wide", width + 2 * r, np.uint32),
         scratch.flat("total32", width + 2 * r, np.uint32),

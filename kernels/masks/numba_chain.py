@@ -150,7 +150,10 @@ def _feather(
     out[y1:] = 0
     out[y0:y1, :x0] = 0
     out[y0:y1, x1:] = 0
-    step = y1 - y0 if parts == 1 else min(BAND, -(-(y1 - y0) // parts))
+    # The ramp's planes stay in the cache by bands; the blur keeps only the rows in reach anyway.
+    rings = plan.settings.feather and plan.settings.feather_mode == "gaussian"
+    most = y1 - y0 if parts == 1 and rings else BAND
+    step = min(most, -(-(y1 - y0) // parts))
     run([_band(box, plan, out, y0, x0, a, min(a + step, y1 - y0)) for a in range(0, y1 - y0, step)])
 
 
@@ -170,6 +173,7 @@ def _band(
         elif s.feather_mode == "gaussian":
             narrow, medium, wide = boxblur.exact_dtypes(s.widths)
             radii = tuple(w // 2 for w in s.widths)
+            slots = -(-(2 * radii[0] + 9) // 8) * 8
             boxblur.triple_box(
                 box,
                 height,
@@ -177,11 +181,14 @@ def _band(
                 b,
                 radii,
                 boxblur.unit_scale(s.widths),
-                own.flat("narrow", 2 * cells, narrow),
-                own.flat("medium", 2 * cells, medium),
+                row,
+                own.plane("bits", (slots, width), narrow),
+                own.plane("first", (2, width), narrow),
+                own.plane("once", (2 * radii[1] + 2, width), medium),
+                own.plane("twice", (2 * radii[2] + 2, width), medium),
+                own.plane("thrice", (2, width), medium),
                 own.flat("values", width, wide),
                 own.flat("total", width + 2 * sum(radii) + 3, wide),
-                row,
                 out,
                 oy,
                 ox,
@@ -209,8 +216,7 @@ def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch
     s = plan.settings
     height, width = frame.shape
     value = scratch.plane("value", (height, width), np.float32)
-    value[:] = frame
-    np.nan_to_num(value, copy=False, nan=0.0, posinf=np.inf, neginf=-np.inf)
+    bits.copy_numbers(frame, value)
     words = scratch.plane("words", (-(-height // 64), width), np.uint64)
     row = scratch.flat("row", width, np.uint8)
     if s.fill_holes:

@@ -74,6 +74,12 @@ class RefineSettings:
         return self.threshold == 0
 
     @property
+    def only_smooths(self) -> bool:
+        """Whether temporal smoothing is the only step that changes a value."""
+        steps = self.fill_holes or self.cleans_islands or self.grow or self.feather
+        return self.soft and self.temporal != "off" and not steps
+
+    @property
     def cleans_islands(self) -> bool:
         return self.drop_islands > 1 or self.keep_largest > 0
 
