@@ -345,6 +345,9 @@ def _notes(
     ]  # fmt: skip
     if opened:
         notes.append(f"{len(opened)} quantised layers become bf16 (first {opened[0].unit})")
+    small = sum(step.unit not in source.shapes and not source.plain(step.unit) for step in plan)
+    if small:
+        notes.append(f"{small} small parameters in fp8 become bf16, which holds their values")
     if source.source.blocks:
         notes.append("GGUF blocks are unpacked first, so their weights are rounded twice")
     if calibration is not None:

@@ -239,7 +239,16 @@ def pieces(
 def _bf16(
     weight: torch.Tensor, device: torch.device, chosen: Mapping[str, Any], where: str
 ) -> dict[str, torch.Tensor]:
-    return {"weight": weight.to(half(weight.dtype))}
+    out = torch.empty(weight.shape, dtype=half(weight.dtype))
+    for rows, piece in pieces(weight, device, where):
+        out[rows] = piece.to(out.dtype).cpu()
+        if not bool(torch.isfinite(out[rows]).all()):
+            raise FrugalError(
+                f"{where} holds a weight beyond {str(out.dtype).removeprefix('torch.')}",
+                "weights that fit",
+                f"choose {FP8}, or a source in bf16 or fp32",
+            )
+    return {"weight": out}
 
 
 def _fp8(

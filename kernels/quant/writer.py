@@ -113,6 +113,8 @@ class Writer:
             mark = hashlib.sha256(fingerprint.encode() + b"\0" + header).hexdigest()
             self._open(header, mark)
         except BaseException:
+            if not self.part.exists():
+                self.journal.unlink(missing_ok=True)
             self.close()
             raise
 
@@ -125,9 +127,6 @@ class Writer:
     def _refuse_existing(self) -> None:
         if self.overwrite or not self.target.exists():
             return
-        if not self.part.exists():
-            # Of this run, or of one that ended between giving the file its name and tidying up.
-            self.journal.unlink(missing_ok=True)
         raise FrugalError(
             f"{self.target.name} exists already",
             "a name that is free",
