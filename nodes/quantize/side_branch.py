@@ -151,6 +151,9 @@ def _install(
         changed.append((parent, parent.__dict__.get("forward")))
         parent.forward = MethodType(_unfused, parent)
     before = module.__dict__.get("forward")
+    if getattr(before, "entries", None) is forward.entries:  # type: ignore[attr-defined]
+        # ComfyUI joins lists of wrappers, so one can come twice.
+        return
     changed.append((module, before))
     module.forward = MethodType(forward if before is None else _over(before, forward), module)
 
@@ -189,6 +192,7 @@ def _over(before: Callable[..., Any], forward: Any) -> Callable[..., Any]:
     def over(self, x, *args, **kwargs):
         return _add(before(x, *args, **kwargs), x, entries)
 
+    over.entries = entries  # type: ignore[attr-defined]
     return over
 
 

@@ -262,6 +262,20 @@ def test_batches_and_grad_modes(fp32, tmp_path):
         assert bed.relative(output(changed), wanted) <= EXACT
 
 
+def test_a_wrapper_that_comes_twice_counts_once(fp32, tmp_path):
+    """ComfyUI appends lists of wrappers to each other, for prompts with hooks among others."""
+    changed = put(fp32, tmp_path, lora(LINEARS)[0])[0]
+    once = output(changed)
+    (wrapper,) = changed.get_wrappers(WrappersMP.APPLY_MODEL, side_branch.KEY)
+    changed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, side_branch.KEY, wrapper)
+    assert torch.equal(output(changed), once)
+    if hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        bypass = comfy.sd.load_bypass_lora_for_models
+        alone = put(fp32, tmp_path, lora(LINEARS)[0])[0]
+        both = [bypass(each, None, lora(LINEARS, 2)[0], 0.5, 0.0)[0] for each in (alone, changed)]
+        assert torch.equal(output(both[0]), output(both[1]))
+
+
 @pytest.mark.parametrize("label", ["fp8 scaled", "GPTQ"])
 def test_low_vram(label, tmp_path):
     """Layers and branches that stay in RAM are cast when they run."""
