@@ -12,6 +12,9 @@ import json
 import tempfile
 from pathlib import Path
 
+from .batch_graph import GROUPS as BATCH_GROUPS
+from .batch_graph import NOTE as BATCH_NOTE
+from .batch_graph import tryon_batch
 from .comfy_server import ComfyServer
 from .graph_builder import Group, Node, Note, build
 from .graph_picture import draw
@@ -330,14 +333,15 @@ def main() -> None:
         build_demo_wan(Path(base) / "models")
         with ComfyServer(args.tree, base, models=(MODELS,)) as server:
             info = server.object_info()
-    for name, settings, real, note in (
-        ("tryon_demo", DEMO, False, DEMO_NOTE),
-        ("tryon_to_video_12gb", REAL, True, REAL_NOTE),
+    for name, nodes, note, groups in (
+        ("tryon_demo", tryon_to_video(DEMO, False), DEMO_NOTE, GROUPS),
+        ("tryon_to_video_12gb", tryon_to_video(REAL, True), REAL_NOTE, GROUPS),
+        ("tryon_batch", tryon_batch(DEMO), BATCH_NOTE, BATCH_GROUPS),
     ):
-        graph = build(info, tryon_to_video(settings, real), [note], GROUPS)
+        graph = build(info, nodes, [note], groups)
         path = WORKFLOWS / f"{name}.json"
         path.write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
-        if real:  # the demo graph's card is a picture of its own result
+        if name != "tryon_demo":  # the demo graph's card is a picture of its own result
             draw(graph).save(path.with_suffix(".jpg"), quality=88)
         print(path.name, len(graph["nodes"]), "nodes")
 
