@@ -20,7 +20,7 @@ from frugal.nodes.quantize import glue
 from frugal.nodes.quantize.lora_merge import LoraMerge
 from frugal.nodes.wan import glue as wan
 from frugal.tests import wan_bed as bed
-from frugal.tests.wan_checks import forward, loaded_weights
+from frugal.tests.wan_checks import forward, loaded_weights, reference
 
 pytest.importorskip("comfy_kitchen")
 SOURCE = bed.weights()
@@ -85,6 +85,20 @@ def test_the_packs_loader_reads_the_same(target, original, tmp_path):
         ours, theirs = wan.load_wan(path)[0], stock(path)[0]
         agree(ours, stands_for(path))
         assert bed.relative(forward(ours), forward(theirs)) < 1e-3
+
+
+def test_awq_runs_in_the_packs_loader(original, tmp_path):
+    """ComfyUI 0.33 and before do not know the format."""
+    path, report = converted(original, tmp_path, formats.AWQ)
+    assert "ComfyUI-Frugal's loader" in report.notes[-1]
+    with torch.inference_mode():
+        out, exact = forward(wan.load_wan(path)[0]), forward(stock(original)[0])
+    meant = {
+        name: tensor.float() for name, tensor in comfy.utils.load_torch_file(str(original)).items()
+    }
+    expected = reference(meant | stands_for(path))
+    assert bed.relative(out, expected) < 2e-3
+    assert 0.01 < bed.relative(out, exact) < 0.15
 
 
 def test_layers_outside_the_blocks_load_too(original, tmp_path):
