@@ -116,8 +116,7 @@ def test_statistics_are_those_of_what_the_layers_get(model, prompts, witnessed, 
     assert found.meta["runs"] == 1 and found.meta["models"][0]["files"]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "uni_pc", "heun"])
-@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize(("sampler", "cfg"), [("euler", 1.0), ("uni_pc", 4.0), ("heun", 4.0)])
 def test_the_picture_stays_the_same_and_clones_see_nothing(model, prompts, tmp_path, sampler, cfg):
     path = tmp_path / "wan.safetensors"
     wrapped = recorded(model, path, rows=40)
@@ -332,6 +331,8 @@ def test_calibrated_models_are_closer_on_other_noise(model, source, prompts, tmp
     for calibrated in (False, True):
         weights = dict(source)
         for name in bed.block_linears(source):
+            if not name.endswith(("ffn.0", "ffn.2", "self_attn.v", "self_attn.o")):
+                continue
             weight = source[f"{name}.weight"]
             statistics = found.layer(name) if calibrated else None
             made = formats.encode(target, weight, "cpu", statistics=statistics)
