@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,16 @@ def declare(layer: str, **entry: Any) -> Weights:
     return {f"{layer}.comfy_quant": torch.tensor(list(raw), dtype=torch.uint8)}
 
 
-def header_metadata(source: Weights, **entry: Any) -> dict[str, str]:
-    layers = dict.fromkeys(block_linears(source), entry)
+def header_metadata(source: Weights, config: WanConfig = T2V, **entry: Any) -> dict[str, str]:
+    layers = dict.fromkeys(block_linears(source, config), entry)
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
 
 
-def plain_fp8(source: Weights, dtype: torch.dtype, everything: bool = False) -> File:
+def plain_fp8(
+    source: Weights, dtype: torch.dtype, everything: bool = False, config: WanConfig = T2V
+) -> File:
     held, meant = base(source)
-    linears = {f"{layer}.weight" for layer in block_linears(source)}
+    linears = {f"{layer}.weight" for layer in block_linears(source, config)}
     for name in held:
         if everything or name in linears:
             held[name] = source[name].to(dtype)
@@ -137,10 +140,14 @@ E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 ONE_STEP = {"scale_name": "weight_scale"}
 
 
-def fp8_layouts(source: Weights) -> dict[str, Callable[[], File]]:
+def fp8_layouts(source: Weights, config: WanConfig = T2V) -> dict[str, Callable[[], File]]:
     """Layouts that load on every supported ComfyUI: label -> maker of (tensors, metadata,
     meaning).
     """
+
+    make = partial(scaled, config=config)
+    cast = partial(plain_fp8, config=config)
+    header = partial(header_metadata, config=config)
 
     def plain(dtype: torch.dtype) -> Callable[[], File]:
         return lambda: (base(source, dtype)[0], {}, base(source, dtype)[1])
@@ -152,57 +159,57 @@ def fp8_layouts(source: Weights) -> dict[str, Callable[[], File]]:
         "fp32": plain(torch.float32),
         "fp16": plain(torch.float16),
         "bf16": plain(torch.bfloat16),
-        "e4m3 cast": lambda: plain_fp8(source, E4),
-        "e5m2 cast": lambda: plain_fp8(source, E5),
-        "e4m3 cast of everything": lambda: plain_fp8(source, E4, everything=True),
-        "e4m3 scale_weight, marker of 2": lambda: scaled(source, E4, marker=mark(2)),
-        "e4m3 scale_weight, marker of 0": lambda: scaled(source, E4, marker=mark(0)),
-        "e4m3 scale_weight, bf16 marker of 1": lambda: scaled(
+        "e4m3 cast": lambda: cast(source, E4),
+        "e5m2 cast": lambda: cast(source, E5),
+        "e4m3 cast of everything": lambda: cast(source, E4, everything=True),
+        "e4m3 scale_weight, marker of 2": lambda: make(source, E4, marker=mark(2)),
+        "e4m3 scale_weight, marker of 0": lambda: make(source, E4, marker=mark(0)),
+        "e4m3 scale_weight, bf16 marker of 1": lambda: make(
             source, E4, marker=mark(1, dtype=torch.bfloat16)
         ),
-        "e4m3 scale_weight and scale_input, fp32 marker": lambda: scaled(
+        "e4m3 scale_weight and scale_input, fp32 marker": lambda: make(
             source,
             E4,
             marker=mark(1, dtype=torch.float32),
             extras=lambda layer, scale: {f"{layer}.scale_input": torch.tensor(0.37)},
         ),
-        "e4m3 scale_weight, no marker": lambda: scaled(source, E4),
-        "e4m3 weight_scale, no marker": lambda: scaled(source, E4, **ONE_STEP),
-        "e4m3 weight_scale with marker": lambda: scaled(source, E4, marker=mark(2), **ONE_STEP),
-        "e4m3 weight_scale of shape [1], no marker": lambda: scaled(
+        "e4m3 scale_weight, no marker": lambda: make(source, E4),
+        "e4m3 weight_scale, no marker": lambda: make(source, E4, **ONE_STEP),
+        "e4m3 weight_scale with marker": lambda: make(source, E4, marker=mark(2), **ONE_STEP),
+        "e4m3 weight_scale of shape [1], no marker": lambda: make(
             source,
             E4,
             scale_shape=lambda scale: scale.reshape(1),
             **ONE_STEP,
         ),
-        "e5m2 scale_weight to 57344, e5m2 marker": lambda: scaled(
+        "e5m2 scale_weight to 57344, e5m2 marker": lambda: make(
             source, E5, marker=mark(2, dtype=E5)
         ),
-        "e5m2 scale_weight to 448, e5m2 marker": lambda: scaled(
+        "e5m2 scale_weight to 448, e5m2 marker": lambda: make(
             source, E5, marker=mark(2, dtype=E5), target=448
         ),
-        "e4m3 weight_scale, header": lambda: scaled(
-            source, E4, metadata=header_metadata(source, format="float8_e4m3fn"), **ONE_STEP
+        "e4m3 weight_scale, header": lambda: make(
+            source, E4, metadata=header(source, format="float8_e4m3fn"), **ONE_STEP
         ),
-        "e5m2 weight_scale, header": lambda: scaled(
-            source, E5, metadata=header_metadata(source, format="float8_e5m2"), **ONE_STEP
+        "e5m2 weight_scale, header": lambda: make(
+            source, E5, metadata=header(source, format="float8_e5m2"), **ONE_STEP
         ),
-        "e5m2 weight_scale, header says e4m3": lambda: scaled(
-            source, E5, metadata=header_metadata(source, format="float8_e4m3fn"), **ONE_STEP
+        "e5m2 weight_scale, header says e4m3": lambda: make(
+            source, E5, metadata=header(source, format="float8_e4m3fn"), **ONE_STEP
         ),
-        "e4m3 weight_scale, comfy_quant": lambda: scaled(
+        "e4m3 weight_scale, comfy_quant": lambda: make(
             source, E4, extras=lambda layer, _: declare(layer, format="float8_e4m3fn"), **ONE_STEP
         ),
-        "e5m2 weight_scale, comfy_quant": lambda: scaled(
+        "e5m2 weight_scale, comfy_quant": lambda: make(
             source, E5, extras=lambda layer, _: declare(layer, format="float8_e5m2"), **ONE_STEP
         ),
-        "e4m3 weight_scale [rows,1], no marker (LightX2V)": lambda: scaled(
+        "e4m3 weight_scale [rows,1], no marker (LightX2V)": lambda: make(
             source, E4, rows=True, **ONE_STEP
         ),
-        "e4m3 scale_weight [rows], marker": lambda: scaled(
+        "e4m3 scale_weight [rows], marker": lambda: make(
             source, E4, rows=True, marker=mark(2), scale_shape=lambda scale: scale.flatten()
         ),
-        "e5m2 weight_scale [rows,1], no marker": lambda: scaled(source, E5, rows=True, **ONE_STEP),
+        "e5m2 weight_scale [rows,1], no marker": lambda: make(source, E5, rows=True, **ONE_STEP),
     }
 
 

@@ -17,19 +17,22 @@ from frugal.tests import wan_bed as bed
 from frugal.tests.wan_checks import check, forward, reference
 
 SOURCE = bed.weights()
-FP8 = bed.fp8_layouts(SOURCE)
+CONFIGS = {"T2V": bed.T2V, "I2V": bed.I2V}
+SOURCES = {kind: bed.weights(config) for kind, config in CONFIGS.items()}
 
 
-@pytest.mark.parametrize("layout", FP8)
-def test_float_layout_arrives_as_its_bytes_say(layout, tmp_path):
-    tensors, metadata, meant = FP8[layout]()
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("layout", bed.fp8_layouts(SOURCE))
+def test_float_layout_arrives_as_its_bytes_say(layout, kind, tmp_path):
+    config, source = CONFIGS[kind], SOURCES[kind]
+    tensors, metadata, meant = bed.fp8_layouts(source, config)[layout]()
     path = bed.write(tmp_path / "wan.safetensors", tensors, metadata)
     with torch.inference_mode():
         patcher, report = glue.load_wan(path)
-    check(patcher, meant)
-    fp16 = reference(bed.base(SOURCE, torch.float16)[1])
+    check(patcher, meant, config)
+    fp16 = reference(bed.base(source, torch.float16)[1], config)
     with torch.inference_mode():
-        assert bed.correlation(forward(patcher), fp16) >= (
+        assert bed.correlation(forward(patcher, config), fp16) >= (
             0.99 if "e5m2" in layout or "everything" in layout else 0.999
         )
     assert patcher.attachments[REPORT_KEY] is report

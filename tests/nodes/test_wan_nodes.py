@@ -110,6 +110,16 @@ def test_file_without_a_model(kind, folders):
         run(FrugalLoadWan, model_name=name, weight_dtype="default")
 
 
+@pytest.mark.parametrize(
+    "name", ["../out.safetensors", "/out.safetensors", "a/../../out.safetensors"]
+)
+def test_file_outside_the_model_folders(name, folders):
+    bed.write(folders / "out.safetensors", SOURCE)
+    name = name if not name.startswith("/") else str(folders / "out.safetensors")
+    with pytest.raises(FrugalError, match="is not there"):
+        run(FrugalLoadWan, model_name=name, weight_dtype="default")
+
+
 def test_pickle_with_code_is_not_run(folders):
     path = folders / _models.FOLDER / "wan.pt"
     torch.save({"x": Path("anything")}, path)
