@@ -11,7 +11,8 @@ that looks every 5 ms. Beside it, in fresh processes too:
 - rounding: only the same rounding, of tensors that are in memory, nothing written;
 - copy: the source's bytes copied into a new file and brought to disk.
 
-Speeds are bytes of the source per second of wall time, the best of two turns.
+Speeds are bytes of the source per second of wall time, the best of FRUGAL_BENCH_TURNS turns (2).
+Seconds of the processors are given too: other work on the machine changes them less.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TURNS = 2
+TURNS = int(os.environ.get("FRUGAL_BENCH_TURNS", "2"))
 WHOS = ("stream", "in memory", "rounding", "copy")
 # Format -> blocks of the file: the slow rounding of 4 bits is measured on a smaller file, whose
 # layers have the same size.
@@ -94,7 +95,7 @@ def once(who: str, source: str, target: str, out: str) -> dict:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    before, started = own_memory(), time.perf_counter()
+    before, started, used = own_memory(), time.perf_counter(), time.process_time()
     if who == "stream":
         held = Weights(source)
         convert(held, Path(out), uniform(held, target))
@@ -104,28 +105,32 @@ def once(who: str, source: str, target: str, out: str) -> dict:
         to_disk()
     else:
         tensors = load_file(source)
-        if who == "rounding":
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            started = time.perf_counter()
-        made = {}
+        made, rounding = {}, [0.0, 0.0]
         large = set(uniform(Weights(source), target))
         for name in list(tensors):
             layer, tensor = name.removesuffix(".weight"), tensors.pop(name)
             if layer not in large or not name.endswith(".weight"):
                 made[name] = tensor
                 continue
+            tensor = tensor.clone() if who == "rounding" else tensor
+            clocks = [time.perf_counter(), time.process_time()]
             parts = formats.encode(target, tensor, "cpu")
+            rounding[0] += time.perf_counter() - clocks[0]
+            rounding[1] += time.process_time() - clocks[1]
             if who == "in memory":
                 made.update({f"{layer}.{leaf}": part for leaf, part in parts.items()})
         if who == "in memory":
             save_file(made, out)
             to_disk()
-    seconds = time.perf_counter() - started
+    seconds, used = time.perf_counter() - started, time.process_time() - used
+    if who == "rounding":
+        seconds, used = rounding
     done.set()
     watcher.join()
     size = os.path.getsize(source)
     return {
         "seconds": round(seconds, 2),
+        "processor_seconds": round(used, 2),
         "MB_per_s": round(size / seconds / 1e6, 1),
         "peak_anonymous_MB": round((highest[0] - before) / 1e6, 1),
         "written": os.path.getsize(out) if os.path.exists(out) else 0,
@@ -167,8 +172,14 @@ def measure(results: Path, targets: list[str]) -> None:
             row["speed_of_in_memory"] = round(speed / row["in memory"]["MB_per_s"], 3)
             both = row["copy"]["seconds"] + row["rounding"]["seconds"]
             row["speed_of_copy_and_rounding"] = round(both / row["stream"]["seconds"], 3)
+            spent = {who: row[who]["processor_seconds"] for who in WHOS}
+            row["processor_share_of_in_memory"] = round(spent["stream"] / spent["in memory"], 3)
             rows.append(row)
             print(json.dumps(row), flush=True)
+            save(results, rows)
+
+
+def save(results: Path, rows: list[dict]) -> None:
     import torch
 
     commit = subprocess.run(
@@ -177,6 +188,7 @@ def measure(results: Path, targets: list[str]) -> None:
     about = {
         "torch": torch.__version__,
         "device": "cpu",
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
