@@ -170,7 +170,7 @@ def test_every_layout_becomes_comfyuis_own(tmp_path):
         for key, weight in meant.items():
             bound = (2**-8 if opened else 1e-6) * weight.float().abs()
             assert bool(((got[key] - weight.float()).abs() <= bound).all()), (name, key)
-        assert any("become bf16" in note for note in report.notes) == opened, name
+        assert any("layers become bf16" in note for note in report.notes) == opened, name
         if name not in REQUANTISED:
             continue
         report = quantised(path, formats.INT8, made)
