@@ -1,6 +1,6 @@
 """CatVTON's sampling against the same steps in diffusers, same random weights, in one run.
 
-    python bench/catvton.py COMFYUI_FOLDER [--size 192x256] [--batch 1] [--cfg 2.5] [--steps 2]
+    python bench/catvton.py COMFYUI_FOLDER [--size 128x192] [--batch 1] [--cfg 2.5] [--steps 2]
         [--rounds 2] [--device cpu] [--contenders "diffusers fp32,ours fp32,ours int8"]
         [--width 320] [--threads 2] [--note "..."] [--out FILE]
 
@@ -320,7 +320,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("tree", type=Path)
-    options.add_argument("--size", type=size, default=(192, 256))
+    options.add_argument("--size", type=size, default=(128, 192))
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--cfg", type=float, default=2.5)
     options.add_argument("--steps", type=int, default=2)

@@ -31,12 +31,12 @@ def skip_cross_attention(unet):
     return unet
 
 
-def make_unet(seed, in_channels=9):
+def make_unet(seed, in_channels=9, widths=(64, 128, 192)):
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         in_channels=in_channels,
         out_channels=4,
-        block_out_channels=(64, 128, 192),
+        block_out_channels=widths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,

@@ -139,7 +139,9 @@ def _check(tensors: Mapping[str, torch.Tensor], name: str, layer: Layer, file: s
         raise FrugalError(
             f"{file}: {name} lacks its {'weight' if weight is None else SCALE}", "both", GET
         )
-    shapes = [(), (1,), (weight.shape[0], *[1] * (weight.ndim - 1))]
+    # ComfyUI's fp8 products take one scale for the whole matrix and would misread a column of them.
+    whole = layer.format == MATRIX[FP8]
+    shapes = [(), (1,)] if whole else [(), (weight.shape[0], *[1] * (weight.ndim - 1))]
     if weight.dtype != TYPES[layer.kind] or weight.ndim != layer.ndim:
         raise FrugalError(
             f"{file}: {name} is declared {layer.format} and holds {weight.dtype} of shape "
@@ -150,7 +152,7 @@ def _check(tensors: Mapping[str, torch.Tensor], name: str, layer: Layer, file: s
     if tuple(scale.shape) not in shapes or scale.dtype != torch.float32:
         raise FrugalError(
             f"{file}: {name} has scales {scale.dtype} of shape {list(scale.shape)}",
-            f"float32 of shape {list(shapes[-1])} or one number",
+            f"float32 of shape {list(shapes[-1])} or []",
             GET,
         )
     if layer.rotation and weight.shape[1] % layer.rotation:

@@ -315,6 +315,8 @@ def load_catvton(
             f"{len(layers) - kernels} matrices and {kernels} convolutions in 8 bits ({found})"
             + ("" if quantize == precision.AS_STORED else ", quantised while loading")
         )
+    elif quantize != precision.AS_STORED:
+        notes.append(f"no layer is large enough to be worth {quantize}: loaded as stored")
     args = (layers, config, heads, prediction, weight_dtype, disable_dynamic, name)
     patcher = build(unet, *args)
     report = LoadReport(

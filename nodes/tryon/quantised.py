@@ -49,10 +49,10 @@ if NEW:
 
         @classmethod
         def quantize(cls, tensor, kind=per_channel.INT8, rotation=0, stochastic_rounding=0, **_):
-            q, s = per_channel.encode(
-                tensor, kind, rotation=rotation, seed=stochastic_rounding or None
-            )
-            return q, cls.params(s, tensor.dtype, tensor.shape, kind, rotation)
+            layer = Layer(kind, tensor.ndim, rotation)
+            coded = layer.encode(tensor, seed=stochastic_rounding or None)
+            scale = coded[SCALE]
+            return coded["weight"], cls.params(scale, tensor.dtype, tensor.shape, kind, rotation)
 
         @classmethod
         def params(cls, scale, dtype, shape, kind, rotation):
@@ -185,10 +185,8 @@ class _WeightOnly:
                 "a LoRA that stays the same for the whole run",
                 "use a LoRA loader, or load the model with quantize 'as stored'",
             )
-        q, s = per_channel.encode(
-            weight, self.layer.kind, rotation=self.layer.rotation, seed=seed or None
-        )
-        made = _tensor(q, s, self.compute_dtype, self.layer)
+        coded = self.layer.encode(weight, seed=seed or None)
+        made = _tensor(coded["weight"], coded[SCALE], self.compute_dtype, self.layer)
         if return_weight:
             return made
         self.weight = torch.nn.Parameter(made, requires_grad=False)

@@ -190,6 +190,10 @@ def test_contradictions_in_a_file_are_refused():
     refused("scales torch.float32 of shape .2.", weight_scale=torch.ones(2))
     refused("scales torch.float16", weight_scale=torch.ones(64, 1, 1, 1).half())
     refused("declared frugal_conv_int8 and holds torch.float32", weight=gaussian(64, 64, 3, 3))
+    tensors, _ = small(FP8)
+    tensors["a.transformer_blocks.0.q.weight_scale"] = torch.ones(160, 1)
+    with pytest.raises(FrugalError, match="scales torch"):
+        precision.declared(tensors, "x")
     refused("quantised as 'nvfp4'", comfy_quant=words(format="nvfp4"))
     refused("the setting 'group_size'", comfy_quant=words(format="frugal_conv_int8", group_size=8))
     refused("int8 matrices alone", comfy_quant=words(format="frugal_conv_int8", convrot=True))

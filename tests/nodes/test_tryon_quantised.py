@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import per_channel
+from frugal.kernels.tryon import precision
 from frugal.nodes._comfy import REPORT_KEY
 from frugal.nodes.tryon import loading, quantised
 from frugal.tests import tryon_bed as bed
@@ -287,6 +288,15 @@ def test_sources_that_are_no_floats_are_refused(folder, tmp_path):
         loading.load_catvton(str(tmp_path / "fp8.safetensors"), None, "auto", "int8")
     with pytest.raises(FrugalError, match="the choice 'int4'"):
         load(folder, "int4")
+
+
+def test_a_model_without_large_layers_says_that_nothing_was_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "SMALLEST", 1 << 20)
+    small = bed.make_unet(0, widths=(32, 32, 32))
+    save_file(bed.state(small), tmp_path / "small.safetensors", bed.META)
+    patcher = loading.load_catvton(str(tmp_path / "small.safetensors"), None, "auto", "int8")
+    assert "no layer is large enough" in patcher.attachments[REPORT_KEY].text()
+    assert patcher.model.get_dtype() == torch.float32
 
 
 def test_reload_factory_quantises_again(folder):

@@ -105,7 +105,7 @@ def test_another_attention_file_on_a_quantised_base(files, tmp_path):
     assert 0 < bed.relative(bed.run(whole, x, t), bed.run(mixed, x, t)) < 2.5e-2
 
 
-@pytest.mark.parametrize("kind", ["as stored", "int8"])
+@pytest.mark.parametrize("kind", ["as stored", "int8", "fp8"])
 def test_a_lora_is_merged_as_comfyui_merges_it(files, tmp_path, kind):
     patcher = loading.load_catvton(*files, "fp32", kind)
     x, t = bed.inputs()
@@ -123,6 +123,8 @@ def test_a_lora_is_merged_as_comfyui_merges_it(files, tmp_path, kind):
     saving.save_catvton(clone, loaded)
     one, two = load_file(path), load_file(loaded)
     assert all(torch.equal(one[n], two[n]) for n in one)
+    scale = one.get(f"{ATTN.removeprefix('diffusion_model.')}_scale", torch.zeros(0))
+    assert scale.shape == {"as stored": (0,), "int8": (192, 1), "fp8": ()}[kind]
     again = bed.run(loading.load_catvton(path, None, "fp32"), x, t)
     assert bed.relative(again, patched) <= 1e-6
     assert bed.relative(again, plain) > 0.1
