@@ -21,7 +21,8 @@ from ..errors import FrugalError
 PANEL = 2048
 # Directions kept of a sketch, as a part of its columns; the rest made the others accurate.
 KEPT = 0.5
-# Relative size of the shift that keeps the sketch's core positive definite (arXiv 1706.05736).
+# Relative size of the shift that keeps the sketch's core positive definite (arXiv 1706.05736), ten
+# times more where sums in float32 have lost too many digits for it.
 SHIFT = 1e-6
 FEWEST = 16
 
@@ -166,18 +167,20 @@ class Gatherer:
         """[in, kept] with factor factor^T the best approximation of H that the sketch holds."""
         random = self._directions.get(self.width, self.columns, device)
         sketch = (self._total / self.rows).to(device)
-        shift = SHIFT * float(torch.linalg.vector_norm(sketch)) or 1.0
-        sketch += shift * random
-        core = (random.t().double() @ sketch.double()).float()
-        core = (core + core.t()).double() / 2
-        lower, info = torch.linalg.cholesky_ex(core)
-        if int(info) != 0:
+        size = float(torch.linalg.vector_norm(sketch)) or 1.0
+        for shift in (SHIFT * size * 10**power for power in range(5)):
+            shifted = (sketch + shift * random).double()
+            core = random.t().double() @ shifted
+            lower, info = torch.linalg.cholesky_ex((core + core.t()) / 2)
+            if int(info) == 0:
+                break
+        else:
             raise FrugalError(
                 "a sketch of statistics that is not positive",
                 "sums of squares",
                 "allow more memory, or report it to ComfyUI-Frugal",
             )
-        half = torch.linalg.solve_triangular(lower, sketch.t().double(), upper=False).t()
+        half = torch.linalg.solve_triangular(lower, shifted.t(), upper=False).t()
         # The small side's eigenvectors give the large side's: half is [in, columns].
         values, vectors = torch.linalg.eigh(half.t() @ half)
         kept = max(1, int(self.columns * KEPT))

@@ -41,7 +41,7 @@ SHARED = (
     (re.compile(r".*\.cross_attn\.[kv]"), "text"),
     (re.compile(r".*\.cross_attn\.[kv]_img"), "image"),
 )
-# Rows are told apart by two random sums, in steps of one part in this many of the longest row.
+# Rows are told apart by their length and two random sums, each in steps of one part in this many.
 CLOSE = 1e5
 Say = Callable[[str], None]
 
@@ -308,13 +308,13 @@ def _foreseen(layers: dict[str, Any]) -> dict[str, int]:
 
 def _distinct(rows: torch.Tensor) -> torch.Tensor:
     """The rows [rows, in] without those that an earlier one equals up to rounding."""
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    if not bool(torch.isfinite(length).all()):
+        return rows
     make = torch.Generator().manual_seed(0)
     look = torch.randn(rows.shape[1], 2, generator=make).to(rows.device)
-    seen = (rows @ look).double()
-    scale = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).amax()
-    if not bool(torch.isfinite(scale)) or not bool(scale > 0):
-        return rows
-    seen = (seen / scale * CLOSE).round()
+    length.clamp_(min=1e-30)
+    seen = (torch.cat([(rows @ look) / length, length.log()], dim=1) * CLOSE).round()
     _, group = torch.unique(seen, dim=0, return_inverse=True)
     places = torch.arange(len(rows), device=rows.device)
     first = torch.full_like(places, len(rows)).scatter_reduce_(0, group, places, "amin")

@@ -125,6 +125,21 @@ def test_merging_two_runs_is_one_longer_run(columns):
         merged(gathered(one, 48), gathered(rows_of(9, 24), 24))
 
 
+@pytest.mark.parametrize("kind", ["one input rules", "few rows", "one row", "many small adds"])
+def test_a_sketch_of_extreme_inputs(kind):
+    rows = rows_of(400, 128)
+    if kind == "one input rules":
+        rows[:, 7] *= 1e5
+    elif kind in ("few rows", "one row"):
+        rows = rows[: 9 if kind == "few rows" else 1]
+    dense = gathered(rows, 48, pieces=200 if kind == "many small adds" else 1).dense()
+    meant = rows.double().t() @ rows.double() / len(rows)
+    assert relative(dense, meant) < 0.05
+    assert float(torch.linalg.eigvalsh(dense.double()).min()) > -1e-3 * float(
+        dense.diagonal().max()
+    )
+
+
 @pytest.mark.parametrize("columns", [16, 32])
 def test_inputs_that_were_always_zero(columns):
     rows = rows_of(100, 32)

@@ -148,6 +148,19 @@ def test_the_seed_chooses_the_rows(model, prompts, witnessed, tmp_path):
         assert bed.relative(each, meant) < 0.35
 
 
+def test_rows_that_come_again_count_once():
+    rows = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
+    rows[29] *= 1e6
+    again = torch.cat([rows, rows[5:20], rows[3:4] * (1 + 1e-8), 0 * rows[:4]])
+    found = capture._distinct(again)
+    assert torch.equal(found, torch.cat([rows, 0 * rows[:1]]))
+    assert torch.equal(capture._distinct(rows), rows)
+    other = torch.cat([rows, 2 * rows[:1], -rows[:1]])
+    assert torch.equal(capture._distinct(other), other)
+    broken = torch.cat([rows, torch.full((2, 64), torch.nan)])
+    assert capture._distinct(broken).shape == broken.shape
+
+
 class StoppedError(BaseException):
     pass
 
