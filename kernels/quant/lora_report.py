@@ -14,8 +14,8 @@ LISTED = 6
 @dataclass(frozen=True)
 class LoraReport:
     """Counts of keys: `keys` in the file for this model, `beside` applied without changing a
-    loaded weight, `inside` by changing it; `left` key -> reason; `layers` with a branch and the `size` in
-    bytes of what they hold; `text_encoder` keys that are not this model's.
+    loaded weight, `inside` by changing it; `left` key -> reason; `layers` with a branch and the
+    `size` in bytes of what they hold; `text_encoder` keys that are not this model's.
     """
 
     file: str
