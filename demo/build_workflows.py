@@ -19,6 +19,9 @@ from .comfy_server import ComfyServer
 from .graph_builder import Group, Node, Note, build
 from .graph_picture import draw
 from .layout import MODELS, WORKFLOWS
+from .mask_graph import GROUPS as MASK_GROUPS
+from .mask_graph import NOTE as MASK_NOTE
+from .mask_graph import masks_graph, write_inputs
 from .tiny_wan import build_demo_wan
 
 HUB = "https://huggingface.co"
@@ -331,12 +334,15 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
         build_demo_wan(Path(base) / "models")
+        (Path(base) / "input").mkdir(exist_ok=True)
+        write_inputs(Path(base) / "input")
         with ComfyServer(args.tree, base, models=(MODELS,)) as server:
             info = server.object_info()
     for name, nodes, note, groups in (
         ("tryon_demo", tryon_to_video(DEMO, False), DEMO_NOTE, GROUPS),
         ("tryon_to_video_12gb", tryon_to_video(REAL, True), REAL_NOTE, GROUPS),
         ("tryon_batch", tryon_batch(DEMO), BATCH_NOTE, BATCH_GROUPS),
+        ("masks", masks_graph(), MASK_NOTE, MASK_GROUPS),
     ):
         graph = build(info, nodes, [note], groups)
         path = WORKFLOWS / f"{name}.json"
