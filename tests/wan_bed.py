@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
+from frugal.tests.block_bed import fp8_runs, fp8_squares
 from frugal.tests.packed_bed import gptq_or_awq_layer, w4a16_layer
 
 T2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=16, out_dim=16)
@@ -78,10 +79,13 @@ def scaled(
     extras: Callable[[str, torch.Tensor], Weights] = lambda layer, scale: {},
     metadata: dict[str, str] | None = None,
     config: WanConfig = T2V,
+    blocks: Callable[..., Any] | None = None,
 ) -> File:
     held, meant = base(source)
     for layer in block_linears(source, config):
-        stored, scale, exact = fp8(source[f"{layer}.weight"], dtype, rows, target)
+        weight = source[f"{layer}.weight"]
+        made = blocks(weight, dtype) if blocks else fp8(weight, dtype, rows, target)
+        stored, scale, exact = made
         held[f"{layer}.weight"], meant[f"{layer}.weight"] = stored, exact
         held[f"{layer}.{scale_name}"] = scale_shape(scale)
         held.update(extras(layer, scale))
@@ -210,6 +214,15 @@ def fp8_layouts(source: Weights, config: WanConfig = T2V) -> dict[str, Callable[
             source, E4, rows=True, marker=mark(2), scale_shape=lambda scale: scale.flatten()
         ),
         "e5m2 weight_scale [rows,1], no marker": lambda: make(source, E5, rows=True, **ONE_STEP),
+        "e4m3 scale_weight per row and 64 inputs, marker (musubi)": lambda: make(
+            source, E4, blocks=partial(fp8_runs, run=64), marker=mark(0)
+        ),
+        "e5m2 weight_scale per row and 128 inputs": lambda: make(
+            source, E5, blocks=partial(fp8_runs, run=128), **ONE_STEP
+        ),
+        "e4m3 weight_scale_inv per square of 128": lambda: make(
+            source, E4, blocks=fp8_squares, scale_name="weight_scale_inv"
+        ),
     }
 
 
@@ -423,11 +436,8 @@ def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
             for k, v in scaled(source, E4, marker=torch.zeros(2).to(E4))[0].items()
             if k != "blocks.1.ffn.0.scale_weight"
         },
-        "e4m3 scale per block of 64": scaled(
-            source,
-            E4,
-            scale_shape=lambda scale: scale.expand(256, 4, 1),
-            **ONE_STEP,
+        "e4m3 scales that fit no block": scaled(
+            source, E4, scale_shape=lambda scale: scale.expand(256, 3), **ONE_STEP
         )[0],
     }
     for label, tensors in broken.items():

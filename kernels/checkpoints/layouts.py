@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from ..quant import scale_grid
 from ..quant.packed_int import W4A16, PackedSpec
 from .header import TensorInfo
 
@@ -43,6 +44,7 @@ OPTIONS = (
 SIDE = {
     "scale_weight": "weight_scale",
     "weight_scale": "weight_scale",
+    "weight_scale_inv": "weight_scale",
     "scale_input": "input_scale",
     "input_scale": "input_scale",
     "comfy_quant": "comfy_quant",
@@ -72,8 +74,8 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One linear layer: its format, the per-row property of its scale, and what the file left
-    unsaid.
+    """One linear layer: its format, whether its fp8 scale is per row or, `blocks` too, per block,
+    and what the file left unsaid.
 
     `stored` maps a side tensor's name in the file (such as scale_weight) to its canonical name;
     `unit_scale` says that the file holds no scale because the weight is a plain cast; `options`
@@ -84,6 +86,7 @@ class LayerLayout:
 
     format: str
     per_row: bool = False
+    blocks: bool = False
     unit_scale: bool = False
     stored: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -105,9 +108,10 @@ def classify(
     `side` holds the tensors beside the weight by their last name, `declared` the format entry of
     the file, if any. Raises FrugalError for anything that is not one of the known layouts.
     """
-    if "scale_weight" in side and "weight_scale" in side:
+    scales = sorted(name for name in side if SIDE[name] == "weight_scale")
+    if len(scales) > 1:
         raise FrugalError(
-            f"{where} has both scale_weight and weight_scale", "one of them", "choose another file"
+            f"{where} has both {' and '.join(scales)}", "one of them", "choose another file"
         )
     stored = {name: SIDE[name] for name in side if name != "comfy_quant"}
     canonical = {SIDE[name]: info for name, info in side.items()}
@@ -127,7 +131,8 @@ def classify(
         _check_shape(where, weight, shape)
         if scale is None:
             return LayerLayout(FLOAT8[weight.dtype], unit_scale=True, stored=stored)
-        return LayerLayout(FLOAT8[weight.dtype], per_row=_rows(where, scale, shape), stored=stored)
+        per_row, blocks = _float8_scale(where, scale, shape)
+        return LayerLayout(FLOAT8[weight.dtype], per_row, blocks, stored=stored)
     if weight.dtype == torch.int8:
         _check_shape(where, weight, shape)
         if scale is None:
@@ -180,12 +185,8 @@ def _declared(
         _check_shape(where, weight, shape)
         check_only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
         # The bytes decide: files labelled e4m3fn with e5m2 inside are known.
-        return LayerLayout(
-            FLOAT8[weight.dtype],
-            _rows(where, side["weight_scale"], shape),
-            stored=stored,
-            options=options,
-        )
+        per_row, blocks = _float8_scale(where, side["weight_scale"], shape)
+        return LayerLayout(FLOAT8[weight.dtype], per_row, blocks, stored=stored, options=options)
     group = (
         options.get("convrot_groupsize", 256)
         if form in (W4A4, W4A8) or options.get("convrot")
@@ -304,6 +305,21 @@ def _w4a16(
                 "convert the model again",
             )
     return PackedSpec(W4A16, 4, 0, out, inside, group)
+
+
+def _float8_scale(where: str, scale: TensorInfo, shape: tuple[int, int]) -> tuple[bool, bool]:
+    """(not a scalar, per block) of the scale of fp8 weights; refuses shapes of no known grid."""
+    flat = scale.shape[:-1] if len(scale.shape) == 3 and scale.shape[-1] == 1 else scale.shape
+    if scale.dtype in FLOATS and scale_grid.is_grid(flat, shape):
+        return True, True
+    if len(scale.shape) == 2 and scale.numel > 1 and scale.shape[1] > 1:
+        raise FrugalError(
+            f"{where} has fp8 scales of shape {list(scale.shape)}",
+            f"a scalar, one per row, [{shape[0]}, groups that divide {shape[1]}] or "
+            f"{list(scale_grid.squares(shape))} for squares of 128",
+            "use a file with one scale per tensor, row or block",
+        )
+    return _rows(where, scale, shape), False
 
 
 def _rows(where: str, scale: TensorInfo, shape: tuple[int, int]) -> bool:

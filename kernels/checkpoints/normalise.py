@@ -28,11 +28,11 @@ def normalise(
 ) -> dict[str, torch.Tensor]:
     """The state dict under canonical names, from the planned file's tensors under their own names.
 
-    Scales of fp8 and int8 come out as float32, shape [] or [rows, 1]; parameters that are no linear
-    weights and are stored as fp8 come out as bfloat16, which holds every fp8 value; GPTQ and AWQ
-    layers come out packed, to be taken out with `take_packed`. `quantise` turns the float weight of
-    a layer to be quantised on load into its tensors, leaf -> tensor. Raises FrugalError for a scale
-    that is not finite and for a tensor that is not there.
+    Scales of fp8 and int8 come out as float32, shape [], [rows, 1] or a grid of blocks; parameters
+    that are no linear weights and are stored as fp8 come out as bfloat16, which holds every fp8
+    value; GPTQ and AWQ layers come out packed, to be taken out with `take_packed`. `quantise` turns
+    the float weight of a layer to be quantised on load into its tensors, leaf -> tensor. Raises
+    FrugalError for a scale that is not finite and for a tensor that is not there.
     """
     out: dict[str, torch.Tensor] = {}
     for raw, name in plan.rename.items():
@@ -106,6 +106,8 @@ def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor
     scale = _scale(file, name, tensor)
     if scale.numel() == 1:
         return scale.reshape(())
+    if layout.blocks:
+        return scale.reshape(scale.shape[0], -1)
     # One spelling per format: W4A4 kernels take a vector of row scales, the others a column.
     return scale.reshape(-1) if layout.format == W4A4 else scale.reshape(-1, 1)
 

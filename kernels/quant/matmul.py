@@ -97,7 +97,12 @@ def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device:
                 f"compute capability {_text(least)} or newer for its low-precision product",
                 "set matmul to auto or full precision",
             )
-    chosen = tuple(name for name, layer in plan.layers.items() if layer.format in FLOAT8.values())
+    chosen = tuple(
+        name
+        for name, layer in plan.layers.items()
+        if layer.format in FLOAT8.values() and not layer.blocks
+    )
+    blocks = sum(layer.blocks for layer in plan.layers.values())
     notes = [
         f"matmul low precision: {forms[form]} layers in {form} multiply in their format; "
         + ("activations are rounded to e4m3 with a scale per token and "
@@ -105,6 +110,8 @@ def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device:
         + f"{device} has {_text(capability)}"
         for form in able
     ]  # fmt: skip
+    if blocks:
+        notes.append(f"{blocks} fp8 layers with a scale per block stay in full precision")
     others = sum(count for form, count in forms.items() if form not in able)
     if others:
         notes.append(f"{others} layers have no low-precision product and stay in full precision")

@@ -21,7 +21,7 @@ from ..checkpoints.packed import PACKED
 from ..checkpoints.plan import Plan, plan_wan
 from ..checkpoints.source import Source, open_source
 from ..checkpoints.wan_shapes import parameters
-from . import formats
+from . import formats, scale_grid
 from .on_load import LARGE
 from .packed_int import PackedWeight, dequantise
 
@@ -135,6 +135,8 @@ def decoded(
             layout.packed,
         )
         return dequantise(packed, torch.float32)
+    if form in FLOAT8.values() and layout.blocks:
+        return scale_grid.dequantise(leaves["weight"], leaves["weight_scale"], torch.float32)
     if form in FLOAT8.values():
         out = torch.empty(shape, dtype=torch.float32)
         scale = leaves["weight_scale"].float()

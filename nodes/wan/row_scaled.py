@@ -1,8 +1,9 @@
-"""fp8 weights with one scale per row, in the two shapes of ComfyUI's quantised tensors.
+"""fp8 weights with one scale per row or block, in the two shapes of ComfyUI's quantised tensors.
 
 ComfyUI's own fp8 layout is made for one scale per tensor: its compiled kernels refuse others, and
 a transposed weight would be scaled along the wrong axis. This layout always dequantises to the
-compute dtype: w = q * scale, q float8 [out, in], scale float32 [out, 1].
+compute dtype: w = q * scale, q float8 [out, in], scale float32 in a shape of
+kernels/quant/scale_grid.py.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ import comfy.float
 import comfy.quant_ops
 import torch
 
+from ...kernels.quant import scale_grid
+
 NAME = "FrugalRowScaledFP8"
 
 
 def dequantise(qdata: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Weights [out, in] in `dtype`, rounded once."""
-    return qdata.to(dtype).mul_(scale)
+    return scale_grid.dequantise(qdata, scale, dtype)
 
 
 def quantise(
-    weight: torch.Tensor, dtype: torch.dtype, seed: int = 0
+    weight: torch.Tensor, dtype: torch.dtype, seed: int = 0, like: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [out, in] -> (float8 [out, in], float32 scale [out, 1]); stochastic rounding for
-    a seed above 0.
+    """Weights [out, in] -> (float8 [out, in], float32 scale in the grid of `like`, by default one
+    per row); stochastic rounding for a seed above 0.
     """
-    largest = torch.finfo(dtype).max
-    scale = (weight.abs().amax(dim=1, keepdim=True).float() / largest).clamp(min=1e-30)
-    scaled = (weight.float() / scale).clamp(-largest, largest)
+    if like is None:
+        like = weight.new_empty(weight.shape[0], 1)
+    scale = scale_grid.scale_like(weight, like, torch.finfo(dtype).max)
+    scaled, _ = scale_grid.quantise(weight, scale, dtype)
     rounded = (
         comfy.float.stochastic_rounding(scaled, dtype, seed=seed) if seed else scaled.to(dtype)
     )
@@ -77,8 +81,8 @@ if hasattr(comfy.quant_ops, "register_layout_class"):
             pass
 
         @classmethod
-        def quantize(cls, tensor, dtype=torch.float8_e4m3fn, stochastic_rounding=0, **_):
-            qdata, scale = quantise(tensor, dtype, stochastic_rounding or 0)
+        def quantize(cls, tensor, dtype=torch.float8_e4m3fn, stochastic_rounding=0, like=None, **_):
+            qdata, scale = quantise(tensor, dtype, stochastic_rounding or 0, like)
             return qdata, cls.Params(
                 scale=scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape)
             )
@@ -97,11 +101,13 @@ if hasattr(comfy.quant_ops, "register_layout_class"):
 
         @classmethod
         def requantize_kwargs(cls, qtensor):
-            return {"dtype": qtensor._qdata.dtype}
+            return {"dtype": qtensor._qdata.dtype, "like": qtensor._params.scale}
 
 
 class LegacyRowScaledFP8:
-    """Layout for ComfyUI versions that keep their own table of layouts."""
+    """Layout for ComfyUI versions that keep their own table of layouts. They do not say what they
+    round again: that gets one scale per row.
+    """
 
     @classmethod
     def quantize(cls, tensor, dtype=torch.float8_e4m3fn, stochastic_rounding=0, **_):

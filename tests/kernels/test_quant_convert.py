@@ -139,7 +139,7 @@ def test_a_format_per_layer(floats, tmp_path):
         quantised(path, {"blocks.7.ffn.0": formats.FP8}, tmp_path / "no.safetensors")
 
 
-BROKEN = ("missing", "unknown", "per block")
+BROKEN = ("missing", "unknown", "fit no block")
 REQUANTISED = (
     "fp32",
     "e5m2 scale_weight to 448, e5m2 marker",
@@ -150,7 +150,7 @@ REQUANTISED = (
     "GGUF Q4_0",
     "bf16, two parts and an index",
 )
-BECOMES_BF16 = ("[rows", "GPTQ", "AWQ")
+BECOMES_BF16 = ("[rows", "per row and", "per square", "GPTQ", "AWQ")
 
 
 def test_every_layout_becomes_comfyuis_own(tmp_path):

@@ -42,7 +42,7 @@ def bf16() -> bed.Weights:
 
 
 def with_block_scales() -> bed.Weights:
-    return scaled(scale_name="weight_scale") | {f"{Q}.weight_scale": torch.ones(8, 2, 1)}
+    return scaled(scale_name="weight_scale") | {f"{Q}.weight_scale": torch.ones(8, 3, 1)}
 
 
 def declared(**entry) -> bed.Weights:
@@ -128,7 +128,7 @@ REFUSED = {
         None,
         "both scale_weight and weight_scale",
     ),
-    "scale per block": (with_block_scales, None, r"scales of shape \[8, 2, 1\]"),
+    "scale per block": (with_block_scales, None, r"scales of shape \[8, 3, 1\]"),
     "scale per column": (
         lambda: scaled() | {f"{Q}.scale_weight": torch.ones(1, 8)},
         None,
