@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = 2e-3
-KEPT_INT8 = 3e-2
 
 
 def measure(tree: Path, out: Path) -> None:
@@ -32,6 +30,7 @@ def measure(tree: Path, out: Path) -> None:
 
     from frugal.nodes.wan import glue
     from frugal.tests import wan_bed as bed
+    from frugal.tests.native_bed import tolerance
 
     logging.disable(logging.CRITICAL)
     given = bed.inputs()
@@ -61,6 +60,7 @@ def measure(tree: Path, out: Path) -> None:
             rows[label] = {
                 "native": outcome(lambda p=path: comfy.sd.load_diffusion_model(str(p)), expected),
                 "pack": outcome(lambda p=path: glue.load_wan(p)[0], expected),
+                "tolerance": tolerance(label),
             }
     result = {"tree": tree.name, "torch": torch.__version__, "device": "cpu", "rows": rows}
     part = out.with_suffix(".part")
@@ -68,7 +68,7 @@ def measure(tree: Path, out: Path) -> None:
     os.replace(part, out)
 
 
-def judged(label: str, text: str) -> str:
+def judged(text: str, tolerance: float) -> str:
     if text.startswith("refused"):
         return "refused, says why"
     try:
@@ -78,7 +78,7 @@ def judged(label: str, text: str) -> str:
     if error != error:
         return "**NaN**"
     shown = "0" if error == 0 else text
-    return shown if error <= (KEPT_INT8 if "int8" in label else KEPT) else f"**{shown}**"
+    return shown if error <= tolerance else f"**{shown}**"
 
 
 def table(*files: str) -> str:
@@ -88,7 +88,7 @@ def table(*files: str) -> str:
     lines = ["| layout | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for label in results[0]["rows"]:
         cells = [
-            judged(label, result["rows"][label][who])
+            judged(result["rows"][label][who], result["rows"][label]["tolerance"])
             for result in results
             for who in ("native", "pack")
         ]

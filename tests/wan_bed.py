@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
 from frugal.tests.block_bed import fp8_runs, fp8_squares
+from frugal.tests.native_bed import NATIVE, native_file
 from frugal.tests.packed_bed import gptq_or_awq_layer, w4a16_layer
 
 T2V = WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=16, out_dim=16)
@@ -377,7 +378,7 @@ def correlation(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def fake_native(layer: str, form: str, rows: int, width: int) -> Weights:
-    """Tensors of the right shapes and types for a native format; their content means nothing."""
+    """Tensors of the right shapes and types for a native format, without meaning."""
     byte, one = torch.uint8, torch.float32
     held = {
         "int8_tensorwise": {"weight": (torch.int8, rows, width), "weight_scale": (one, rows, 1)},
@@ -413,6 +414,9 @@ def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
     made["int8 weight_scale [rows], comfy_quant"] = lambda: int8_rows(source, (-1,), declared=True)
     for label, options in PACKED_LAYOUTS.items():
         made[label] = lambda options=options: gptq_or_awq(source, **options)
+    native = partial(native_file, source=source, layers=block_linears(source))
+    made |= {f"{name}, comfy_quant": partial(native, name, header=False) for name in NATIVE}
+    made["int8 ConvRot, header"] = partial(native, "int8 ConvRot", header=True)
     made["awq_w4a16, groups of 64"] = lambda: w4a16(source)
     made["NVFP4, LightX2V, alpha"] = lambda: lightx2v_nvfp4(source)
     made["NVFP4, LightX2V, input_absmax"] = lambda: lightx2v_nvfp4(source, older=True)

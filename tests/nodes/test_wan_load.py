@@ -14,6 +14,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.nodes._comfy import REPORT_KEY
 from frugal.nodes.wan import glue
 from frugal.tests import wan_bed as bed
+from frugal.tests.native_bed import NATIVE, native_file, tolerance
 from frugal.tests.wan_checks import check, forward, reference
 
 SOURCE = bed.weights()
@@ -60,51 +61,24 @@ def test_int8_per_row_is_exact_or_refused(shape, declared, tmp_path):
         assert bed.relative(forward(patcher), reference(meant)) > 1e-4
 
 
-# format -> (layout of comfy-kitchen, arguments of its quantiser, declared options, tolerance)
-TURN = {"convrot_groupsize": 256}
-NATIVE = {
-    "int8_tensorwise": (
-        "TensorWiseINT8Layout",
-        {"per_channel": True, "convrot": True, **TURN},
-        {"convrot": True, **TURN},
-        3e-2,
-    ),
-    "convrot_w4a4": ("TensorCoreConvRotW4A4Layout", TURN, TURN, 0.2),
-    "asym_w4a8_int8": (
-        "AsymW4A8Int8Layout",
-        {"group_size": 16, **TURN},
-        {"group_size": 16, **TURN},
-        3e-2,
-    ),
-    "nvfp4": ("TensorCoreNVFP4Layout", {}, {}, 2e-3),
-    "mxfp8": ("TensorCoreMXFP8Layout", {}, {}, 2e-3),
-}
-
-
-@pytest.mark.parametrize("form", NATIVE)
-def test_native_format_is_handed_over_or_refused(form, tmp_path):
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("label", [*NATIVE, "int8 ConvRot, header"])
+def test_native_format_is_handed_over_or_refused(label, kind, tmp_path):
+    config, source = CONFIGS[kind], SOURCES[kind]
+    name, form = label.removesuffix(", header"), NATIVE[label.removesuffix(", header")][0]
+    tensors, metadata, meant = native_file(
+        name, source, bed.block_linears(source, config), header=label != name
+    )
+    path = bed.write(tmp_path / "wan.safetensors", tensors, metadata)
     if form not in KNOWN:
-        tensors, metadata, _ = bed.plain_fp8(SOURCE, torch.float8_e4m3fn)
-        for layer in bed.block_linears(SOURCE):
-            rows, width = SOURCE[f"{layer}.weight"].shape
-            tensors |= bed.fake_native(layer, form, rows, width)
-        path = bed.write(tmp_path / "wan.safetensors", tensors, metadata)
-        with pytest.raises(FrugalError, match=f"20 layers in {form}"):
+        with pytest.raises(FrugalError, match=f"layers in {form}"):
             glue.load_wan(path)
         return
-    layout, arguments, options, tolerance = NATIVE[form]
-    tensors, meant = bed.base(SOURCE)
-    for layer in bed.block_linears(SOURCE):
-        name = f"{layer}.weight"
-        packed = comfy.quant_ops.QuantizedTensor.from_float(SOURCE[name], layout, **arguments)
-        tensors.update({key: as_stored(value) for key, value in packed.state_dict(name).items()})
-        tensors.update(bed.declare(layer, format=form, **options))
-        meant[name] = packed.dequantize()
-    path = bed.write(tmp_path / "wan.safetensors", tensors)
     with torch.inference_mode():
         patcher, report = glue.load_wan(path)
-    check(patcher, meant, tolerance=tolerance, least=0.98 if form == "convrot_w4a4" else 0.999)
-    assert any(name.startswith(form) for name in report.formats)
+    least = 0.98 if name == "W4A4" else 0.999
+    check(patcher, meant, config, tolerance=tolerance(name), least=least)
+    assert any(held.startswith(form) for held in report.formats)
 
 
 class PlainMapping:
@@ -143,7 +117,3 @@ def test_mxfp8_scales_of_their_own_type_are_read_under_dynamic_loading(tmp_path,
     if torch.float8_e8m0fnu not in comfy.utils._TYPES.values():
         with pytest.raises(KeyError):
             comfy.utils.load_torch_file(str(path))
-
-
-def as_stored(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor

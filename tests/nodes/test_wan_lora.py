@@ -8,6 +8,7 @@ restores every stored byte.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import comfy.quant_ops
 import comfy.sd
@@ -18,6 +19,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant.on_load import AS_STORED, TARGETS
 from frugal.nodes.wan import glue
 from frugal.tests import wan_bed as bed
+from frugal.tests.native_bed import NATIVE, native_file
 from frugal.tests.wan_checks import forward, loaded_weights, reference
 
 SOURCE = bed.weights()
@@ -26,35 +28,6 @@ KNOWN = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
 # Two seeds of the same random rounding differ by little over so many values; by most where a few
 # large ones make up the error.
 MARGIN = 1.1
-TURN = {"convrot_groupsize": 256}
-# format -> (layout of comfy-kitchen, arguments of its quantiser, declared options)
-NATIVE = {
-    "int8_tensorwise": ("TensorWiseINT8Layout", {}, {}),
-    "convrot_w4a4": ("TensorCoreConvRotW4A4Layout", TURN, TURN),
-    "asym_w4a8_int8": (
-        "AsymW4A8Int8Layout",
-        {"group_size": 64, **TURN},
-        {"group_size": 64, **TURN},
-    ),
-    "nvfp4": ("TensorCoreNVFP4Layout", {}, {}),
-    "mxfp8": ("TensorCoreMXFP8Layout", {}, {}),
-}
-
-
-def native(form: str) -> bed.File:
-    layout, arguments, options = NATIVE[form]
-    tensors = bed.base(SOURCE)[0]
-    for layer in LAYERS:
-        name = f"{layer}.weight"
-        if form not in KNOWN:
-            tensors |= bed.fake_native(layer, form, *SOURCE[name].shape)
-            continue
-        made = comfy.quant_ops.QuantizedTensor.from_float(SOURCE[name], layout, **arguments)
-        held = made.state_dict(name)
-        if form == "mxfp8":
-            held[f"{name}_scale"] = held[f"{name}_scale"].view(torch.uint8)
-        tensors |= held | bed.declare(layer, format=form, **options)
-    return tensors, {}, {}
 
 
 def layouts() -> dict[str, tuple[Callable[[], bed.File], str]]:
@@ -62,7 +35,11 @@ def layouts() -> dict[str, tuple[Callable[[], bed.File], str]]:
     plain = ("fp32", "fp16", "bf16")
     made = {k: v for k, v in bed.fp8_layouts(SOURCE).items() if k not in plain}
     made["int8 per row, bare"] = lambda: bed.int8_rows(SOURCE)
-    made |= {form: lambda form=form: native(form) for form in NATIVE}
+    made |= {
+        label: partial(native_file, label, SOURCE, LAYERS, header=False)
+        for label in NATIVE
+        if label != "W4A8, groups of 16"
+    }
     made["NVFP4, LightX2V"] = lambda: bed.lightx2v_nvfp4(SOURCE)
     for label, options in bed.PACKED_LAYOUTS.items():
         made[label] = lambda options=options: bed.gptq_or_awq(SOURCE, **options)
@@ -101,7 +78,7 @@ def test_lora_costs_what_rounding_costs_and_leaves_no_trace(label, tmp_path):
         except FrugalError as error:
             # Only a format that this ComfyUI does not know may stop the load.
             assert "unknown to this ComfyUI" in str(error)
-            assert not any(form in KNOWN for form in (*NATIVE, "awq_w4a16"))
+            assert not any(form in KNOWN for form, *_ in NATIVE.values())
             return
         meant, before, bytes_before = loaded_weights(model), forward(model), stored(model)
         lora, wanted = bed.lora_of(meant)
