@@ -23,7 +23,7 @@ from .edit import (
     FrugalMaskHull,
     FrugalMaskTemporal,
 )
-from .people import FrugalAgnosticMask, FrugalMaskFromLabels
+from .people import FrugalClothMask, FrugalMaskFromLabels
 from .pictures import FrugalMaskBBoxCrop, FrugalMaskBBoxUncrop, FrugalMaskComposite
 
 
@@ -181,5 +181,5 @@ NODES = [
     FrugalMaskBBoxCrop,
     FrugalMaskBBoxUncrop,
     FrugalMaskFromLabels,
-    FrugalAgnosticMask,
+    FrugalClothMask,
 ]

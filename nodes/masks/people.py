@@ -70,12 +70,12 @@ class FrugalMaskFromLabels(io.ComfyNode):
         return io.NodeOutput(made, ui=preview)
 
 
-class FrugalAgnosticMask(io.ComfyNode):
+class FrugalClothMask(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="FrugalAgnosticMask",
-            display_name="Try-On Agnostic Mask",
+            node_id="FrugalClothMask",
+            display_name="Cloth Mask (agnostic)",
             category=FAMILY,
             description="CatVTON's mask of what to repaint, from label maps of a person: the old "
             "garment and what could betray it, with face, hair, hands and other clothes protected.",

@@ -137,11 +137,9 @@ def as_image(numbers: np.ndarray, table: np.ndarray | None = None) -> torch.Tens
 
 def test_agnostic_mask_from_any_encoding(shown):
     dense, lip, atr = person_maps(128, 96, 0)
-    grey = run(
-        "FrugalAgnosticMask", densepose=as_image(dense), lip=as_image(lip), atr=as_image(atr)
-    )
+    grey = run("FrugalClothMask", densepose=as_image(dense), lip=as_image(lip), atr=as_image(atr))
     coloured = run(
-        "FrugalAgnosticMask",
+        "FrugalClothMask",
         densepose=as_image(dense, labels._hex(labels.VIRIDIS)),
         lip=as_image(lip, labels.voc_palette(20)),
         atr=as_image(atr, labels.voc_palette(18)),
@@ -149,10 +147,10 @@ def test_agnostic_mask_from_any_encoding(shown):
     assert torch.equal(grey.args[0], coloured.args[0])
     assert 0.05 < grey.args[0].mean() < 0.9
     assert "DensePose read as viridis" in shown[-1]
-    run("FrugalAgnosticMask", atr=as_image(atr))
+    run("FrugalClothMask", atr=as_image(atr))
     assert "hands and feet are not protected" in shown[-1]
     with pytest.raises(FrugalError, match="no parsing map"):
-        run("FrugalAgnosticMask", densepose=as_image(dense))
+        run("FrugalClothMask", densepose=as_image(dense))
 
 
 def test_mask_from_labels_names_what_it_read(shown):
