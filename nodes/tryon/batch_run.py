@@ -177,9 +177,7 @@ class Batch:
         except Exception as error:
             if isinstance(error, comfy.model_management.InterruptProcessingException):
                 raise
-            for number in self.outcome.results:
-                finished.setdefault(number, self._finish(number))
-            kept = rescue.save(finished)
+            kept = rescue.save(self._finish_others(finished))
             if isinstance(error, FrugalError):
                 raise FrugalError(error.found, error.expected, f"{error.do}; {kept}") from error
             logging.warning("[Frugal] the batch stopped at '%s'; %s.", error, kept)
@@ -198,6 +196,16 @@ class Batch:
             tuple(self.notes),
         )
         return [finished[number] for number in range(len(self.scenes))], report
+
+    def _finish_others(self, finished: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """`finished` and what else can be finished of the sampled pictures, after an error."""
+        for number in self.outcome.results:
+            if number not in finished:
+                try:
+                    finished[number] = self._finish(number)
+                except (FrugalError, RuntimeError, MemoryError) as error:
+                    logging.warning("[Frugal] picture %d is lost: %s", number + 1, error)
+        return finished
 
     def _place(self, person: int, size: tuple[int, int]):
         how = self.how

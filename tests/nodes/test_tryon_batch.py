@@ -240,6 +240,17 @@ def test_one_alone_that_fails_leaves_the_finished_ones(bed, output):
         assert ((one[0] * 255).int() - kept).abs().max() <= 1
 
 
+def test_one_that_cannot_be_stitched_costs_itself_alone(bed, output):
+    """Its mask fills the photo, so there is no ring to match colours in; the others are kept."""
+    photos, masks, garments = scenery(garments=1)
+    masks[1] = torch.ones_like(masks[1])
+    with pytest.raises(FrugalError, match="color_match off") as caught:
+        run(bed, photos, masks, garments, color_match=True)
+    assert "the 2 finished pictures are in output/" in str(caught.value)
+    names = sorted(path.name for path in output.rglob("*") if path.is_file())
+    assert names == [f"tryon_unfinished_00001_picture_{n}.png" for n in (1, 3)]
+
+
 def test_a_cancel_stops_and_leaves_nothing(bed, singles, output):
     scene = scenery()
     bent = Exhausted(bed[0])
