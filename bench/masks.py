@@ -63,7 +63,8 @@ LARGEST_MEAN_DIFFERENCE = {
     "opencv E": 0.01,
     "opencv F": 0.01,
     "core grow": 0.0,
-    "kj grow + fill + blur": 0.05,
+    # It grows a diamond where ours is a disk: a guard against another result, not equality.
+    "kj grow + fill + blur": 0.1,
     "cv2 disk u8": 0.0,
     "cv2 grey disk": 0.0,
     "cv2 grey square (faster there)": 0.0,
