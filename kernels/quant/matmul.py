@@ -78,9 +78,13 @@ def _auto(form: str, capability: Capability | None) -> str:
 
 
 def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device: str) -> Matmul:
+    blocks = Counter(layer.format for layer in plan.layers.values() if layer.blocks)
+    forms = forms - blocks
     able = [form for form in forms if form in FORMATS]
     if not able:
-        held = ", ".join(forms) or "no quantised layer"
+        held = ", ".join(forms) or (
+            "fp8 with a scale per block" if blocks else "no quantised layer"
+        )
         raise FrugalError(
             f"{plan.file} holds {held}, which has no low-precision product",
             "fp8, int8, W4A8, W4A4, NVFP4 or MXFP8 layers",
@@ -102,7 +106,6 @@ def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device:
         for name, layer in plan.layers.items()
         if layer.format in FLOAT8.values() and not layer.blocks
     )
-    blocks = sum(layer.blocks for layer in plan.layers.values())
     notes = [
         f"matmul low precision: {forms[form]} layers in {form} multiply in their format; "
         + ("activations are rounded to e4m3 with a scale per token and "
@@ -111,7 +114,7 @@ def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device:
         for form in able
     ]  # fmt: skip
     if blocks:
-        notes.append(f"{blocks} fp8 layers with a scale per block stay in full precision")
+        notes.append(f"{blocks.total()} fp8 layers with a scale per block stay in full precision")
     others = sum(count for form, count in forms.items() if form not in able)
     if others:
         notes.append(f"{others} layers have no low-precision product and stay in full precision")

@@ -161,3 +161,15 @@ def test_integers_run_in_low_precision_on_the_cpu():
     assert plan_matmul(plan(**INT8), LOW, None, "cpu").notes
     with pytest.raises(FrugalError, match="one of auto, full precision, low precision"):
         plan_matmul(plan(**INT8), "fast", None, "cpu")
+
+
+def test_block_scales_stay_in_full_precision():
+    block = LayerLayout("float8_e4m3fn", per_row=True, blocks=True)
+    mixed = SimpleNamespace(file="wan", layers={"a": LayerLayout("float8_e4m3fn"), "b": block})
+    found = plan_matmul(mixed, LOW, (8, 9), "cuda:0")
+    assert found.float8 == ("a",)
+    assert "1 layers in float8_e4m3fn multiply" in found.notes[0]
+    assert "1 fp8 layers with a scale per block stay in full precision" in found.notes[1]
+    only = SimpleNamespace(file="wan", layers={"b": block})
+    with pytest.raises(FrugalError, match="a scale per block, which has no low-precision product"):
+        plan_matmul(only, LOW, None, "cpu")
