@@ -124,6 +124,13 @@ def raise_to(first, second, out):
 
 
 @njit
+def raise_to_four(a, b, c, d, out):
+    """Raise `out` to the maximum of four rows."""
+    for x in range(out.shape[0]):
+        out[x] = max(max(max(a[x], b[x]), max(c[x], d[x])), out[x])
+
+
+@njit
 def window_maxima(row, flip, level, radius, spare):
     """Keys of `row` and their maxima over windows of 1, 2, 4, .. columns into int32 `level`.
 
@@ -153,7 +160,7 @@ def dilate_grey(image, heights, flip, ring, spare, out):
     maxima, and LLVM turns a float maximum that updates its own row into branches.
     ring: scratch, int32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the
     rows in reach. Each output row takes, for every row offset, the maximum of two overlapping
-    power-of-two windows. spare: int32 [W + 2 R].
+    power-of-two windows, of the rows above and below in one pass. spare: int32 [W + 2 R].
     """
     height, width = image.shape
     radius = heights.shape[0] - 1
@@ -165,13 +172,23 @@ def dilate_grey(image, heights, flip, ring, spare, out):
             ready += 1
         row = out[y]
         row[:] = LOWEST
-        for n in range(max(0, y - radius), min(height, y + radius + 1)):
-            half = heights[abs(n - y)]
+        for d in range(radius + 1):
+            half = heights[d]
             p, span = 0, 1
             while 2 * span <= 2 * half + 1:
                 p, span = p + 1, 2 * span
-            level = ring[n % slots, p]
-            at = radius + half + 1 - span
-            raise_to(level[radius - half : radius - half + width], level[at : at + width], row)
+            first, second = radius - half, radius + half + 1 - span
+            if 0 < d <= min(y, height - 1 - y):
+                up, down = ring[(y - d) % slots, p], ring[(y + d) % slots, p]
+                raise_to_four(
+                    up[first : first + width],
+                    up[second : second + width],
+                    down[first : first + width],
+                    down[second : second + width],
+                    row,
+                )
+            elif y >= d or y + d < height:
+                level = ring[(y - d if y >= d else y + d) % slots, p]
+                raise_to(level[first : first + width], level[second : second + width], row)
         for x in range(width):
             row[x] = key(row[x] ^ flip)

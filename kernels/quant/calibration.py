@@ -2,13 +2,14 @@
 
 A safetensors file. Metadata `frugal_calibration` is JSON: version, the layers by their canonical
 names with the number of the input they saw (layers with one input share a number), the rows counted
-per input, and `meta`, what it was made from. Input i has tensors `i.diagonal` and either
-`i.correlation` or `i.factor`, see moments.Moment.
+per input, `meta`, what it was made from, and `shares`, where measured. Input i has tensors
+`i.diagonal` and either `i.correlation` or `i.factor`, see moments.Moment.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,25 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What importance.probe measured. layers: layer -> share by errors of its weight, the mean over
+    `runs` runs; empty, with 0 runs, if it was never measured.
+    """
+
+    layers: Mapping[str, float] = field(default_factory=dict)
+    runs: int = 0
+
+    def joined(self, other: Shares) -> Shares:
+        """Both together, as a mean over all runs; a layer of only one of them keeps its share."""
+        runs = self.runs + other.runs
+        layers = {**self.layers, **other.layers}
+        for name in self.layers.keys() & other.layers.keys():
+            total = self.layers[name] * self.runs + other.layers[name] * other.runs
+            layers[name] = total / runs
+        return Shares(layers, runs)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A calibration file that is read layer by layer. `inputs`: layer -> number of its input."""
 
@@ -77,6 +97,7 @@ class Calibration:
     inputs: Mapping[str, int]
     rows: tuple[int, ...]
     widths: tuple[int, ...]
+    shares: Shares = field(default_factory=Shares)
     memo: Memo = field(default_factory=Memo)
 
     def layer(self, name: str) -> LayerStatistics | None:
@@ -127,6 +148,7 @@ def write_calibration(
     inputs: Mapping[str, int],
     moments: Mapping[int, Moment],
     meta: Mapping[str, Any],
+    shares: Shares | None = None,
 ) -> None:
     """Write a calibration file, which appears only whole.
 
@@ -150,6 +172,8 @@ def write_calibration(
         "rows": [moments[index].rows for index in range(len(moments))],
         "meta": dict(meta),
     }
+    if shares is not None and shares.runs:
+        content["shares"] = {"runs": shares.runs, "layers": dict(shares.layers)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, temporary, metadata={MARK: json.dumps(content)})
@@ -174,6 +198,10 @@ def read_calibration(path: Path | str) -> Calibration:
         version, meta = content["version"], dict(content["meta"])
         inputs = {str(name): int(index) for name, index in content["layers"].items()}
         rows = tuple(int(count) for count in content["rows"])
+        held = content.get("shares", {"layers": {}, "runs": 0})
+        shares = Shares({k: float(share) for k, share in held["layers"].items()}, int(held["runs"]))
+        if not all(math.isfinite(share) and share >= 0 for share in shares.layers.values()):
+            raise ValueError("shares")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FrugalError(
             f"{path.name} has damaged entries", "entries written by this pack", "calibrate again"
@@ -189,7 +217,7 @@ def read_calibration(path: Path | str) -> Calibration:
         raise FrugalError(
             f"{path.name} lists inputs it does not hold", "whole statistics", "calibrate again"
         )
-    return Calibration(path, meta, inputs, rows, widths)
+    return Calibration(path, meta, inputs, rows, widths, shares)
 
 
 def _width(name: str, tensors: Mapping[str, Any], index: int) -> int:

@@ -5,7 +5,7 @@ node and for the command line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .budget import GB, Allocation, allocate
 from .calibration import Calibration, read_calibration
 from .convert import ConvertReport, Merge, convert, merged, payload, steps, uniform
 from .curves import LayerCurve, measure
-from .importance import wiring
+from .importance import for_outputs, wiring
 from .quality import QualityReport, measured, plan_text, report_of, write_json
 from .weights import Weights
 
@@ -155,7 +155,14 @@ def choose(
         step=lambda name: progress("measure", next(done), len(layers)),
     )
     rest = [step for step in steps(source, {}, merge) if step.unit not in source.shapes]
-    found = allocate(curves, payload(rest), job.budget, job.allowed, wiring(layers))
+    weights, note = shares_of(layers, known, curves)
+    found = allocate(curves, payload(rest), job.budget, job.allowed, weights)
+    notes = [note]
+    if known is not None:
+        notes.append(
+            "the predicted error is that on the calibration's own inputs, and higher on others"
+        )
+    found = replace(found, notes=(*found.notes, *notes))
     planned = payload(steps(source, found.choice, merge))
     # Layers that keep their bytes may hold fewer of the optional tensors.
     if planned > found.bytes:
@@ -165,6 +172,23 @@ def choose(
             "report the file to ComfyUI-Frugal",
         )
     return found, curves
+
+
+def shares_of(
+    layers: list[str], known: Calibration | None, curves: Mapping[str, LayerCurve]
+) -> tuple[dict[str, float], str]:
+    """The shares of the output by which errors of these layers count, measured if the calibration
+    holds them for all, else by wiring; and a sentence that says which.
+    """
+    held = {} if known is None else known.shares.layers
+    mine = {name: held[name] for name in layers if name in held}
+    if known is not None and len(mine) == len(layers):
+        runs = known.shares.runs
+        return for_outputs(mine, curves), f"shares of the layers measured in {runs} runs"
+    note = "shares of the layers by the wiring of Wan, not measured"
+    if mine:
+        note += f": the calibration holds them for {len(mine)} of {len(layers)}"
+    return wiring(layers), note
 
 
 def budget_bytes(gigabytes: float) -> int:

@@ -65,6 +65,16 @@ class FrugalCalibrate(io.ComfyNode):
                     max=2**31,
                     tooltip="Which tokens are counted. It does not change the picture.",
                 ),
+                io.Boolean.Input(
+                    "measure_layers",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Also measure how much of the output hangs on each layer, for a better "
+                        "choice under a size. Runs the model once per linear layer on a small cut "
+                        "in the middle of sampling."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("recorded_model", tooltip="The model, for the sampler."),
@@ -77,7 +87,9 @@ class FrugalCalibrate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, name, if_it_exists, memory_gb, rows_per_call, seed) -> io.NodeOutput:
+    def execute(
+        cls, model, name, if_it_exists, memory_gb, rows_per_call, seed, measure_layers=False
+    ) -> io.NodeOutput:
         node = cls.hidden.unique_id
         settings = Settings(
             calibration_path(name),
@@ -86,6 +98,7 @@ class FrugalCalibrate(io.ComfyNode):
             rows_per_call,
             seed,
             lambda text: show_text(node, text),
+            measure_layers,
         )
         return io.NodeOutput(wrap(model, settings))
 

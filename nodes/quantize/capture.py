@@ -27,10 +27,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.errors import FrugalError
-from ...kernels.quant.calibration import Calibration, read_calibration, write_calibration
+from ...kernels.quant.calibration import Calibration, Shares, read_calibration, write_calibration
 from ...kernels.quant.moments import Directions, Gatherer, Moment, columns_within, merged
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY
+from . import shares
 from .side_branch import fuses
 
 KEY = "frugal.calibrate"
@@ -50,7 +51,7 @@ Say = Callable[[str], None]
 class Settings:
     """path: the file to write. add: go on with it if it exists. memory: bytes of main memory for
     the sums. rows: largest number of inputs counted at each call of the model. seed: which those
-    are. say: shows a text to the user.
+    are. say: shows a text to the user. shares: also measure the layers' shares of the output.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Settings:
     rows: int
     seed: int
     say: Say = field(default=lambda text: None)
+    shares: bool = False
 
 
 def wrap(model: Any, settings: Settings) -> Any:
@@ -102,6 +104,7 @@ class Capture:
         """A DIFFUSION_MODEL wrapper: looks on while the model computes once."""
         if self._recording is None:
             return executor(*args, **kwargs)
+        self._recording.measure(executor, args, kwargs)
         with self._recording.watching(executor.class_obj):
             return executor(*args, **kwargs)
 
@@ -114,7 +117,12 @@ class Recording:
         self.model = _description(patcher)
         layers = linear_layers(patcher.model.diffusion_model)
         _refuse_compiled(patcher, patcher.model.diffusion_model)
+        if settings.shares:
+            model = patcher.model.diffusion_model
+            shares.refuse(model, _computed_inside(model, layers))
         self.earlier = _earlier(settings, layers)
+        self.shares: dict[str, float] = {}
+        self._measuring = settings.shares
         self.columns = columns_within(list(_foreseen(layers).values()), settings.memory)
         self.directions = Directions(settings.seed)
         self.inputs: dict[str, int] = {}
@@ -124,6 +132,17 @@ class Recording:
         self._began: dict[int, int] = {}
         self._known: dict[int, set[Any]] = {}
         self._lock = threading.Lock()
+
+    def measure(self, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure the layers' shares with the inputs of this call, if it is time for it."""
+        options = next((each for each in args if isinstance(each, dict)), None)
+        options = kwargs.get("transformer_options", {}) if options is None else options
+        with self._lock:
+            now = self._measuring and shares.due(options)
+            self._measuring = self._measuring and not now
+        if now:
+            layers = linear_layers(executor.class_obj)
+            self.shares = shares.measure(executor, args, kwargs, layers, self.settings.seed)
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -215,8 +234,11 @@ class Recording:
         }
         if self.earlier is not None:
             inputs, moments, meta = _joined(self.earlier, inputs, moments, meta)
+        measured = Shares(self.shares, 1 if self.shares else 0)
+        if self.earlier is not None:
+            measured = self.earlier.shares.joined(measured)
         self.settings.path.parent.mkdir(parents=True, exist_ok=True)
-        write_calibration(self.settings.path, inputs, moments, meta)
+        write_calibration(self.settings.path, inputs, moments, meta, measured)
         return self._text(inputs, moments, meta)
 
     def _text(
@@ -236,6 +258,10 @@ class Recording:
                 f"note: some layers saw fewer rows ({fewest.rows}) than they have inputs "
                 f"({fewest.width}); those are solved with more caution"
             )
+        if self.shares:
+            lines.append(f"shares of the output measured for {len(self.shares)} layers")
+        elif self.settings.shares:
+            lines.append("note: no call came in the second half of the run: no shares measured")
         if self.parted:
             lines.append(f"note: {self.parted} layers stopped sharing an input during the run")
         return "\n".join(lines)

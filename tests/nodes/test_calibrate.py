@@ -14,7 +14,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import formats
 from frugal.kernels.quant.calibration import read_calibration
 from frugal.kernels.quant.on_load import INT8_CONVROT
-from frugal.nodes.quantize import calibrate, capture, glue
+from frugal.nodes.quantize import calibrate, capture, glue, shares
 from frugal.nodes.quantize.calibrate import ADD, REPLACE, FrugalCalibrate
 from frugal.nodes.wan.glue import load_wan
 from frugal.tests import wan_bed as bed
@@ -56,9 +56,11 @@ def sample(model, prompts, seed=1, sampler="euler", cfg=3.0, **more):
         )  # fmt: skip
 
 
-def recorded(model, path, *, add=False, memory=10**9, rows=EVERYTHING, seed=0, said=None):
+def recorded(
+    model, path, *, add=False, memory=10**9, rows=EVERYTHING, seed=0, said=None, shares=False
+):
     say = (lambda text: None) if said is None else said.append
-    return capture.wrap(model, capture.Settings(path, add, memory, rows, seed, say))
+    return capture.wrap(model, capture.Settings(path, add, memory, rows, seed, say, shares))
 
 
 def hooks_of(model):
@@ -204,6 +206,61 @@ def test_runs_add_up(model, prompts, tmp_path):
         assert bed.relative(whole.layer(name).hessian(), meant) < 2e-3, name
     sample(recorded(model, both, add=False), prompts, seed=2)
     assert both.read_bytes() == two.read_bytes()
+
+
+def test_shares_are_measured_once_and_leave_no_trace(model, prompts, witnessed, tmp_path):
+    path, plain, said = tmp_path / "wan.safetensors", tmp_path / "plain.safetensors", []
+    held = {name: value.clone() for name, value in model.model.state_dict().items()}
+    wrapped = recorded(model, path, add=True, said=said, shares=True)
+    assert torch.equal(sample(wrapped, prompts), witnessed[0])
+    sample(recorded(model, plain), prompts)
+    one, without = read_calibration(path), read_calibration(plain)
+    assert set(one.shares.layers) == set(one.inputs) and one.shares.runs == 1
+    assert all(share > 0 for share in one.shares.layers.values())
+    assert "measured for 26 layers" in said[0]
+    # The runs of the measurement are not counted as inputs; a file without shares is read too.
+    assert one.meta == without.meta and one.rows == without.rows
+    assert not without.shares.layers
+    sample(wrapped, prompts, seed=2)
+    sample(recorded(model, plain, add=False, shares=True), prompts, seed=2)
+    both, two = read_calibration(path).shares, read_calibration(plain).shares
+    assert both.runs == 2
+    for name, share in both.layers.items():
+        assert share == pytest.approx((one.shares.layers[name] + two.layers[name]) / 2)
+    assert hooks_of(model) == 0
+    now = model.model.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in held.items())
+
+
+def test_a_measurement_that_is_cancelled_leaves_nothing(model, prompts, tmp_path, monkeypatch):
+    path, left, cancelled = tmp_path / "wan.safetensors", [5], []
+
+    def stop():
+        left[0] -= 1
+        if not left[0]:
+            cancelled.append(True)
+            raise comfy.model_management.InterruptProcessingException
+
+    wrapped = recorded(model, path, shares=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(shares, "check_cancelled", stop)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(wrapped, prompts)
+    assert cancelled and hooks_of(model) == 0 and not list(tmp_path.iterdir())
+    sample(wrapped, prompts)
+    assert read_calibration(path).shares.runs == 1
+
+
+def test_large_inputs_are_cut_before_measuring():
+    size = (21, 60, 104)
+    cut = shares._cut(torch.zeros(2, 36, *size), size)
+    assert cut.shape == (2, 36, 4, 32, 32)
+    assert cut.shape[2] * cut.shape[3] * cut.shape[4] // 4 <= shares.MOST_TOKENS
+    vace = shares._cut([torch.zeros(1, 2, 96, *size), torch.zeros(1, 16, 60, 104)], size)
+    assert [each.shape[-3:] for each in vace] == [(4, 32, 32), (16, 32, 32)]
+    assert shares._cut(torch.zeros(2, 21), size).shape == (2, 4)
+    text = torch.zeros(1, 512, 4096)
+    assert shares._cut(text, size) is text
 
 
 def test_another_models_file_is_not_added_to(model, prompts, tmp_path):

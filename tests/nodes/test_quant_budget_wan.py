@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import comfy.sample
+import comfy.samplers
 import comfy.sd
 import pytest
 import torch
@@ -11,9 +13,12 @@ import torch
 from frugal.demo import tiny_wan
 from frugal.kernels.quant import formats
 from frugal.kernels.quant.budget import frontier
+from frugal.kernels.quant.calibration import read_calibration
 from frugal.kernels.quant.curves import measure
 from frugal.kernels.quant.importance import probe, wiring
+from frugal.kernels.quant.job import shares_of
 from frugal.kernels.quant.quality import end_to_end
+from frugal.nodes.quantize import capture
 
 BLOCKS = 3
 TARGETS = (formats.BF16, formats.FP8, formats.INT8, formats.W4A8, formats.W4A8_G64)
@@ -37,6 +42,7 @@ class Bench:
                 {name: tensor.float() for name, tensor in state.items()},
                 model_options={"dtype": torch.float32},
             )
+        self.patcher, self.statistics = patcher, lambda name: None
         self.model = patcher.model.diffusion_model
         self.held = dict(self.model.named_parameters())
         self.readers = [(name, lambda name=name: self.weights[name]) for name in self.layers]
@@ -65,7 +71,7 @@ class Bench:
     def stored(self, name: str, target: str) -> torch.Tensor:
         if (name, target) not in self.decoded:
             weight = self.weights[name]
-            tensors = formats.encode(target, weight, "cpu")
+            tensors = formats.encode(target, weight, "cpu", statistics=self.statistics(name))
             options = formats.options(target, tuple(weight.shape))
             self.decoded[name, target] = formats.decode(
                 target, tensors, options, tuple(weight.shape)
@@ -117,3 +123,34 @@ def test_wiring_alone_beats_uniform_formats_and_ends_in_int8(bench):
         found = swept.at(bench.bytes(mix))
         error, other = bench.error(found.choice), bench.error(mix)
         assert error <= other * (1.5 if name == "ends in bf16" else 1 + 1e-6), (name, error, other)
+
+
+def test_shares_measured_while_sampling_beat_every_mix(bench, tmp_path, monkeypatch):
+    """The way of the node: one run of the sampler, its file, then formats by that file."""
+    path = tmp_path / "wan.safetensors"
+    model = capture.wrap(bench.patcher, capture.Settings(path, False, 10**9, 10**6, 0, shares=True))
+    start, text = torch.zeros(1, 16, 2, 8, 8), tiny_wan.text_embedding(seed=4)
+    steps = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    with torch.inference_mode():
+        comfy.sample.sample_custom(
+            model, comfy.sample.prepare_noise(start, 3), 1.0,
+            comfy.samplers.sampler_object("euler"), steps, [[text, {}]], [[text, {}]], start,
+            seed=3, disable_pbar=True,
+        )  # fmt: skip
+    known = read_calibration(path)
+
+    def statistics(name):
+        # Solving 4096 inputs would take most of the time of this test.
+        return None if name == "text_embedding.0" else known.layer(name)
+
+    curves = measure(bench.readers, TARGETS, statistics=statistics)
+    shares, note = shares_of(bench.layers, known, curves)
+    assert note == "shares of the layers measured in 1 runs"
+    monkeypatch.setattr(bench, "statistics", statistics)
+    monkeypatch.setattr(bench, "decoded", {})
+    swept = frontier(curves, 0, importance=shares)
+    for name, mix in mixes(bench).items():
+        found = swept.at(bench.bytes(mix))
+        assert found.bytes <= bench.bytes(mix)
+        error, other = bench.error(found.choice), bench.error(mix)
+        assert error <= other, (name, error, other)

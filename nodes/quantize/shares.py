@@ -1,0 +1,146 @@
+"""Measures, in the middle of a run, what share of the model's output hangs on each linear layer.
+
+The inputs of one call are cut to a small latent, and the model runs once plainly and once for each
+layer with noise added to that layer's weight. The noise acts through the layer's output, out plus
+x times noise, so that weights stay untouched wherever they lie and however they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ...kernels.errors import FrugalError
+from ...kernels.quant.importance import probe
+
+# Bound the cost: tokens of the latent by item of the batch, and its frames.
+MOST_TOKENS = 1024
+MOST_FRAMES = 4
+# Those whose inputs are known to survive the cut.
+CLASSES = ("WanModel", "VaceWanModel")
+
+
+def check_cancelled() -> None:
+    """Raise if the user cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def refuse(model: torch.nn.Module, inside: Iterable[str]) -> None:
+    """Raise FrugalError, before the run, for a diffusion model that cannot be measured. `inside`:
+    layers that ComfyUI computes without calling them.
+    """
+    kind = type(model).__name__
+    if kind not in CLASSES:
+        raise FrugalError(
+            f"a {kind}", f"one of {', '.join(CLASSES)}", "turn measure_layers off for this model"
+        )
+    unseen = next(iter(inside), None)
+    if unseen is not None:
+        raise FrugalError(
+            f"{unseen} in int8, which is computed without being called",
+            "layers that can be disturbed",
+            "measure the fp16 or bf16 model, or turn measure_layers off",
+        )
+
+
+def due(options: Mapping[str, Any]) -> bool:
+    """Whether a call with these transformer_options is in the second half of the run."""
+    now, steps = options.get("sigmas"), options.get("sample_sigmas")
+    if now is None or steps is None or len(steps) < 2:
+        return True
+    return float(now.max()) <= float(steps[(len(steps) - 2) // 2]) * (1 + 1e-4)
+
+
+@torch.no_grad()
+def measure(
+    executor: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layers: Mapping[str, Any],
+    seed: int,
+) -> dict[str, float]:
+    """Layer that was called -> relative error energy of the output over that of its weight.
+
+    executor, args, kwargs: those of a DIFFUSION_MODEL wrapper. Runs the model once more than it
+    has linear layers, past all other wrappers, and can be cancelled after each.
+    """
+    size = tuple(args[0].shape[-3:])
+    args = tuple(_cut(value, size) for value in args)
+    kwargs = {name: _cut(value, size) for name, value in kwargs.items()}
+    called: set[str] = set()
+
+    def run(differences: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                more = differences.get(name)
+                if more is None and differences:
+                    continue
+                handle = layer.register_forward_hook(_disturb(name, more, called))
+                hooks.callback(handle.remove)
+            # The model writes into its options.
+            fresh = [dict(each) if isinstance(each, dict) else each for each in args]
+            return executor.original(*fresh, **kwargs)
+
+    progress = comfy.utils.ProgressBar(len(layers))
+
+    def step(name: str) -> None:
+        check_cancelled()
+        progress.update(1)
+
+    readers = [(name, lambda name=name: _weight(name, layers[name])) for name in layers]
+    shares = probe(readers, run, seed=seed, step=step)
+    return {name: share for name, share in shares.items() if name in called}
+
+
+def _disturb(name: str, more: torch.Tensor | None, called: set[str]) -> Any:
+    def hook(module: Any, given: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor | None:
+        called.add(name)
+        if more is None:
+            return None
+        x = given[0]
+        if hasattr(x, "dequantize") and hasattr(x, "_qdata"):
+            x = x.dequantize()
+        return out + torch.nn.functional.linear(x, more.to(x)).to(out)
+
+    return hook
+
+
+def _weight(name: str, layer: Any) -> torch.Tensor:
+    weight = layer.weight.detach()
+    if hasattr(weight, "dequantize") and hasattr(weight, "_qdata"):
+        weight = weight.dequantize()
+    shape = (layer.out_features, layer.in_features)
+    if not weight.is_floating_point() or weight.is_meta or tuple(weight.shape) != shape:
+        raise FrugalError(
+            f"{name} with a weight {tuple(weight.shape)} of {weight.dtype}",
+            f"floats {shape}",
+            "measure the fp16 or bf16 model, or turn measure_layers off",
+        )
+    return weight.float().cpu()
+
+
+def _cut(value: Any, size: tuple[int, int, int]) -> Any:
+    """A latent of `size` (frames, height, width; latent pixels), or one of that height and width,
+    cut to its first frames and its middle; times by frame likewise; all else as it is.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cut(each, size) for each in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    frames = min(size[0], MOST_FRAMES)
+    if value.ndim == 2 and value.shape[1] == size[0]:
+        return value[:, :frames].clone()
+    if value.ndim < 4 or tuple(value.shape[-2:]) != size[1:]:
+        return value
+    side = 2 * int((MOST_TOKENS / frames) ** 0.5)
+    for axis, length in ((-2, size[1]), (-1, size[2])):
+        kept = min(length, side)
+        value = value.narrow(axis, (length - kept) // 2, kept)
+    if value.shape[-3] == size[0] and value.ndim > 4:
+        value = value.narrow(-3, 0, frames)
+    return value.clone()
