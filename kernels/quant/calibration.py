@@ -44,9 +44,6 @@ class Memo:
             self._key = key
         return self._value
 
-    def clear(self) -> None:
-        self._key = self._value = None
-
 
 @dataclass(frozen=True)
 class LayerStatistics:

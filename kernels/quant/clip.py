@@ -31,10 +31,9 @@ def solve(
     weight: torch.Tensor,
     statistics: LayerStatistics,
     device: torch.device | str,
-    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """The stored tensors of a float weight [out, in] in formats.FP8 or INT8, without the
-    declaration, on the CPU; computed on `device`. Nothing is random: `seed` changes nothing.
+    declaration, on the CPU; computed on `device`. Nothing is random.
 
     Raises FrugalError if the statistics have another width.
     """

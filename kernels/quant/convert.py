@@ -205,7 +205,6 @@ def convert(
     facts: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     overwrite: bool = False,
-    seed: int = 0,
 ) -> ConvertReport:
     """Write `source` to the safetensors file `target` with the layers of `choice` (layer ->
     target) quantised; see `uniform`. An interrupted call goes on when it is made again.
@@ -229,7 +228,7 @@ def convert(
     metadata = _metadata(source, plan, merge, facts)
     # Another device rounds a few values differently.
     files = [*source.source.files, *([calibration.path] if calibration is not None else [])]
-    mark = [_states(files), merge.identity if merge else "", device.type, seed, measure is None]
+    mark = [_states(files), merge.identity if merge else "", device.type, measure is None]
     with Writer(target, groups, metadata, json.dumps(mark), overwrite) as out:
         total, state = out.size, [out.size - payload(plan[out.written :])]
 
@@ -239,7 +238,7 @@ def convert(
 
         advance(0)
         for step in plan[out.written :]:
-            tensors, note = _tensors(source, step, device, calibration, merge, measure, seed)
+            tensors, note = _tensors(source, step, device, calibration, merge, measure)
             out.write(tensors, note, advance)
             source.release(step.unit)
         out.finish()
@@ -265,7 +264,6 @@ def _tensors(
     calibration: Statistics | None,
     merge: Merge | None,
     measure: Measure | None,
-    seed: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """What is written for one step, by full name, and a note for the report."""
     changed = merge.names if merge is not None else frozenset()
@@ -285,7 +283,7 @@ def _tensors(
     if step.target == formats.BF16:
         weight = weight.to(step.group[f"{step.unit}.weight"].dtype)
     where = f"{source.plan.file}: {step.unit}"
-    made = formats.encode(step.target, weight, device, None, known, seed, where=where)
+    made = formats.encode(step.target, weight, device, None, known, where=where)
     note = None
     if measure is not None:
         note = {step.unit: dict(measure(step.unit, step.target, weight, made, known))}

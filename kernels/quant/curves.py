@@ -109,11 +109,10 @@ def layer_curve(
     *,
     statistics: Statistics | None = None,
     device: torch.device | str = "cpu",
-    seed: int = 0,
 ) -> LayerCurve:
     """Encode one float weight [out, in] in every format that suits it, decode it again and compare.
     With statistics the encoding is the calibrated one, so the errors are those of the tensors
-    that the converter writes for the same seed.
+    that the converter writes.
     """
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     hessian = _hessian(name, weight, statistics, device)
@@ -125,9 +124,7 @@ def layer_curve(
             refused[target] = reason
             continue
         options = formats.options(target, shape)
-        tensors = formats.encode(
-            target, weight, device, options, statistics=statistics, seed=seed, where=name
-        )
+        tensors = formats.encode(target, weight, device, options, statistics=statistics, where=name)
         made[target] = _error(name, target, weight, tensors, options, hessian, device)
     white = 1.0
     if hessian is not None and made:
@@ -141,7 +138,6 @@ def measure(
     *,
     statistics: Callable[[str], Statistics | None] = lambda name: None,
     device: torch.device | str = "cpu",
-    seed: int = 0,
     step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, LayerCurve]:
     """The curves of many layers, given as (name, function that reads the float weight): one weight
@@ -150,7 +146,7 @@ def measure(
     curves = {}
     for name, read in layers:
         curves[name] = layer_curve(
-            name, read(), targets, statistics=statistics(name), device=device, seed=seed
+            name, read(), targets, statistics=statistics(name), device=device
         )
         step(name)
     return curves

@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -181,7 +181,6 @@ def encode(
     device: torch.device | str,
     options: Mapping[str, Any] | None = None,
     statistics: Any = None,
-    seed: int = 0,
     *,
     where: str = "the model",
 ) -> dict[str, torch.Tensor]:
@@ -196,7 +195,7 @@ def encode(
     shape = (weight.shape[0], weight.shape[1])
     chosen = _options(target, shape, options)
     if statistics is not None and target != BF16:
-        made = _solved(target, weight, torch.device(device), statistics, seed)
+        made = _solver(target)(target, weight, statistics, device)
     else:
         maker = {BF16: _bf16, FP8: _fp8, INT8: _int8, AWQ: _awq}.get(target, _w4a8)
         made = maker(weight, torch.device(device), chosen, where)
@@ -205,19 +204,11 @@ def encode(
     return {leaf: made[leaf].cpu() for leaf in leaves(target, shape, options, weight.dtype)}
 
 
-def _solved(
-    target: str, weight: torch.Tensor, device: torch.device, statistics: Any, seed: int
-) -> dict[str, torch.Tensor]:
-    name = "clip" if target in (FP8, INT8) else "gptq"
-    try:
-        solver = importlib.import_module(f".{name}", __package__)
-    except ModuleNotFoundError as error:
-        raise FrugalError(
-            f"calibration for {target}",
-            f"the solver {name}, which this version lacks",
-            "leave the calibration file out",
-        ) from error
-    return dict(solver.solve(target, weight, statistics, device, seed))
+def _solver(target: str) -> Callable[..., dict[str, torch.Tensor]]:
+    # The solvers are built on this module.
+    from . import clip, gptq
+
+    return clip.solve if target in (FP8, INT8) else gptq.solve
 
 
 def pieces(

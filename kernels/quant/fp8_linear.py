@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from .scale_grid import round_rows
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
 # Both inner dimensions of the matrix units' fp8 product.
 MULTIPLE = 16
 # Values turned to float32 at a time: bounds the working memory to 64 MB.
@@ -52,10 +52,8 @@ def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     rows = max(1, PIECE // max(1, x.shape[1]))
     for start in range(0, x.shape[0], rows):
-        piece = x[start : start + rows].float()
-        scale = (piece.abs().amax(dim=1, keepdim=True) / LARGEST).clamp_(min=1e-30)
-        out[start : start + rows] = (piece / scale).clamp_(-LARGEST, LARGEST).to(E4M3)
-        scales[start : start + rows] = scale
+        part = slice(start, start + rows)
+        out[part], scales[part] = round_rows(x[part].float(), E4M3)
     return out, scales
 
 

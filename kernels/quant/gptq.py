@@ -30,7 +30,8 @@ import torch
 
 from ..errors import FrugalError
 from . import formats
-from .grids import AffineGrid, CodebookGrid, Grid, rotate
+from .grids import AffineGrid, CodebookGrid, Grid
+from .rotation import rotate
 
 if TYPE_CHECKING:
     from .calibration import LayerStatistics
@@ -63,13 +64,11 @@ def solve(
     weight: torch.Tensor,
     statistics: LayerStatistics,
     device: torch.device | str,
-    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """The stored tensors of a float weight [out, in] in a 4-bit `target` (formats.W4A8, W4A8_G64 or
-    AWQ), without the declaration, on the CPU; computed on `device`.
+    AWQ), without the declaration, on the CPU; computed on `device`. Nothing is random.
 
-    `seed` changes nothing, for nothing here is random. Raises FrugalError if the statistics have
-    another width, or hold values that are not finite.
+    Raises FrugalError if the statistics have another width, or hold values that are not finite.
     """
     settings = formats.options(target, (weight.shape[0], weight.shape[1]))
     rotation, run = settings.get("convrot_groupsize", 0), settings["group_size"]

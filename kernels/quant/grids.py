@@ -166,27 +166,6 @@ class PlainGrid:
         return ()
 
 
-def hadamard(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The normalised Hadamard matrix of ConvRot, float32 [size, size], symmetric and its own
-    inverse: Kronecker powers of the order 4 matrix with -1 on its second diagonal and 1 elsewhere.
-
-    size: a power of 4.
-    """
-    one = torch.ones(4, 4, device=device) - 2 * torch.eye(4, device=device).flip(0)
-    made = torch.ones(1, 1, device=device)
-    while made.shape[0] < size:
-        made = torch.kron(made, one / 2)
-    return made
-
-
-def rotate(matrix: torch.Tensor, size: int) -> torch.Tensor:
-    """A float32 matrix [rows, in] with each `size` inputs multiplied by the Hadamard matrix; twice
-    gives the first back.
-    """
-    grouped = matrix.reshape(matrix.shape[0], -1, size)
-    return (grouped @ hadamard(size, matrix.device)).reshape(matrix.shape)
-
-
 def _e4m3(bits: torch.Tensor) -> torch.Tensor:
     return bits.to(torch.uint8).view(torch.float8_e4m3fn)
 

@@ -42,7 +42,6 @@ class Job:
     device: torch.device | str = "cpu"
     overwrite: bool = False
     measured: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def run(
         del curves
     else:
         choice = uniform(source, job.target)
-    facts: dict[str, Any] = {"seed": job.seed}
+    facts: dict[str, Any] = {}
     if job.calibration is not None:
         facts["calibration"] = [job.calibration.name, job.calibration.stat().st_size]
     if plan:
@@ -116,7 +115,6 @@ def run(
         facts=facts,
         progress=lambda done, total: progress("write", done, total),
         overwrite=job.overwrite,
-        seed=job.seed,
     )
     if not report.measured:
         return Outcome(report, plan)
@@ -151,7 +149,6 @@ def choose(
         job.allowed,
         statistics=known.layer if known is not None else lambda name: None,
         device=job.device,
-        seed=job.seed,
         step=lambda name: progress("measure", next(done), len(layers)),
     )
     rest = [step for step in steps(source, {}, merge) if step.unit not in source.shapes]

@@ -24,6 +24,7 @@ from ..checkpoints.plan import Plan
 from ..checkpoints.plan_notes import format_name
 from ..errors import FrugalError
 from . import formats
+from .scale_grid import round_rows
 
 AS_STORED = "as stored"
 FP8, INT8_CONVROT, W4A8_NAME = "fp8 per-channel", "int8 ConvRot", "W4A8"
@@ -103,11 +104,9 @@ def quantiser(
 
 
 def _float8_rows(file: str, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-    largest = torch.finfo(torch.float8_e4m3fn).max
     out = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty(weight.shape[0], 1, dtype=torch.float32)
     for rows, piece in formats.pieces(weight, device, file):
-        scale = (piece.abs().amax(dim=1, keepdim=True) / largest).clamp_(min=1e-30)
-        out[rows] = (piece / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn).cpu()
-        scales[rows] = scale.cpu()
+        made, scale = round_rows(piece, torch.float8_e4m3fn)
+        out[rows], scales[rows] = made.cpu(), scale.cpu()
     return {"weight": out, "weight_scale": scales}

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import FrugalError
+from .rotation import rotate
 
 INT8, FP8 = "int8", "fp8"
 TYPES = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
@@ -30,29 +31,6 @@ FP8_LEAST, FP8_MANTISSA = 2.0**-9, 3
 def rotation_for(width: int) -> int:
     """Group size for `width` inputs, 0 where none divides it."""
     return next((size for size in ROTATIONS if width % size == 0), 0)
-
-
-def hadamard(size: int) -> torch.Tensor:
-    """Float32 [size, size] regular Hadamard matrix over sqrt(size); size is a power of 4."""
-    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
-    made = torch.ones(1, 1)
-    while made.shape[0] < size:
-        made = torch.kron(made, four)
-    if made.shape[0] != size:
-        raise FrugalError(f"a rotation of {size} inputs", "a power of 4", "correct the file")
-    return made / size**0.5
-
-
-def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """Float [out, in], every `group` inputs times the Hadamard matrix; undoes itself."""
-    if weight.ndim != 2 or weight.shape[1] % group:
-        raise FrugalError(
-            f"a weight of shape {list(weight.shape)} rotated by {group}",
-            f"a matrix with a multiple of {group} inputs",
-            "correct the file",
-        )
-    matrix = hadamard(group).to(device=weight.device, dtype=weight.dtype)
-    return (weight.reshape(weight.shape[0], -1, group) @ matrix).reshape(weight.shape)
 
 
 def encode(

@@ -61,19 +61,26 @@ def scale_like(weight: torch.Tensor, like: torch.Tensor, largest: float) -> torc
     return (found / largest).clamp(min=1e-30).reshape(like.shape)
 
 
-def quantise(
-    weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, float]:
-    """A float weight [out, in] divided by its scales and held to the range of `dtype`, as float32
-    (rounding is the caller's), and the largest value of the range.
+def round_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 [rows, width] -> (fp8 of type `dtype`, float32 scale [rows, 1]), to the nearest; a
+    row of zeros keeps zeros, one that is not finite gives NaN.
+    """
+    largest = torch.finfo(dtype).max
+    scale = (values.abs().amax(dim=1, keepdim=True) / largest).clamp_(min=1e-30)
+    return (values / scale).clamp_(-largest, largest).to(dtype), scale
+
+
+def divide(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float weight [out, in] divided by its scales and held to the range of `dtype`, as float32:
+    rounding is the caller's.
     """
     largest = torch.finfo(dtype).max
     values = weight.float()
     if _by_row(scale, weight):
-        return (values / scale).clamp(-largest, largest), largest
+        return (values / scale).clamp(-largest, largest)
     grouped, spread = _grouped(values, scale)
     parts = (grouped / spread).clamp(-largest, largest)
-    return parts.reshape(values.shape[0], -1)[:, : values.shape[1]].contiguous(), largest
+    return parts.reshape(values.shape[0], -1)[:, : values.shape[1]].contiguous()
 
 
 def _by_row(scale: torch.Tensor, weight: torch.Tensor) -> bool:

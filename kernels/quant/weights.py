@@ -135,15 +135,8 @@ def decoded(
             layout.packed,
         )
         return dequantise(packed, torch.float32)
-    if form in FLOAT8.values() and layout.blocks:
-        return scale_grid.dequantise(leaves["weight"], leaves["weight_scale"], torch.float32)
     if form in FLOAT8.values():
-        out = torch.empty(shape, dtype=torch.float32)
-        scale = leaves["weight_scale"].float()
-        for rows in _pieces(shape):
-            own = scale[rows] if scale.dim() else scale
-            torch.mul(leaves["weight"][rows].float(), own, out=out[rows])
-        return out
+        return scale_grid.dequantise(leaves["weight"], leaves["weight_scale"], torch.float32)
     rotation = options.get("convrot_groupsize", 256)
     if form == INT8:
         if not options.get("convrot"):
@@ -186,12 +179,6 @@ def label(layout: LayerLayout | None, shape: tuple[int, int]) -> str | None:
             if wanted == dict(layout.options):
                 return target
     return None
-
-
-def _pieces(shape: tuple[int, int]) -> Iterator[slice]:
-    step = max(1, formats.PIECE // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield slice(start, start + step)
 
 
 class _Mapped(Mapping[str, torch.Tensor]):

@@ -34,7 +34,7 @@ def quantise(
     if like is None:
         like = weight.new_empty(weight.shape[0], 1)
     scale = scale_grid.scale_like(weight, like, torch.finfo(dtype).max)
-    scaled, _ = scale_grid.quantise(weight, scale, dtype)
+    scaled = scale_grid.divide(weight, scale, dtype)
     rounded = (
         comfy.float.stochastic_rounding(scaled, dtype, seed=seed) if seed else scaled.to(dtype)
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import clip, formats, gptq, grids
+from frugal.kernels.quant import clip, formats, gptq, grids, rotation
 from frugal.kernels.quant.calibration import from_hessian, statistics_of
 from frugal.tests.quant_bed import layer, output_error
 
@@ -76,7 +76,7 @@ def test_the_rotation_is_comfy_kitchens():
     from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
     for size in (4, 16, 64, 256):
-        ours = grids.hadamard(size)
+        ours = rotation.hadamard(size)
         theirs = _build_hadamard(size, device="cpu", dtype=torch.float32)
         assert torch.allclose(ours, theirs, atol=1e-7)
         assert torch.allclose(ours @ ours, torch.eye(size), atol=1e-6)
@@ -144,7 +144,7 @@ def test_codes_stand_for_the_native_levels(target, small):
     scale = made["weight_s_rel"].float().repeat_interleave(group, dim=1)
     levels = (made["weight_codebook"][codes] * scale).round().clamp(-127, 127)
     rotated = levels * made["weight_s_channel"][:, None]
-    assert torch.allclose(grids.rotate(rotated, 256), decoded, atol=1e-6)
+    assert torch.allclose(rotation.rotate(rotated, 256), decoded, atol=1e-6)
     # The scales moved by at most two of their own steps.
     plain = formats.encode(target, weight, "cpu")
     moved = made["weight_s_rel"].view(torch.int8) - plain["weight_s_rel"].view(torch.int8)

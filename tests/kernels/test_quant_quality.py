@@ -46,8 +46,8 @@ def rounded(monkeypatch):
     """Encoding to the nearest value whatever the statistics: these tests are about the figures."""
     encode = formats.encode
 
-    def nearest(target, weight, device, options=None, statistics=None, seed=0, **rest):
-        return encode(target, weight, device, options, None, seed, **rest)
+    def nearest(target, weight, device, options=None, statistics=None, **rest):
+        return encode(target, weight, device, options, None, **rest)
 
     monkeypatch.setattr(formats, "encode", nearest)
 
