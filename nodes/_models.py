@@ -35,16 +35,25 @@ def model_names() -> list[str]:
     return sorted({*singles, *indexes, *blocks})
 
 
-def model_path(name: str) -> Path:
-    """The full path of a chosen file. Raises FrugalError if it is gone."""
-    path = folder_paths.get_full_path(FOLDER, name)
+def file_path(kind: str, name: str) -> Path:
+    """The full path of a file chosen from a models folder. Raises FrugalError if it is gone."""
+    path = folder_paths.get_full_path(kind, name)
     if path is None:
         raise FrugalError(
-            f"{name} is not there",
-            f"a file in models/{FOLDER}",
-            "refresh the list and choose again",
+            f"{name} is not there", f"a file in models/{kind}", "refresh the list and choose again"
         )
     return Path(path)
+
+
+def model_path(name: str) -> Path:
+    """The full path of a file chosen from `model_names`. Raises FrugalError if it is gone."""
+    return file_path(FOLDER, name)
+
+
+def state_of(*paths: Path) -> str:
+    """Changes when one of the files is replaced."""
+    states = [(path.name, path.stat()) for path in paths]
+    return ";".join(f"{name}:{state.st_size}:{state.st_mtime_ns}" for name, state in states)
 
 
 def fingerprint(name: str) -> str:
@@ -53,5 +62,4 @@ def fingerprint(name: str) -> str:
     parts = []
     if path.name.endswith(INDEX_SUFFIX):
         parts = sorted(path.parent.glob(f"{path.name.removesuffix(INDEX_SUFFIX)}-*"))
-    states = [(file.name, file.stat()) for file in (path, *parts)]
-    return ";".join(f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states)
+    return state_of(path, *parts)

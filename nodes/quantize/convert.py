@@ -10,7 +10,7 @@ from ...kernels.quant import formats
 from ...kernels.quant.job import Job, budget_bytes
 from ...kernels.quant.quality_picture import picture
 from .._comfy import CATEGORY, known, show_text
-from .._models import fingerprint, model_names, model_path
+from .._models import file_path, fingerprint, model_names, model_path
 from . import glue
 
 BUDGET = "a size"
@@ -148,10 +148,10 @@ class FrugalQuantize(io.ComfyNode):
         path = glue.output_path(filename_prefix, ending)
         loras = []
         if lora_name != glue.NONE:
-            loras.append((glue.path_of("loras", lora_name), lora_strength))
+            loras.append((file_path("loras", lora_name), lora_strength))
         chosen = None
         if calibration != glue.NONE:
-            chosen = glue.path_of(glue.CALIBRATION, calibration)
+            chosen = file_path(glue.CALIBRATION, calibration)
         job = Job(
             model_path(model_name),
             path,

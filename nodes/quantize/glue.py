@@ -36,16 +36,6 @@ def files(kind: str) -> list[str]:
     return [NONE, *(name for name in found if name.endswith(SUFFIX) or kind != CALIBRATION)]
 
 
-def path_of(kind: str, name: str) -> Path:
-    """The full path of a file chosen from `files`. Raises FrugalError if it is gone."""
-    found = folder_paths.get_full_path(kind, name)
-    if found is None:
-        raise FrugalError(
-            f"{name} is not there", f"a file in models/{kind}", "refresh the list and choose again"
-        )
-    return Path(found)
-
-
 def output_path(prefix: str, ending: str) -> Path:
     """Where a model called `<prefix>_<ending>.safetensors` is written; makes its folder.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import folder_paths
 from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known, show_text
+from .._models import file_path, state_of
 from . import lora_apply, lora_file
 
 
@@ -60,12 +58,11 @@ class FrugalLoraSide(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model, lora_name, strength):
-        state = os.stat(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return f"{state.st_size}:{state.st_mtime_ns}"
+        return state_of(file_path("loras", lora_name))
 
     @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:
-        path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+        path = file_path("loras", lora_name)
         changed, report = lora_apply.apply(model, lora_file.read(path, model.model), strength)
         show_text(cls.hidden.unique_id, report.text())
         return io.NodeOutput(changed, report.text())

@@ -10,6 +10,7 @@ import folder_paths
 
 from ...kernels.checkpoints.text_embeds import read_text_embeds, write_text_embeds
 from ...kernels.errors import FrugalError
+from .._models import state_of
 
 FOLDER = "text_embeds"
 OUTPUT_MARK = " [output]"
@@ -53,8 +54,7 @@ def load(name: str) -> list[list[Any]]:
 
 def fingerprint(name: str) -> str:
     """Changes when the file is replaced."""
-    state = _path(name).stat()
-    return f"{name}:{state.st_size}:{state.st_mtime_ns}"
+    return state_of(_path(name))
 
 
 def _output_folder() -> Path:

@@ -29,6 +29,7 @@ from ...kernels.checkpoints.header import read_header
 from ...kernels.checkpoints.text_embeds import read_text_embeds, write_text_embeds
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
+from .._models import file_path, state_of
 
 FOLDER, SUFFIX = "text_encoders", ".safetensors"
 DEVICES = ("default", "cpu")
@@ -72,20 +73,12 @@ def names() -> list[str]:
 
 def encoder_path(name: str) -> Path:
     """The full path of a chosen file. Raises FrugalError if it is gone."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise FrugalError(
-            f"{name} is not there",
-            f"a file in models/{FOLDER}",
-            "refresh the list and choose again",
-        )
-    return Path(path)
+    return file_path(FOLDER, name)
 
 
 def fingerprint(name: str) -> str:
     """Changes when the file is replaced."""
-    state = encoder_path(name).stat()
-    return f"{name}:{state.st_size}:{state.st_mtime_ns}"
+    return state_of(encoder_path(name))
 
 
 def cache_folder() -> Path:
