@@ -10,7 +10,7 @@ from ...kernels.quant import formats
 from ...kernels.quant.job import Job, budget_bytes
 from ...kernels.quant.quality_picture import picture
 from .._comfy import CATEGORY, known, show_text
-from .._models import file_path, fingerprint, model_names, model_path
+from .._models import file_path, fingerprint, model_names, model_path, state_of
 from . import glue
 
 BUDGET = "a size"
@@ -127,8 +127,10 @@ class FrugalQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, **_):
-        return fingerprint(model_name)
+    def fingerprint_inputs(cls, model_name, calibration, lora_name, **_):
+        beside = ((glue.CALIBRATION, calibration), ("loras", lora_name))
+        paths = [file_path(kind, name) for kind, name in beside if name != glue.NONE]
+        return f"{fingerprint(model_name)};{state_of(*paths)}"
 
     @classmethod
     def execute(

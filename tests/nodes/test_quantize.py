@@ -253,6 +253,20 @@ def test_node_meets_a_size(folders):
         run(**some, size_gb=0.001)
 
 
+def test_another_calibration_or_lora_under_its_old_name_is_new_work(folders):
+    def state():
+        used = {"calibration": "c.safetensors", "lora_name": "l.safetensors"}
+        return node.FrugalQuantize.fingerprint_inputs(**DEFAULTS | used)
+
+    (folders / "calibration" / "c.safetensors").write_bytes(b"one")
+    before = state()
+    assert state() == before
+    (folders / "calibration" / "c.safetensors").write_bytes(b"other")
+    between = state()
+    (folders / "loras" / "l.safetensors").write_bytes(b"another")
+    assert len({before, between, state()}) == 3
+
+
 @pytest.mark.parametrize("prefix", ["", "  ", "../out", "/tmp/out", "a/"])
 def test_names_that_lead_elsewhere(prefix, folders):
     with pytest.raises(FrugalError, match="a file name inside"):
