@@ -21,6 +21,7 @@ import torch
 from ...kernels.quant.fp8_linear import Product, choose, fits, fp8_linear
 from ...kernels.quant.matmul import INTEGERS, Matmul, plan_matmul
 from .._comfy import known
+from .relayout import relayout
 
 # Values expanded at a time: the kernels' own expansion takes several times the result.
 PIECE = 1 << 24
@@ -67,10 +68,7 @@ def _expand(module: Any) -> None:
     module._full_precision_mm = True
     if module.quant_format not in INTEGERS:
         return
-    weight = module.weight
-    module.layout_type = _expanded(weight._layout_cls)
-    made = comfy.quant_ops.QuantizedTensor(weight._qdata, module.layout_type, weight._params)
-    module.weight = torch.nn.Parameter(made, requires_grad=False)
+    relayout(module, _expanded(module.weight._layout_cls))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import comfy.quant_ops
 import torch
 
 from ...kernels.quant.packed_int import W4A16, PackedSpec, PackedWeight, dequantise, requantise
+from .relayout import relayout
 
 NAME = "FrugalPackedInt"
 
@@ -97,10 +98,7 @@ def make_patchable(module: Any) -> None:
     """Let a W4A16 layer that ComfyUI itself loaded take patches: comfy-kitchen's layout runs it but
     does not round to it.
     """
-    weight = module.weight
-    module.layout_type = _patchable(weight._layout_cls)
-    made = comfy.quant_ops.QuantizedTensor(weight._qdata, module.layout_type, weight._params)
-    module.weight = torch.nn.Parameter(made, requires_grad=False)
+    relayout(module, _patchable(module.weight._layout_cls))
 
 
 @functools.cache
