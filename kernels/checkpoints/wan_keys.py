@@ -4,11 +4,11 @@ release.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import FrugalError
+from .diffusers_names import to_original
 
 # Training wrappers add their own attribute name anywhere in the path.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -37,37 +37,6 @@ COMPANIONS = (
     "generator_optimizer.", "critic_optimizer.",
 )  # fmt: skip
 
-_DIFFUSERS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-        (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-        (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-        (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-        (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-        (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
-        (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
-        (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
-        (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
-        (r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
-        (r"^scale_shift_table$", "head.modulation"),
-        (r"^proj_out\.", "head.head."),
-        (r"^((?:vace_)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-        (r"^((?:vace_)?blocks\.\d+)\.attn1\.", r"\1.self_attn."),
-        (r"^((?:vace_)?blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
-        (r"_attn\.to_out\.0\.", "_attn.o."),
-        (r"_attn\.to_([qkv])\.", r"_attn.\1."),
-        (r"_attn\.add_([kv])_proj\.", r"_attn.\1_img."),
-        (r"_attn\.norm_added_k\.", "_attn.norm_k_img."),
-        # Their norm2 is the norm before cross-attention, which the original calls norm3.
-        (r"^((?:vace_)?blocks\.\d+)\.norm2\.", r"\1.norm3."),
-        (r"^((?:vace_)?blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
-        (r"^((?:vace_)?blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
-        (r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
-        (r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
-    )
-)
-
 
 @dataclass(frozen=True)
 class Naming:
@@ -84,10 +53,7 @@ class Naming:
         if not name.startswith(self.prefix):
             return None
         name = name[len(self.prefix) :]
-        if self.diffusers:
-            for pattern, replacement in _DIFFUSERS:
-                name = pattern.sub(replacement, name)
-        return name
+        return to_original(name) if self.diffusers else name
 
     def layer(self, name: str) -> str:
         """The canonical name of a layer, given with or without the prefix, as metadata may do

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from frugal.kernels.checkpoints.diffusers_names import to_diffusers
 from frugal.kernels.checkpoints.wan_keys import Naming
 from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
 from frugal.kernels.quant import low_rank
-from frugal.kernels.quant.lora_names import aliases, diffusers_name
+from frugal.kernels.quant.lora_names import aliases
 from frugal.kernels.quant.lora_report import LoraReport
 
 MAKE = torch.Generator().manual_seed(5)
@@ -120,13 +121,13 @@ def test_dora_gain(shape):
 
 @pytest.mark.parametrize("parts", ["text", "image", "vace"])
 def test_diffusers_names_are_read_back(parts):
-    """Against the table that the loader uses in the other direction."""
+    """As the loader reads them, in the other direction."""
     config = WanConfig(
         dim=256, ffn_dim=512, layers=12, in_dim=16, out_dim=16, image=parts == "image",
         **({"vace_layers": 2, "vace_in_dim": 96} if parts == "vace" else {}),
     )  # fmt: skip
     layers = [name[:-7] for name in parameters(config) if name.endswith(".weight")]
-    theirs = {layer: diffusers_name(layer) for layer in layers}
+    theirs = {layer: to_diffusers(layer) for layer in layers}
     for layer, name in theirs.items():
         assert Naming("", True).layer(name) == layer
     assert theirs["blocks.11.self_attn.o"] == "blocks.11.attn1.to_out.0"
