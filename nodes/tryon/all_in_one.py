@@ -5,10 +5,9 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import GraphBuilder
 
-from ...kernels.tryon import canvas
-from .._comfy import CATEGORY, known
+from .._comfy import known
+from . import ports
 
-FAMILY = f"{CATEGORY}/Try-on"
 # Wires are passed on to the inner nodes as wires and not as what they carry, so that ComfyUI keeps
 # each inner node's result: another seed encodes nothing anew, another blur samples nothing anew.
 WIRE = {"rawLink": True}
@@ -22,7 +21,7 @@ class FrugalTryOn(io.ComfyNode):
         return io.Schema(
             node_id="FrugalTryOn",
             display_name="Try-On",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Dresses a person: prepare, condition, sample as CatVTON was published, "
             "and stitch, in one node. It expands into those nodes and gives what they give.",
             inputs=[
@@ -31,7 +30,7 @@ class FrugalTryOn(io.ComfyNode):
                 ),
                 io.Vae.Input(
                     "vae",
-                    tooltip="SD 1.5 VAE; CatVTON was trained with sd-vae-ft-mse.",
+                    tooltip=ports.VAE,
                     extra_dict=WIRE,
                 ),
                 io.Image.Input(
@@ -49,89 +48,23 @@ class FrugalTryOn(io.ComfyNode):
                     tooltip="Where to repaint: 1 on the old garment and around it.",
                     extra_dict=WIRE,
                 ),
-                io.Int.Input(
-                    "width",
-                    default=768,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Canvas width in px, a multiple of 8; CatVTON knows 768 and 384.",
+                *ports.canvas_size(
+                    "Canvas width in px, a multiple of 8; CatVTON knows 768 and 384.",
+                    "Canvas height in px, a multiple of 8; CatVTON knows 1024 and 512.",
                 ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Canvas height in px, a multiple of 8; CatVTON knows 1024 and 512.",
-                ),
-                io.Combo.Input(
-                    "fit",
-                    options=[canvas.CROP, canvas.LETTERBOX],
-                    default=canvas.CROP,
-                    tooltip="crop around mask: a window around the mask, with 25 % context. "
-                    "letterbox: the whole photo with bars.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=1,
-                    max=500,
-                    tooltip="Number of steps; CatVTON takes 50.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=2.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Strength of the garment; 2.5 as published, 1 is off and twice as "
-                    "fast.",
-                ),
-                io.Float.Input(
-                    "eta",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Fresh noise per step: 1 as published, 0 for none (plain DDIM).",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the noise.",
-                ),
-                io.Int.Input(
-                    "mask_blur",
-                    default=9,
-                    min=0,
-                    max=256,
-                    tooltip="Softness of the mask's edge: standard deviation in photo px.",
-                ),
-                io.Boolean.Input(
-                    "color_match",
-                    default=False,
-                    optional=True,
-                    tooltip="Match the painted colours to the photo around the mask.",
-                ),
+                ports.fit(ports.FIT_WITH_CONTEXT),
+                ports.steps("Number of steps; CatVTON takes 50."),
+                ports.cfg(),
+                ports.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
+                ports.seed("Seed of the noise."),
+                ports.mask_blur(ports.SHORT_BLUR),
+                ports.color_match(ports.SHORT_MATCH),
             ],
-            outputs=[
-                io.Image.Output(
-                    "image", display_name="image", tooltip="The photo with the garment on."
-                ),
-                io.Image.Output(
-                    "canvas",
-                    display_name="canvas",
-                    tooltip="What the model painted, at canvas size, not composited.",
-                ),
-            ],
+            outputs=ports.pictures(),
             enable_expand=True,
             **known(
                 io.Schema,
-                search_aliases=["catvton", "virtual try-on", "vton", "clothes", "garment"],
+                search_aliases=ports.WORDS,
             ),
         )
 

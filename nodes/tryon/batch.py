@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ...kernels.tryon import batching, canvas
-from .._comfy import CATEGORY, known, show_text
-from . import batch_run
-
-FAMILY = f"{CATEGORY}/Try-on"
+from ...kernels.tryon import batching
+from .._comfy import known, show_text
+from . import batch_run, ports
 
 
 class FrugalTryOnBatch(io.ComfyNode):
@@ -19,13 +17,13 @@ class FrugalTryOnBatch(io.ComfyNode):
         return io.Schema(
             node_id="FrugalTryOnBatch",
             display_name="Try-On Batch",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Dresses many persons in many garments: each picture is encoded once, "
             "sampled in groups that fit into memory. When memory runs out the group is halved and "
             "the work goes on.",
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL of 'Load CatVTON' (with mask)."),
-                io.Vae.Input("vae", tooltip="SD 1.5 VAE; CatVTON was trained with sd-vae-ft-mse."),
+                io.Vae.Input("vae", tooltip=ports.VAE),
                 io.Image.Input(
                     "persons", tooltip="Photos: a batch, or a list of pictures of any sizes."
                 ),
@@ -42,69 +40,19 @@ class FrugalTryOnBatch(io.ComfyNode):
                     tooltip="all combinations: every garment on the first person, then on the "
                     "second. pairs: first with first; a single one serves all.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=768,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Canvas width in px, a multiple of 8; a list gives one per person.",
+                *ports.canvas_size(
+                    "Canvas width in px, a multiple of 8; a list gives one per person.",
+                    "Canvas height in px, a multiple of 8; a list gives one per person.",
                 ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Canvas height in px, a multiple of 8; a list gives one per person.",
+                ports.fit(ports.FIT_WITH_CONTEXT),
+                ports.steps("Number of steps; unused with sigmas of your own."),
+                ports.cfg(),
+                ports.eta(
+                    "Fresh noise per step: 1 as published, 0 for none. Unused with a sampler of "
+                    "your own."
                 ),
-                io.Combo.Input(
-                    "fit",
-                    options=[canvas.CROP, canvas.LETTERBOX],
-                    default=canvas.CROP,
-                    tooltip="crop around mask: a window around the mask, with 25 % context. "
-                    "letterbox: the whole photo with bars.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=1,
-                    max=500,
-                    tooltip="Number of steps; unused with sigmas of your own.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=2.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Strength of the garment; 2.5 as published, 1 is off and twice as "
-                    "fast.",
-                ),
-                io.Float.Input(
-                    "eta",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Fresh noise per step: 1 as published, 0 for none. Unused with a "
-                    "sampler of your own.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the first picture; each next one takes one more.",
-                ),
-                io.Int.Input(
-                    "mask_blur",
-                    default=9,
-                    min=0,
-                    max=256,
-                    tooltip="Softness of the mask's edge: standard deviation in photo px.",
-                ),
+                ports.seed("Seed of the first picture; each next one takes one more."),
+                ports.mask_blur(ports.SHORT_BLUR),
                 io.Float.Input(
                     "memory_budget",
                     default=0.0,
@@ -121,12 +69,7 @@ class FrugalTryOnBatch(io.ComfyNode):
                     max=64,
                     tooltip="Most pictures per forward, whatever the memory.",
                 ),
-                io.Boolean.Input(
-                    "color_match",
-                    default=False,
-                    optional=True,
-                    tooltip="Match the painted colours to the photo around the mask.",
-                ),
+                ports.color_match(ports.SHORT_MATCH),
                 io.Sampler.Input(
                     "sampler",
                     optional=True,

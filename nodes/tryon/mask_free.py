@@ -10,8 +10,8 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ...kernels.tryon import latents, pictures
-from .._comfy import CATEGORY, known
-from . import glue
+from .._comfy import known
+from . import glue, ports
 
 
 def conditioning(
@@ -52,27 +52,14 @@ class FrugalTryOnMaskFree(io.ComfyNode):
         return io.Schema(
             node_id="FrugalTryOnMaskFree",
             display_name="Try-On Conditioning, Mask-Free",
-            category=f"{CATEGORY}/Try-on",
+            category=ports.FAMILY,
             description="Encodes the person beside the garment for the mask-free CatVTON (8 input "
             "channels, base instruct-pix2pix). The model itself finds what to change.",
             inputs=[
-                io.Image.Input("person_canvas", tooltip="Person from 'Prepare Try-On'."),
-                io.Image.Input("garment_canvas", tooltip="Garment from 'Prepare Try-On'."),
-                io.Vae.Input("vae", tooltip="SD 1.5 VAE; CatVTON was trained with sd-vae-ft-mse."),
+                *ports.canvases(),
+                io.Vae.Input("vae", tooltip=ports.VAE),
             ],
-            outputs=[
-                io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="With the garment."
-                ),
-                io.Conditioning.Output(
-                    "negative", display_name="negative", tooltip="Without the garment."
-                ),
-                io.Latent.Output(
-                    "latent",
-                    display_name="latent",
-                    tooltip="Empty, person beside garment: twice the canvas's width.",
-                ),
-            ],
+            outputs=ports.sides("Empty, person beside garment: twice the canvas's width."),
             **known(io.Schema, search_aliases=["catvton", "virtual try-on", "no mask", "pix2pix"]),
         )
 

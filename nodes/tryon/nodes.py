@@ -7,12 +7,11 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas, precision
-from .._comfy import CATEGORY, REPORT_KEY, known, show_text
-from . import all_in_one, batch, glue, loading, mask_free, parse, sampling, saving
+from .._comfy import REPORT_KEY, known, show_text
+from . import all_in_one, batch, glue, loading, mask_free, parse, ports, sampling, saving
+from .ports import FAMILY, WORDS
 
-FAMILY = f"{CATEGORY}/Try-on"
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
-WORDS = ["catvton", "virtual try-on", "vton", "clothes", "garment"]
 
 glue.register_folder()
 
@@ -101,30 +100,14 @@ class FrugalTryOnPrepare(io.ComfyNode):
                 io.Mask.Input(
                     "mask", tooltip="Where to repaint: 1 on the old garment and around it."
                 ),
-                io.Int.Input(
-                    "width",
-                    default=768,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Canvas width in px, a multiple of 8 (64 is best); CatVTON knows 768 "
-                    "and 384.",
+                *ports.canvas_size(
+                    "Canvas width in px, a multiple of 8 (64 is best); CatVTON knows 768 and 384.",
+                    "Canvas height in px, a multiple of 8 (64 is best); CatVTON knows 1024 and "
+                    "512.",
                 ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Canvas height in px, a multiple of 8 (64 is best); CatVTON knows "
-                    "1024 and 512.",
-                ),
-                io.Combo.Input(
-                    "fit",
-                    options=[canvas.CROP, canvas.LETTERBOX],
-                    default=canvas.CROP,
-                    tooltip="crop around mask: a window of the canvas's shape around the mask. "
-                    "letterbox: the whole photo with bars.",
+                ports.fit(
+                    "crop around mask: a window of the canvas's shape around the mask. letterbox: "
+                    "the whole photo with bars."
                 ),
                 io.Int.Input(
                     "context",
@@ -186,24 +169,11 @@ class FrugalTryOnConditioning(io.ComfyNode):
             description="Encodes the masked person over the garment as inpainting conditioning. "
             "The negative side has an empty garment half, so that cfg strengthens the garment.",
             inputs=[
-                io.Image.Input("person_canvas", tooltip="Person from 'Prepare Try-On'."),
-                io.Image.Input("garment_canvas", tooltip="Garment from 'Prepare Try-On'."),
+                *ports.canvases(),
                 io.Mask.Input("mask_canvas", tooltip="Mask from 'Prepare Try-On'."),
-                io.Vae.Input("vae", tooltip="SD 1.5 VAE; CatVTON was trained with sd-vae-ft-mse."),
+                io.Vae.Input("vae", tooltip=ports.VAE),
             ],
-            outputs=[
-                io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="With the garment."
-                ),
-                io.Conditioning.Output(
-                    "negative", display_name="negative", tooltip="Without the garment."
-                ),
-                io.Latent.Output(
-                    "latent",
-                    display_name="latent",
-                    tooltip="Empty, person over garment: twice the canvas's height.",
-                ),
-            ],
+            outputs=ports.sides("Empty, person over garment: twice the canvas's height."),
             **known(io.Schema, search_aliases=[*WORDS, "inpaint", "conditioning"]),
         )
 
@@ -227,32 +197,16 @@ class FrugalTryOnStitch(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="Sampled latent of 'Try-On Conditioning'."),
                 io.Vae.Input("vae", tooltip="The VAE used for the conditioning."),
                 Frame.Input("frame", tooltip="Frame from 'Prepare Try-On'."),
-                io.Int.Input(
-                    "mask_blur",
-                    default=9,
-                    min=0,
-                    max=256,
-                    tooltip="Softness of the mask's edge: standard deviation of a Gaussian in "
-                    "photo px; less where the window's edge is nearer than three of them.",
+                ports.mask_blur(
+                    "Softness of the mask's edge: standard deviation of a Gaussian in photo px; "
+                    "less where the window's edge is nearer than three of them."
                 ),
-                io.Boolean.Input(
-                    "color_match",
-                    default=False,
-                    optional=True,
-                    tooltip="Shift the painted colours so that mean and contrast agree with the "
-                    "photo in a ring around the mask. Outside the mask nothing changes.",
+                ports.color_match(
+                    "Shift the painted colours so that mean and contrast agree with the photo in a "
+                    "ring around the mask. Outside the mask nothing changes."
                 ),
             ],
-            outputs=[
-                io.Image.Output(
-                    "image", display_name="image", tooltip="The photo with the garment on."
-                ),
-                io.Image.Output(
-                    "canvas",
-                    display_name="canvas",
-                    tooltip="What the model painted, at canvas size, not composited.",
-                ),
-            ],
+            outputs=ports.pictures(),
             **known(io.Schema, search_aliases=[*WORDS, "composite", "paste back"]),
         )
 
@@ -275,21 +229,8 @@ class FrugalTryOnSigmas(io.ComfyNode):
             "1), for SamplerCustom. KSampler with euler_ancestral and ddim_uniform comes close.",
             inputs=[
                 io.Model.Input("model", tooltip="The try-on MODEL."),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=1,
-                    max=500,
-                    tooltip="Number of steps; CatVTON takes 50.",
-                ),
-                io.Float.Input(
-                    "eta",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Fresh noise per step: 1 as published, 0 for none (plain DDIM).",
-                ),
+                ports.steps("Number of steps; CatVTON takes 50."),
+                ports.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
             ],
             outputs=[
                 io.Sigmas.Output(

@@ -8,10 +8,8 @@ import logging
 from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import parsing
-from .._comfy import CATEGORY, known
-from . import parser_glue
-
-FAMILY = f"{CATEGORY}/Try-on"
+from .._comfy import known
+from . import parser_glue, ports
 
 parser_glue.register_folder()
 
@@ -24,7 +22,7 @@ class FrugalHumanParse(io.ComfyNode):
         return io.Schema(
             node_id="FrugalHumanParse",
             display_name="Human Parse",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Tells clothes, skin, hair and background of a photo apart with a "
             "Segformer parser from models/human_parsing. Nothing is downloaded.",
             inputs=[

@@ -19,7 +19,8 @@ from ...kernels.checkpoints import catvton
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.tryon import precision
-from .._comfy import CATEGORY, REPORT_KEY, known, show_text
+from .._comfy import REPORT_KEY, known, show_text
+from . import ports
 from .unet import CatVTONConfig
 
 PREFIX = "diffusion_model."
@@ -145,7 +146,7 @@ class FrugalSaveCatVTON(io.ComfyNode):
         return io.Schema(
             node_id="FrugalSaveCatVTON",
             display_name="Save CatVTON",
-            category=f"{CATEGORY}/Try-on",
+            category=ports.FAMILY,
             description="Writes a try-on MODEL, its attention merged and quantised or not, as one "
             "file for 'Load CatVTON'. LoRAs on it are merged. Loads faster and takes less disk.",
             inputs=[
