@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
 from ...kernels.masks.refine import HULLS, hull, refine
-from ...kernels.masks.settings import (
-    FEATHERS,
-    MAX_FEATHER,
-    MAX_RADIUS,
-    MAX_REGIONS,
-    SHAPES,
-    TEMPORAL,
-    RefineSettings,
-)
-from .._comfy import CATEGORY, known, show_text
-from . import glue
-
-FAMILY = f"{CATEGORY}/masks"
-MAX_AREA = 2**31 - 1
-MASK = "One mask or a clip of masks; it is not changed."
+from ...kernels.masks.settings import TEMPORAL, RefineSettings
+from .._comfy import known, show_text
+from . import glue, ports
 
 
 def edited(node, mask, work, with_inverse: bool = False) -> io.NodeOutput:
@@ -28,8 +16,7 @@ def edited(node, mask, work, with_inverse: bool = False) -> io.NodeOutput:
     made, line = glue.edit_mask(mask, work)
     show_text(node.hidden.unique_id, line)
     results = (made, glue.inverted(made)) if with_inverse else (made,)
-    preview = ui.PreviewMask(glue.preview_frames(made)) if len(made) else None
-    return io.NodeOutput(*results, ui=preview)
+    return io.NodeOutput(*results, ui=ports.preview(made))
 
 
 class FrugalMaskGrow(io.ComfyNode):
@@ -38,24 +25,15 @@ class FrugalMaskGrow(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskGrow",
             display_name="Grow Mask (px)",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Grows or shrinks a mask by an exact number of pixels; round, diamond or "
             "square. Soft masks stay soft.",
             inputs=[
-                io.Mask.Input("mask", tooltip=MASK),
-                io.Int.Input(
-                    "grow",
-                    default=8,
-                    min=-MAX_RADIUS,
-                    max=MAX_RADIUS,
-                    tooltip="Radius in pixels by which the mask grows; negative shrinks it.",
-                ),
-                io.Combo.Input(
-                    "grow_shape",
-                    options=list(SHAPES),
-                    default=SHAPES[0],
-                    tooltip="disk: round, exact distance. diamond: as core's Grow Mask with "
-                    "tapered corners. square: as Grow Mask without.",
+                io.Mask.Input("mask", tooltip=ports.MASK),
+                *ports.growth(
+                    8,
+                    "disk: round, exact distance. diamond: as core's Grow Mask with tapered "
+                    "corners. square: as Grow Mask without.",
                 ),
             ],
             outputs=[
@@ -84,33 +62,19 @@ class FrugalMaskFeather(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskFeather",
             display_name="Feather Mask Edge",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Gives a mask a soft edge: a ramp of exact length in px, or a blur.",
             inputs=[
-                io.Mask.Input("mask", tooltip=MASK),
-                io.Float.Input(
-                    "feather",
-                    default=12.0,
-                    min=0.0,
-                    max=MAX_FEATHER,
-                    step=0.5,
-                    tooltip="Length of the ramp in pixels, or sigma of gaussian in pixels.",
+                io.Mask.Input("mask", tooltip=ports.MASK),
+                *ports.soft_edge(
+                    12.0,
+                    "Length of the ramp in pixels, or sigma of gaussian in pixels.",
+                    "ramp_out: the mask stays full and fades outside. ramp_in: fades inside. "
+                    "ramp_center: half on either side. gaussian: blur.",
                 ),
-                io.Combo.Input(
-                    "feather_mode",
-                    options=list(FEATHERS),
-                    default=FEATHERS[0],
-                    tooltip="ramp_out: the mask stays full and fades outside. ramp_in: fades "
-                    "inside. ramp_center: half on either side. gaussian: blur.",
-                ),
-                io.Float.Input(
-                    "threshold",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The edge lies where the value passes this. 0 keeps grey values, for "
-                    "gaussian only.",
+                ports.threshold(
+                    "The edge lies where the value passes this. 0 keeps grey values, for gaussian "
+                    "only."
                 ),
             ],
             outputs=[io.Mask.Output("feathered", display_name="mask", tooltip="The soft mask.")],
@@ -131,33 +95,12 @@ class FrugalMaskClean(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskClean",
             display_name="Clean Mask",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Fills holes and removes specks, by area in px. Soft masks keep their "
             "soft edge.",
             inputs=[
-                io.Mask.Input("mask", tooltip=MASK),
-                io.Int.Input(
-                    "fill_holes",
-                    default=-1,
-                    min=-1,
-                    max=MAX_AREA,
-                    tooltip="Fills enclosed holes of at most this many pixels (area). 0: off, "
-                    "-1: all. Gaps that reach the picture border are not holes.",
-                ),
-                io.Int.Input(
-                    "drop_islands",
-                    default=64,
-                    min=0,
-                    max=MAX_AREA,
-                    tooltip="Removes regions smaller than this many pixels (area). 0: off.",
-                ),
-                io.Int.Input(
-                    "keep_largest",
-                    default=0,
-                    min=0,
-                    max=MAX_REGIONS,
-                    tooltip="Keeps only this many of the largest regions in each frame. 0: all.",
-                ),
+                io.Mask.Input("mask", tooltip=ports.MASK),
+                *ports.regions(fill_holes=-1, drop_islands=64),
             ],
             outputs=[io.Mask.Output("cleaned", display_name="mask", tooltip="The clean mask.")],
             hidden=[io.Hidden.unique_id],
@@ -180,11 +123,11 @@ class FrugalMaskHull(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskHull",
             display_name="Mask Hull",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Closes dents: the convex hull of each region or of all, or a closing that "
             "fills narrow gaps only.",
             inputs=[
-                io.Mask.Input("mask", tooltip=MASK),
+                io.Mask.Input("mask", tooltip=ports.MASK),
                 io.Combo.Input(
                     "mode",
                     options=list(HULLS),
@@ -193,13 +136,7 @@ class FrugalMaskHull(io.ComfyNode):
                     "everything in the frame. closing: only gaps narrower than twice the radius, "
                     "so the space between arm and body can stay open.",
                 ),
-                io.Int.Input(
-                    "radius",
-                    default=16,
-                    min=1,
-                    max=MAX_RADIUS,
-                    tooltip="For closing only: radius in pixels.",
-                ),
+                ports.closing_radius(),
                 io.Float.Input(
                     "threshold",
                     default=0.5,
@@ -228,7 +165,7 @@ class FrugalMaskTemporal(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskTemporal",
             display_name="Smooth Mask over Time",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Calms a flickering clip of masks, pixel by pixel over the frames.",
             inputs=[
                 io.Mask.Input("mask", tooltip="A clip of masks; it is not changed."),
@@ -241,13 +178,8 @@ class FrugalMaskTemporal(io.ComfyNode):
                     "edges lag. ema_both: ema forwards and backwards, without lag. union: every "
                     "frame gets the union of all frames.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=0.5,
-                    min=0.0,
-                    max=0.99,
-                    step=0.01,
-                    tooltip="For ema and ema_both: share of the neighbouring frame that stays.",
+                ports.share(
+                    "strength", "For ema and ema_both: share of the neighbouring frame that stays."
                 ),
             ],
             outputs=[io.Mask.Output("smoothed", display_name="mask", tooltip="The calm clip.")],

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
-from ...kernels.masks.settings import (
-    FEATHERS,
-    MAX_FEATHER,
-    MAX_RADIUS,
-    MAX_REGIONS,
-    SHAPES,
-    TEMPORAL,
-    RefineSettings,
-)
-from .._comfy import CATEGORY, known, show_text
-from . import glue
+from ...kernels.masks.settings import TEMPORAL, RefineSettings
+from .._comfy import known, show_text
+from . import glue, ports
 from .edit import (
-    MAX_AREA,
     FrugalMaskClean,
     FrugalMaskFeather,
     FrugalMaskGrow,
@@ -33,78 +24,28 @@ class FrugalMaskRefine(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskRefine",
             display_name="Refine Mask",
-            category=f"{CATEGORY}/masks",
+            category=ports.FAMILY,
             description=(
                 "Cleans, grows and feathers a mask or a clip of masks in one pass, in exact px. "
                 "Order: smoothing over time, threshold, fill holes, drop islands, grow, feather."
             ),
             inputs=[
-                io.Mask.Input("mask", tooltip="One mask or a clip of masks; it is not changed."),
-                io.Float.Input(
-                    "threshold",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="A pixel is inside where its value is above this. 0 keeps grey values.",
+                io.Mask.Input("mask", tooltip=ports.MASK),
+                ports.threshold(
+                    "A pixel is inside where its value is above this. 0 keeps grey values."
                 ),
-                io.Int.Input(
-                    "fill_holes",
-                    default=0,
-                    min=-1,
-                    max=MAX_AREA,
-                    tooltip=(
-                        "Fills enclosed holes of at most this many pixels (area). 0: off, -1: all. "
-                        "Gaps that reach the picture border are not holes."
-                    ),
+                *ports.regions(fill_holes=0, drop_islands=0),
+                *ports.growth(
+                    0,
+                    "disk: round, exact distance. diamond: as Grow Mask with tapered corners. "
+                    "square: as Grow Mask without.",
                 ),
-                io.Int.Input(
-                    "drop_islands",
-                    default=0,
-                    min=0,
-                    max=MAX_AREA,
-                    tooltip="Removes regions smaller than this many pixels (area). 0: off.",
-                ),
-                io.Int.Input(
-                    "keep_largest",
-                    default=0,
-                    min=0,
-                    max=MAX_REGIONS,
-                    tooltip="Keeps only this many of the largest regions in each frame. 0: all.",
-                ),
-                io.Int.Input(
-                    "grow",
-                    default=0,
-                    min=-MAX_RADIUS,
-                    max=MAX_RADIUS,
-                    tooltip="Radius in pixels by which the mask grows; negative shrinks it.",
-                ),
-                io.Combo.Input(
-                    "grow_shape",
-                    options=list(SHAPES),
-                    default=SHAPES[0],
-                    tooltip=(
-                        "disk: round, exact distance. diamond: as Grow Mask with tapered corners. "
-                        "square: as Grow Mask without."
-                    ),
-                ),
-                io.Float.Input(
-                    "feather",
-                    default=0.0,
-                    min=0.0,
-                    max=MAX_FEATHER,
-                    step=0.5,
-                    tooltip="Soft edge in px: length of the ramp, or sigma of gaussian. 0: off.",
-                ),
-                io.Combo.Input(
-                    "feather_mode",
-                    options=list(FEATHERS),
-                    default=FEATHERS[0],
-                    tooltip=(
-                        "ramp_out: the mask stays full and fades outside. ramp_in: fades inside. "
-                        "ramp_center: half on either side. gaussian: blur, the only one for grey "
-                        "masks (threshold 0)."
-                    ),
+                *ports.soft_edge(
+                    0.0,
+                    "Soft edge in px: length of the ramp, or sigma of gaussian. 0: off.",
+                    "ramp_out: the mask stays full and fades outside. ramp_in: fades inside. "
+                    "ramp_center: half on either side. gaussian: blur, the only one for grey "
+                    "masks (threshold 0).",
                 ),
                 io.Combo.Input(
                     "temporal",
@@ -117,13 +58,9 @@ class FrugalMaskRefine(io.ComfyNode):
                         "all frames."
                     ),
                 ),
-                io.Float.Input(
+                ports.share(
                     "temporal_strength",
-                    default=0.5,
-                    min=0.0,
-                    max=0.99,
-                    step=0.01,
-                    tooltip="For ema and ema_both: share of the previous frame that stays.",
+                    "For ema and ema_both: share of the previous frame that stays.",
                 ),
             ],
             outputs=[
@@ -166,8 +103,7 @@ class FrugalMaskRefine(io.ComfyNode):
         show_text(cls.hidden.unique_id, glue.PREPARING)
         refined, inverted, box, text = glue.refine_mask(mask, chosen)
         show_text(cls.hidden.unique_id, text)
-        preview = ui.PreviewMask(glue.preview_frames(refined)) if len(refined) else None
-        return io.NodeOutput(refined, inverted, *box, ui=preview)
+        return io.NodeOutput(refined, inverted, *box, ui=ports.preview(refined))
 
 
 NODES = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
 from ...kernels.masks import agnostic, labels
-from .._comfy import CATEGORY, known, show_text
-from . import glue
+from .._comfy import known, show_text
+from . import glue, ports
 
-FAMILY = f"{CATEGORY}/masks"
 ENCODING = (
     "How the picture holds the labels. auto finds out and refuses what it does not know. grey "
     "level: the label itself. grey x 24 / 255: DensePose spread over 0..255. VOC colours: the "
@@ -22,7 +21,7 @@ class FrugalMaskFromLabels(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskFromLabels",
             display_name="Mask from Label Map",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Picks parts of a label map (ATR, LIP, DensePose, plain numbers) or "
             "colours of a colour map as a mask.",
             inputs=[
@@ -66,8 +65,7 @@ class FrugalMaskFromLabels(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         made, line = glue.mask_of_labels(**inputs)
         show_text(cls.hidden.unique_id, line)
-        preview = ui.PreviewMask(glue.preview_frames(made)) if len(made) else None
-        return io.NodeOutput(made, ui=preview)
+        return io.NodeOutput(made, ui=ports.preview(made))
 
 
 class FrugalClothMask(io.ComfyNode):
@@ -76,7 +74,7 @@ class FrugalClothMask(io.ComfyNode):
         return io.Schema(
             node_id="FrugalClothMask",
             display_name="Cloth Mask (agnostic)",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="CatVTON's mask of what to repaint, from label maps of a person: the old "
             "garment and what could betray it, with face, hair, hands and other clothes protected.",
             inputs=[
@@ -105,13 +103,7 @@ class FrugalClothMask(io.ComfyNode):
                     "closes gaps narrower than twice the radius, so the space between arm and body "
                     "can stay. off: neither.",
                 ),
-                io.Int.Input(
-                    "radius",
-                    default=16,
-                    min=1,
-                    max=512,
-                    tooltip="For closing only: radius in pixels.",
-                ),
+                ports.closing_radius(),
                 io.Int.Input(
                     "dilate",
                     default=0,
@@ -146,5 +138,4 @@ class FrugalClothMask(io.ComfyNode):
         show_text(cls.hidden.unique_id, glue.PREPARING)
         made, line = glue.agnostic_mask(densepose, lip, atr, chosen)
         show_text(cls.hidden.unique_id, line)
-        preview = ui.PreviewMask(glue.preview_frames(made)) if len(made) else None
-        return io.NodeOutput(made, ui=preview)
+        return io.NodeOutput(made, ui=ports.preview(made))

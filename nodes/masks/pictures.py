@@ -6,10 +6,9 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.masks import pictures
 from ...kernels.tryon.pictures import resize_picture
-from .._comfy import CATEGORY, known, show_text
-from . import glue
+from .._comfy import known, show_text
+from . import glue, ports
 
-FAMILY = f"{CATEGORY}/masks"
 Window = io.Custom("FRUGAL_MASK_WINDOW")
 PLACE = 16384
 
@@ -30,7 +29,7 @@ class FrugalMaskComposite(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskComposite",
             display_name="Composite through Mask",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Lays one picture or clip into another through a mask. Outside the mask "
             "the destination keeps its exact values.",
             inputs=[
@@ -77,7 +76,7 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskBBoxCrop",
             display_name="Crop around Mask",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Cuts a window of one size around the mask of every frame of a clip, to "
             "work at full resolution where it matters. Uncrop puts the result back.",
             inputs=[
@@ -151,7 +150,7 @@ class FrugalMaskBBoxUncrop(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskBBoxUncrop",
             display_name="Uncrop",
-            category=FAMILY,
+            category=ports.FAMILY,
             description="Puts cropped frames back where Crop around Mask took them from. Outside "
             "the window, and where the mask is 0, the picture keeps its exact values.",
             inputs=[
