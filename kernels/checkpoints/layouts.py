@@ -24,6 +24,8 @@ from .header import TensorInfo
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = "plain"
+# What one scale serves: the whole weight, a row, or a block of a row or of some rows.
+ONE, ROW, BLOCK = "tensor", "row", "block"
 INT8, W4A4, W4A8, NVFP4, MXFP8 = (
     "int8_tensorwise",
     "convrot_w4a4",
@@ -74,8 +76,8 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One linear layer: its format, whether its fp8 scale is per row or, `blocks` too, per block,
-    and what the file left unsaid.
+    """One linear layer: its format, what one fp8 scale serves (`grid`: ONE, ROW or BLOCK), and what
+    the file left unsaid.
 
     `stored` maps a side tensor's name in the file (such as scale_weight) to its canonical name;
     `unit_scale` says that the file holds no scale because the weight is a plain cast; `options`
@@ -85,8 +87,7 @@ class LayerLayout:
     """
 
     format: str
-    per_row: bool = False
-    blocks: bool = False
+    grid: str = ONE
     unit_scale: bool = False
     stored: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -131,8 +132,8 @@ def classify(
         _check_shape(where, weight, shape)
         if scale is None:
             return LayerLayout(FLOAT8[weight.dtype], unit_scale=True, stored=stored)
-        per_row, blocks = _float8_scale(where, scale, shape)
-        return LayerLayout(FLOAT8[weight.dtype], per_row, blocks, stored=stored)
+        grid = _float8_grid(where, scale, shape)
+        return LayerLayout(FLOAT8[weight.dtype], grid, stored=stored)
     if weight.dtype == torch.int8:
         _check_shape(where, weight, shape)
         if scale is None:
@@ -185,8 +186,8 @@ def _declared(
         _check_shape(where, weight, shape)
         check_only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
         # The bytes decide: files labelled e4m3fn with e5m2 inside are known.
-        per_row, blocks = _float8_scale(where, side["weight_scale"], shape)
-        return LayerLayout(FLOAT8[weight.dtype], per_row, blocks, stored=stored, options=options)
+        grid = _float8_grid(where, side["weight_scale"], shape)
+        return LayerLayout(FLOAT8[weight.dtype], grid, stored=stored, options=options)
     group = (
         options.get("convrot_groupsize", 256)
         if form in (W4A4, W4A8) or options.get("convrot")
@@ -307,11 +308,11 @@ def _w4a16(
     return PackedSpec(W4A16, 4, 0, out, inside, group)
 
 
-def _float8_scale(where: str, scale: TensorInfo, shape: tuple[int, int]) -> tuple[bool, bool]:
-    """(not a scalar, per block) of the scale of fp8 weights; refuses shapes of no known grid."""
+def _float8_grid(where: str, scale: TensorInfo, shape: tuple[int, int]) -> str:
+    """What one scale of fp8 weights serves; refuses shapes of no known grid."""
     flat = scale.shape[:-1] if len(scale.shape) == 3 and scale.shape[-1] == 1 else scale.shape
     if scale.dtype in FLOATS and scale_grid.is_grid(flat, shape):
-        return True, True
+        return BLOCK
     if len(scale.shape) == 2 and scale.numel > 1 and scale.shape[1] > 1:
         raise FrugalError(
             f"{where} has fp8 scales of shape {list(scale.shape)}",
@@ -319,7 +320,7 @@ def _float8_scale(where: str, scale: TensorInfo, shape: tuple[int, int]) -> tupl
             f"{list(scale_grid.squares(shape))} for squares of 128",
             "use a file with one scale per tensor, row or block",
         )
-    return _rows(where, scale, shape), False
+    return ROW if _rows(where, scale, shape) else ONE
 
 
 def _rows(where: str, scale: TensorInfo, shape: tuple[int, int]) -> bool:

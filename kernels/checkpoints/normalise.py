@@ -15,7 +15,7 @@ import torch
 
 from ..errors import FrugalError
 from ..quant.packed_int import W4A16, PackedWeight
-from .layouts import FLOAT8, MXFP8, NVFP4, W4A4, LayerLayout
+from .layouts import BLOCK, FLOAT8, MXFP8, NVFP4, W4A4, LayerLayout
 from .packed import check_packed, from_lightx2v
 from .plan import Plan
 
@@ -106,7 +106,7 @@ def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor
     scale = _scale(file, name, tensor)
     if scale.numel() == 1:
         return scale.reshape(())
-    if layout.blocks:
+    if layout.grid == BLOCK:
         return scale.reshape(scale.shape[0], -1)
     # One spelling per format: W4A4 kernels take a vector of row scales, the others a column.
     return scale.reshape(-1) if layout.format == W4A4 else scale.reshape(-1, 1)

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import FrugalError
 from .header import TensorInfo
-from .layouts import FLOAT8, FLOATS, FOREIGN, PLAIN, SIDE, LayerLayout, classify
+from .layouts import FLOAT8, FLOATS, FOREIGN, ONE, PLAIN, SIDE, LayerLayout, classify
 from .packed import (
     LIGHTX2V,
     PACKED,
@@ -60,8 +60,9 @@ class Plan:
     own_formats: tuple[str, ...] = PACKED
 
     @property
-    def per_row_float8(self) -> tuple[str, ...]:
-        return tuple(name for name, layer in self.layers.items() if layer.per_row)
+    def gridded(self) -> tuple[str, ...]:
+        """fp8 layers with more than one scale."""
+        return tuple(name for name, layer in self.layers.items() if layer.grid != ONE)
 
     @property
     def packed(self) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ def format_name(layout: LayerLayout, info: TensorInfo | None = None) -> str:
         order = spec.order.upper().replace("_", " ")
         return f"{order}{version}, {spec.bits} bits, {reordered}groups of {spec.group_size}"
     if layout.format in FLOAT8.values():
-        grid = "per block" if layout.blocks else "per row" if layout.per_row else "per tensor"
-        return f"{layout.format}, scale {'none' if layout.unit_scale else grid}"
+        scale = "none" if layout.unit_scale else f"per {layout.grid}"
+        return f"{layout.format}, scale {scale}"
     return f"{layout.format}, rotated" if layout.options.get("convrot") else layout.format
 
 

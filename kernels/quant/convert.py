@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoints.header import TensorInfo
-from ..checkpoints.layouts import FLOAT8, NATIVE
+from ..checkpoints.layouts import FLOAT8, NATIVE, ONE
 from ..errors import FrugalError
 from ..report import megabytes
 from . import formats
@@ -151,7 +151,7 @@ def _step(weights: Weights, unit: str, target: str | None, changed: frozenset[st
             return Step(unit, COPY, _infos(weights, unit), str(kind).removeprefix("torch."))
         return _made(unit, target, shape, torch.float32 if touched else kind, kind)
     same = label(layout, shape)
-    native = layout.format in NATIVE and not layout.per_row
+    native = layout.format in NATIVE and layout.grid == ONE
     if native and not touched and target in (None, same):
         return _kept(weights, unit)
     # What ComfyUI cannot read as it is becomes 16-bit floats where nothing else is asked for.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ..checkpoints.layouts import FLOAT8, INT8, MXFP8, NVFP4, W4A4, W4A8
+from ..checkpoints.layouts import BLOCK, FLOAT8, INT8, MXFP8, NVFP4, W4A4, W4A8
 from ..checkpoints.plan import Plan
 from ..errors import FrugalError
 from ..plan.doctor import FORMATS, Capability
@@ -78,7 +78,7 @@ def _auto(form: str, capability: Capability | None) -> str:
 
 
 def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device: str) -> Matmul:
-    blocks = Counter(layer.format for layer in plan.layers.values() if layer.blocks)
+    blocks = Counter(layer.format for layer in plan.layers.values() if layer.grid == BLOCK)
     forms = forms - blocks
     able = [form for form in forms if form in FORMATS]
     if not able:
@@ -104,7 +104,7 @@ def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device:
     chosen = tuple(
         name
         for name, layer in plan.layers.items()
-        if layer.format in FLOAT8.values() and not layer.blocks
+        if layer.format in FLOAT8.values() and layer.grid != BLOCK
     )
     notes = [
         f"matmul low precision: {forms[form]} layers in {form} multiply in their format; "

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from ..checkpoints.header import TensorInfo
-from ..checkpoints.layouts import FLOATS, INT8, W4A8, LayerLayout
+from ..checkpoints.layouts import FLOATS, INT8, ROW, W4A8, LayerLayout
 from ..checkpoints.plan import Plan
 from ..checkpoints.plan_notes import format_name
 from ..errors import FrugalError
@@ -68,7 +68,7 @@ def quantised_plan(plan: Plan, target: str, tensors: Mapping[str, TensorInfo]) -
 
 def _layout(file: str, name: str, width: int, target: str) -> LayerLayout:
     if target == FP8:
-        return LayerLayout("float8_e4m3fn", per_row=True, computed=True)
+        return LayerLayout("float8_e4m3fn", ROW, computed=True)
     if formats.suits(SHARED[target], (1, width)):
         raise FrugalError(
             f"{file}: {name} has {width} inputs", f"a multiple of 16 for {target}", f"use {FP8}"

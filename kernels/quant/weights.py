@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.header import TensorInfo
-from ..checkpoints.layouts import FLOAT8, INT8, MXFP8, NVFP4, PLAIN, W4A4, W4A8, LayerLayout
+from ..checkpoints.layouts import FLOAT8, INT8, MXFP8, NVFP4, ONE, PLAIN, W4A4, W4A8, LayerLayout
 from ..checkpoints.normalise import normalise
 from ..checkpoints.packed import PACKED
 from ..checkpoints.plan import Plan, plan_wan
@@ -169,7 +169,7 @@ def decoded(
 
 def label(layout: LayerLayout | None, shape: tuple[int, int]) -> str | None:
     """The target of formats.py that a layer is stored in already, None if it is another format."""
-    if layout is None or layout.format == PLAIN or layout.per_row or layout.lightx2v:
+    if layout is None or layout.format == PLAIN or layout.grid != ONE or layout.lightx2v:
         return None
     if layout.format == formats.FORMATS[formats.FP8]:
         return formats.FP8

@@ -19,7 +19,7 @@ import comfy.utils
 import torch
 from safetensors.torch import load_file
 
-from ...kernels.checkpoints.layouts import FLOAT8
+from ...kernels.checkpoints.layouts import FLOAT8, ONE
 from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
 from ...kernels.checkpoints.plan import Plan, plan_wan
 from ...kernels.checkpoints.source import Source, open_source
@@ -164,7 +164,7 @@ def _check_weight_dtype(plan: Plan, weight_dtype: str) -> None:
             f"an unquantised file for the weight type {weight_dtype}",
             f"set weight_dtype to {DEFAULT}",
         )
-    own = (*plan.per_row_float8, *plan.packed)
+    own = (*plan.gridded, *plan.packed)
     if own and not row_scaled.supported():
         raise FrugalError(
             f"{plan.file} holds {len(own)} layers in GPTQ, AWQ, W4A16 or fp8 with a scale per row",
@@ -265,5 +265,5 @@ def _finish_quantised(
             packed_int.wrap(module, packed[name])
         elif layout.format == W4A16:
             packed_int.make_patchable(module)
-        if layout.per_row:
+        if layout.grid != ONE:
             row_scaled.wrap(module)

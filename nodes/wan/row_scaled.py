@@ -47,9 +47,7 @@ def supported() -> bool:
 
 
 def wrap(module: torch.nn.Module) -> None:
-    """Give a loaded linear layer, whose fp8 weight carries a scale [out, 1], the row-scaled
-    layout.
-    """
+    """Give a loaded linear layer, whose fp8 weight carries a grid of scales, the layout for it."""
     weight: Any = module.weight
     if hasattr(comfy.quant_ops, "register_layout_class"):
         _register()

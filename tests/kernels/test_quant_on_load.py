@@ -85,7 +85,7 @@ def test_only_the_large_layers_change(target, tmp_path):
 def test_fp8_rows_by_definition(tmp_path):
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     weight[3] = 0
-    layout = LayerLayout("float8_e4m3fn", per_row=True, computed=True)
+    layout = LayerLayout("float8_e4m3fn", grid="row", computed=True)
     made = on_load.quantiser("f", CPU)(weight, layout)
     stored, scale, _ = bed.fp8(weight.float(), torch.float8_e4m3fn, rows=True)
     stored[3] = 0
@@ -121,7 +121,7 @@ def test_memory_for_a_large_layer_is_bounded(target, tmp_path, monkeypatch):
 
 
 def test_weight_that_is_not_finite(tmp_path):
-    layout = LayerLayout("float8_e4m3fn", per_row=True, computed=True)
+    layout = LayerLayout("float8_e4m3fn", grid="row", computed=True)
     weight = torch.ones(4, 16)
     weight[2, 3] = float("nan")
     with pytest.raises(FrugalError, match="wan holds a weight that is not finite"):

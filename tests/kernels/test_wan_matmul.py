@@ -164,7 +164,7 @@ def test_integers_run_in_low_precision_on_the_cpu():
 
 
 def test_block_scales_stay_in_full_precision():
-    block = LayerLayout("float8_e4m3fn", per_row=True, blocks=True)
+    block = LayerLayout("float8_e4m3fn", grid="block")
     mixed = SimpleNamespace(file="wan", layers={"a": LayerLayout("float8_e4m3fn"), "b": block})
     found = plan_matmul(mixed, LOW, (8, 9), "cuda:0")
     assert found.float8 == ("a",)
