@@ -87,7 +87,7 @@ def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device:
         )
         raise FrugalError(
             f"{plan.file} holds {held}, which has no low-precision product",
-            "fp8, int8, W4A8, W4A4, NVFP4 or MXFP8 layers",
+            "fp8 with a scale per tensor or row, int8, W4A8, W4A4, NVFP4 or MXFP8 layers",
             "set matmul to auto, or quantize an unquantised file while loading",
         )
     for form in able:
