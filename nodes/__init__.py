@@ -11,7 +11,7 @@ import logging
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-FAMILIES = ("wan", "tryon", "masks", "plan", "quantize")
+FAMILIES = ("wan", "tryon", "masks", "plan", "quantize", "sampling")
 
 
 def _pack_name() -> str:

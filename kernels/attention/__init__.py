@@ -1,0 +1,1 @@
+"""Attention: one public function, backends with declared constraints, a choice by measurement."""

@@ -1,0 +1,1 @@
+"""Sampling: which attention kernel runs, which steps are computed, and the sampler itself."""
