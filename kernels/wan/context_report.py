@@ -1,0 +1,73 @@
+"""What keeping the constant part of cross-attention saves, as data first, then as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..report import megabytes
+
+TEXT_ROWS, IMAGE_ROWS = 512, 257
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """Before a run. layers: projections of text and image. Bytes: their weights, all weights of
+    the blocks, and one row of a prompt or of an image over all layers.
+    """
+
+    layers: int
+    weight_bytes: int
+    block_bytes: int
+    text_row_bytes: int
+    image_row_bytes: int
+
+    @property
+    def share(self) -> float:
+        """Of the blocks' weights, 0..1."""
+        return self.weight_bytes / self.block_bytes
+
+    def text(self) -> str:
+        lines = [
+            f"{self.layers} cross-attention projections: {megabytes(self.weight_bytes)}, "
+            f"{100 * self.share:.1f} % of the blocks' weights, are read once per prompt of a run "
+            "instead of in every step",
+            f"kept per prompt: up to {megabytes(TEXT_ROWS * self.text_row_bytes)} "
+            f"({TEXT_ROWS} tokens; less for a short prompt, whose padding is kept once)",
+        ]
+        if self.image_row_bytes:
+            size = megabytes(IMAGE_ROWS * self.image_row_bytes)
+            lines.append(f"kept per start image: {size} ({IMAGE_ROWS} tokens)")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ContextReport:
+    """After a run. calls: of the model. computed, reused: layer results made and given again.
+    contexts, bytes: kept at the end. dropped: contexts that had to make room. released: bytes of
+    weights moved out of the device's memory. notes: layers that were left alone, and why.
+    """
+
+    calls: int
+    computed: int
+    reused: int
+    contexts: int
+    bytes: int
+    dropped: int
+    released: int
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        lines = [
+            f"constant context: {self.reused} layer results given again, {self.computed} computed, "
+            f"in {self.calls} calls of the model; {self.contexts} contexts kept, "
+            f"{megabytes(self.bytes)}"
+        ]
+        if self.released:
+            lines.append(f"weights moved out of the device's memory: {megabytes(self.released)}")
+        if self.dropped:
+            lines.append(
+                f"note: {self.dropped} contexts made room for others; a larger 'contexts' may "
+                "keep them"
+            )
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)

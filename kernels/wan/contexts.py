@@ -1,0 +1,63 @@
+"""A bounded table of prompts and of what was computed from each, found again by content."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .kept_rows import KeptRows, distinct_rows, same_bits
+
+
+@dataclass(frozen=True)
+class Context:
+    """inputs [batch, rows, width]: the tensor that the layers were given. state: whatever else the
+    values depend on. distinct: see distinct_rows. values: layer -> what it made of the inputs.
+    """
+
+    inputs: torch.Tensor
+    state: Hashable
+    distinct: int
+    values: dict[Any, KeptRows] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.inputs.nbytes + sum(kept.nbytes for kept in self.values.values())
+
+
+class Contexts:
+    """At most `limit` contexts; the one not asked for longest goes first. `made` and `dropped`
+    count.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.made = self.dropped = 0
+        self._kept: list[Context] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(context.nbytes for context in self._kept)
+
+    def of(self, inputs: torch.Tensor, state: Hashable) -> Context:
+        """The context with the same state and, bit for bit, the same inputs [batch, rows, width];
+        a new one if there is none.
+        """
+        for place in reversed(range(len(self._kept))):
+            context = self._kept[place]
+            if context.state == state and same_bits(context.inputs, inputs):
+                self._kept.append(self._kept.pop(place))
+                return context
+        while len(self._kept) >= self.limit:
+            self._kept.pop(0)
+            self.dropped += 1
+        # A copy: what was given may be part of something larger, or be written to later.
+        context = Context(inputs.clone(), state, distinct_rows(inputs))
+        self._kept.append(context)
+        self.made += 1
+        return context
