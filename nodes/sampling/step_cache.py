@@ -1,0 +1,86 @@
+"""The node that skips model calls whose result can be foretold."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from .._comfy import CATEGORY, known, show_text
+from . import step_cache_run
+
+
+class FrugalStepCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalStepCache",
+            display_name="Step Cache (Frugal)",
+            category=f"{CATEGORY}/sampling",
+            description=(
+                "Skips model calls whose result can be foretold: the velocity of the run is "
+                "extended along a line, as far as the error seen so far allows. Needs no "
+                "calibration, works with any model and sampler, and shows what it skipped and how "
+                "well the forecasts fitted."
+            ),
+            inputs=[
+                io.Model.Input("base_model", tooltip="The model, LoRAs and all."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.05,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    tooltip=(
+                        "Largest error of the velocity to accept, as a share of its size "
+                        "(0.05 = 5 %). Larger skips more. 0 is off: the same result to the bit."
+                    ),
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.15,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the schedule before which every call is made, 0 to 1.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.95,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the schedule after which every call is made, 0 to 1.",
+                ),
+                io.Int.Input(
+                    "max_skips",
+                    default=3,
+                    min=1,
+                    max=100,
+                    tooltip="Most steps in a row without a model call.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The same model, for any sampler.")],
+            hidden=[io.Hidden.unique_id],
+            **known(
+                io.Schema,
+                search_aliases=[
+                    "easycache",
+                    "lazycache",
+                    "teacache",
+                    "magcache",
+                    "first block cache",
+                    "speed up",
+                    "skip steps",
+                ],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, base_model, threshold, start_percent, end_percent, max_skips) -> io.NodeOutput:
+        node_id = cls.hidden.unique_id
+
+        def show(report) -> None:
+            step_cache_run.log(report)
+            show_text(node_id, report.text())
+
+        options = step_cache_run.Options(threshold, start_percent, end_percent, max_skips)
+        return io.NodeOutput(step_cache_run.apply(base_model, options, show))

@@ -1,0 +1,145 @@
+"""Puts a step cache into a sampling run: what identifies a condition, and where it must not act.
+
+The cache sits around ComfyUI's batch of conditions (CALC_COND_BATCH): there the arguments are the
+latent and the denoised estimates in float32, whatever the network's precision, extra channels or
+parameterisation, and a skipped call costs no ControlNet either. It is made when the steps of a run
+start, in the sampler's own copy of the options, and is gone when they end, are cancelled or fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from ...kernels.errors import FrugalError
+from ...kernels.sampling.step_cache import StepCache, StepCacheSettings
+from ...kernels.sampling.step_report import StepCacheReport, advice
+
+KEY = "frugal.step_cache"
+OTHER_CACHES = ("easycache", "lazycache")
+
+
+@dataclass(frozen=True)
+class Options:
+    """threshold: largest relative error of the velocity to accept, 0 for off. start, end: the part
+    of the schedule where calls may be skipped, 0..1. max_skips: most noise levels in a row.
+    """
+
+    threshold: float = 0.05
+    start: float = 0.15
+    end: float = 0.95
+    max_skips: int = 3
+
+
+def apply(model: Any, options: Options, show: Callable[[StepCacheReport], None]) -> Any:
+    """A clone of the ModelPatcher `model` with the cache; `show` gets each run's report. A step
+    cache of this pack that is there already is replaced.
+    """
+    if options.start >= options.end:
+        raise FrugalError(
+            f"start {options.start:g} and end {options.end:g}",
+            "a start before the end",
+            "lower the start or raise the end",
+        )
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _each_run(options, show))
+    return model
+
+
+def log(report: StepCacheReport) -> None:
+    logging.info("[Frugal] %s", report.text())
+
+
+def _each_run(options: Options, show: Callable[[StepCacheReport], None]) -> Callable[..., Any]:
+    """A SAMPLER_SAMPLE wrapper."""
+
+    def wrapper(executor, guider, sigmas, extra_args, *args, **kwargs):
+        of_run = extra_args["model_options"]
+        reason = _reason_to_stand_aside(guider, of_run)
+        sampling = guider.inner_model.model_sampling
+        settings = StepCacheSettings(
+            0.0 if reason else options.threshold,
+            float(sampling.percent_to_sigma(options.start)),
+            float(sampling.percent_to_sigma(options.end)),
+            options.max_skips,
+        )
+        notes = [reason] if reason else advice(options.threshold, len(sigmas) - 1)
+        cache = StepCache(settings)
+        add_wrapper_with_key(
+            WrappersMP.CALC_COND_BATCH, KEY, partial(_conditions, cache), of_run, True
+        )
+        try:
+            result = executor(guider, sigmas, extra_args, *args, **kwargs)
+            show(cache.report(notes))
+            return result
+        finally:
+            of_run["transformer_options"]["wrappers"][WrappersMP.CALC_COND_BATCH].pop(KEY, None)
+            cache.clear()
+
+    return wrapper
+
+
+def _conditions(cache: StepCache, executor, model, conds, x, timestep, model_options):
+    """A CALC_COND_BATCH wrapper. x [B, C, ...]; timestep [B], sigmas."""
+    options = model_options.get("transformer_options", {})
+    low, high = (float(value) for value in timestep.aminmax())
+    # A pass that writes keys and values into a cache of the model is no mere estimate; gradients
+    # need the graph of every step; and one line cannot serve several noise levels.
+    whole = "ar_state" in options or torch.is_grad_enabled() or low != high
+    keys = [] if whole else [_identity(model, each, high, options) for each in conds]
+    return cache.evaluate(keys, x, high, lambda: executor(model, conds, x, timestep, model_options))
+
+
+def _identity(model: Any, cond: list[dict] | None, sigma: float, options: dict) -> Hashable | None:
+    """What tells a condition, as it acts on this model at this noise level, from any other; None
+    if nothing of it acts.
+    """
+    parts = tuple(
+        (each["uuid"], *_controls(each.get("control"), sigma))
+        for each in cond or ()
+        if not _outside(sigma, each.get("timestep_start"), each.get("timestep_end"))
+    )
+    if not parts:
+        return None
+    window = options.get("context_window")
+    return id(model), parts, tuple(getattr(window, "index_list", ()))
+
+
+def _controls(control: Any, sigma: float) -> tuple[bool, ...]:
+    """Which of a chain of ControlNets act at this noise level."""
+    acting = []
+    while control is not None:
+        start, end = getattr(control, "timestep_range", None) or (None, None)
+        acting.append(not _outside(sigma, start, end))
+        control = getattr(control, "previous_controlnet", None)
+    return tuple(acting)
+
+
+def _outside(sigma: float, start: Any, end: Any) -> bool:
+    return (start is not None and sigma > start) or (end is not None and sigma < end)
+
+
+def _reason_to_stand_aside(guider: Any, model_options: dict) -> str | None:
+    options = model_options.get("transformer_options", {})
+    wrappers = options.get("wrappers", {})
+    present = {name for table in wrappers.values() for name in table} | set(options)
+    if found := sorted(present & set(OTHER_CACHES)):
+        return f"{found[0]} is on this model too: it decides, this cache stands aside"
+    if hasattr(guider.inner_model.diffusion_model, "init_kv_caches"):
+        return "a causal model writes its own cache in every pass: nothing may be skipped"
+    hooks = [
+        hook
+        for conds in guider.conds.values()
+        for cond in conds
+        for hook in getattr(cond.get("hooks"), "hooks", ())
+    ]
+    if any(getattr(getattr(hook, "hook_keyframe", None), "keyframes", ()) for hook in hooks):
+        return "a hook changes the weights during the run: no forecast can know that"
+    return None
