@@ -2,8 +2,9 @@
 
 A safetensors file. Metadata `frugal_calibration` is JSON: version, the layers by their canonical
 names with the number of the input they saw (layers with one input share a number), the rows counted
-per input, `meta`, what it was made from, and `shares`, where measured. Input i has tensors
-`i.diagonal` and either `i.correlation` or `i.factor`, see moments.Moment.
+per input, `meta`, what it was made from, `shares`, where measured, and `calls` of the model to make
+again, see reference_calls. Input i has tensors `i.diagonal` and either `i.correlation` or
+`i.factor`, see moments.Moment.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from ..checkpoints.header import read_header
 from ..errors import FrugalError
 from .moments import Moment
+from .reference_calls import ReferenceCall, checked, packed, unpacked
 
 MARK = "frugal_calibration"
 VERSION = 1
@@ -87,7 +89,9 @@ class Shares:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration file that is read layer by layer. `inputs`: layer -> number of its input."""
+    """A calibration file that is read layer by layer. `inputs`: layer -> number of its input.
+    `entries`: those of its calls, which `calls` reads.
+    """
 
     path: Path
     meta: Mapping[str, Any]
@@ -95,7 +99,13 @@ class Calibration:
     rows: tuple[int, ...]
     widths: tuple[int, ...]
     shares: Shares = field(default_factory=Shares)
+    entries: tuple[Mapping[str, Any], ...] = ()
     memo: Memo = field(default_factory=Memo)
+
+    def calls(self) -> list[ReferenceCall]:
+        """The calls of the model that were kept; none in a file that was made without."""
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            return unpacked(self.entries, file.get_tensor)
 
     def layer(self, name: str) -> LayerStatistics | None:
         """The statistics of a layer by its canonical name; None if it was never seen."""
@@ -146,10 +156,12 @@ def write_calibration(
     moments: Mapping[int, Moment],
     meta: Mapping[str, Any],
     shares: Shares | None = None,
+    calls: Sequence[ReferenceCall] = (),
 ) -> None:
     """Write a calibration file, which appears only whole.
 
-    inputs: layer -> number of its input, 0 to len(moments) - 1. meta: plain JSON values.
+    inputs: layer -> number of its input, 0 to len(moments) - 1. meta: plain JSON values. calls: to
+    be made again, without arguments that `reference_calls.unstorable` names.
     """
     if not inputs or sorted({*inputs.values()}) != list(range(len(moments))):
         raise FrugalError(
@@ -171,6 +183,9 @@ def write_calibration(
     }
     if shares is not None and shares.runs:
         content["shares"] = {"runs": shares.runs, "layers": dict(shares.layers)}
+    if calls:
+        held, content["calls"] = packed(calls)
+        tensors |= held
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, temporary, metadata={MARK: json.dumps(content)})
@@ -199,6 +214,7 @@ def read_calibration(path: Path | str) -> Calibration:
         shares = Shares({k: float(share) for k, share in held["layers"].items()}, int(held["runs"]))
         if not all(math.isfinite(share) and share >= 0 for share in shares.layers.values()):
             raise ValueError("shares")
+        entries = checked(content.get("calls", ()), header.tensors)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FrugalError(
             f"{path.name} has damaged entries", "entries written by this pack", "calibrate again"
@@ -214,7 +230,7 @@ def read_calibration(path: Path | str) -> Calibration:
         raise FrugalError(
             f"{path.name} lists inputs it does not hold", "whole statistics", "calibrate again"
         )
-    return Calibration(path, meta, inputs, rows, widths, shares)
+    return Calibration(path, meta, inputs, rows, widths, shares, entries)
 
 
 def _width(name: str, tensors: Mapping[str, Any], index: int) -> int:

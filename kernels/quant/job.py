@@ -18,7 +18,7 @@ from .calibration import Calibration, read_calibration
 from .convert import ConvertReport, Merge, convert, merged, payload, steps, uniform
 from .curves import LayerCurve, measure
 from .importance import for_outputs, wiring
-from .quality import QualityReport, measured, plan_text, report_of, write_json
+from .quality import QualityReport, json_path, measured, plan_text, report_of, write_json
 from .weights import Weights
 
 Progress = Callable[[str, float, float], None]
@@ -125,7 +125,7 @@ def run(
         [report.measured[layer] for layer in source.shapes if layer in report.measured],
         notes=report.notes,
     )
-    return Outcome(report, plan, quality, write_json(quality, job.output))
+    return Outcome(report, plan, quality, write_json(quality, json_path(job.output)))
 
 
 def choose(

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import FrugalError
@@ -24,6 +23,7 @@ from . import formats
 from .budget import Allocation, gigabytes
 from .curves import FormatError, LayerCurve, Statistics, stored_error
 from .importance import BLOCK
+from .model_error import ModelError, from_dict
 
 SUFFIX = ".quality.json"
 ALONE = "errors are those of the weights alone: no inputs were recorded"
@@ -70,18 +70,6 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class EndToEnd:
-    """The model's output against that of the source for the same inputs: rel-L2, cosine, SNR in dB
-    (None: equal), how many numbers were compared.
-    """
-
-    relative: float
-    cosine: float
-    snr_db: float | None
-    numbers: int
-
-
-@dataclass(frozen=True)
 class QualityReport:
     """What one file lost against its source. bytes: the whole payload, layers and all else."""
 
@@ -89,7 +77,7 @@ class QualityReport:
     source: str
     bytes: int
     layers: tuple[LayerQuality, ...]
-    end_to_end: EndToEnd | None = None
+    end_to_end: ModelError | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -137,11 +125,7 @@ class QualityReport:
             f"{whole.worst:.4f} in {whole.worst_layer}",
         ]
         if self.end_to_end is not None:
-            end = self.end_to_end
-            lines.append(
-                f"end to end: rel-L2 {end.relative:.4f}, cosine {end.cosine:.6f}, "
-                f"SNR {_decibels(end.snr_db)}"
-            )
+            lines.append(self.end_to_end.text())
         lines.append(self.basis)
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
@@ -182,7 +166,7 @@ def report_of(
     source: str,
     size: int,
     layers: Iterable[Mapping[str, Any]],
-    end: EndToEnd | None = None,
+    end: ModelError | None = None,
     notes: Sequence[str] = (),
 ) -> QualityReport:
     """A report from the figures that `measured` gave; size: bytes of the file's payload."""
@@ -241,35 +225,14 @@ def table(layers: Iterable[LayerQuality]) -> str:
     return "\n".join(lines)
 
 
-def end_to_end(reference: torch.Tensor | np.ndarray, output: torch.Tensor | np.ndarray) -> EndToEnd:
-    """Compare the source model's output with the quantised model's: same shape, any float type.
-
-    Raises FrugalError for other shapes, numbers that are not finite, or a reference of zeros.
-    """
-    a = torch.as_tensor(reference).detach().double().cpu().flatten()
-    b = torch.as_tensor(output).detach().double().cpu().flatten()
-    if tuple(reference.shape) != tuple(output.shape) or not a.numel():
-        raise FrugalError(
-            f"outputs of shapes {tuple(reference.shape)} and {tuple(output.shape)}",
-            "two outputs of one shape",
-            "run both models on the same inputs",
-        )
-    power, stored, noise = float(a @ a), float(b @ b), float((b - a) @ (b - a))
-    if not (math.isfinite(noise) and math.isfinite(power) and power > 0):
-        raise FrugalError(
-            f"outputs of energy {power:g} and {stored:g}",
-            "finite outputs that are not zero",
-            "look at the models: one of them does not work",
-        )
-    cosine = float(a @ b) / math.sqrt(power * stored) if stored else 0.0
-    loss = 10 * math.log10(power / noise) if noise else None
-    return EndToEnd(math.sqrt(noise / power), min(1.0, cosine), loss, a.numel())
-
-
-def write_json(report: QualityReport, model: str | os.PathLike[str]) -> Path:
-    """Write the report beside its model file as `<name>.quality.json`, all of it or nothing."""
+def json_path(model: str | os.PathLike[str]) -> Path:
+    """Where the report of a model file lies: beside it, as `<name>.quality.json`."""
     path = Path(model)
-    path = path.with_name(path.name.removesuffix(path.suffix) + SUFFIX)
+    return path.with_name(path.name.removesuffix(path.suffix) + SUFFIX)
+
+
+def write_json(report: QualityReport, path: Path) -> Path:
+    """Write the report, all of it or nothing; returns `path`, see `json_path`."""
     unfinished = path.with_name(path.name + ".part")
     try:
         unfinished.write_text(
@@ -291,7 +254,7 @@ def read_json(path: str | os.PathLike[str]) -> QualityReport:
             str(held["source"]),
             int(held["bytes"]),
             held["layers"],
-            None if end is None else EndToEnd(**end),
+            None if end is None else from_dict(end),
             held["notes"],
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -322,7 +285,3 @@ def _summaries(layers: Iterable[LayerQuality], key) -> dict[str, Summary]:
 
 def _place(target: str) -> int:
     return formats.TARGETS.index(target) if target in formats.TARGETS else len(formats.TARGETS)
-
-
-def _decibels(value: float | None) -> str:
-    return "infinite (equal)" if value is None else f"{value:.1f} dB"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from . import formats
 from .budget import gigabytes
+from .chart import INK, LEFT, RIGHT, WIDTH, Axis, bar_between, canvas
 from .quality import OUTSIDE, QualityReport, Summary, summary
 
-WIDTH, HEIGHT = 1024, 640
-LEFT, RIGHT, TOP, GAP, BOTTOM = 84, 20, 132, 58, 62
-PAPER, INK, FAINT = (255, 255, 255), (32, 36, 44), (225, 228, 233)
+HEIGHT = 640
+TOP, GAP, BOTTOM = 132, 58, 62
 OTHER = (110, 110, 110)
 # Distinct for people with any form of colour blindness, after Okabe and Ito (2008).
 COLOURS = {
@@ -33,18 +32,14 @@ def picture(report: QualityReport) -> np.ndarray:
 
     Needs Pillow.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
-    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
-    draw = ImageDraw.Draw(image)
-    fonts = {size: ImageFont.load_default(size) for size in (13, 14, 18)}
+    image, draw, fonts = canvas(HEIGHT)
     parts = _parts(report)
     _head(draw, fonts, report)
     middle = (TOP + HEIGHT - BOTTOM - GAP) // 2 + 40
     errors = [one.relative for part in parts.values() for one in part.values()]
     sizes = [sum(one.bytes for one in part.values()) for part in parts.values()]
-    upper = _Axis(TOP, middle, max(errors, default=0.0), lambda value: f"{value:.4g}")
-    lower = _Axis(middle + GAP, HEIGHT - BOTTOM, max(sizes, default=0), _megabytes)
+    upper = Axis(TOP, middle, max(errors, default=0.0), lambda value: f"{value:.4g}")
+    lower = Axis(middle + GAP, HEIGHT - BOTTOM, max(sizes, default=0), _megabytes)
     upper.draw(draw, fonts, "rel-L2 of the layers' outputs (root mean square by block)")
     lower.draw(draw, fonts, "size of the layers, stacked by format")
     slot = (WIDTH - LEFT - RIGHT) / max(1, len(parts))
@@ -59,9 +54,9 @@ def picture(report: QualityReport) -> np.ndarray:
         for number, (target, one) in enumerate(part.items()):
             colour = COLOURS.get(target, OTHER)
             x = left + bar * number
-            _bar(draw, x, x + bar, upper.at(one.relative), upper.bottom, colour)
+            bar_between(draw, x, x + bar, upper.at(one.relative), upper.bottom, colour)
             low, stacked = stacked, stacked + one.bytes
-            _bar(draw, side, side + wide, lower.at(stacked), lower.at(low), colour)
+            bar_between(draw, side, side + wide, lower.at(stacked), lower.at(low), colour)
     _names(draw, fonts, list(parts), slot, lower.bottom)
     return np.asarray(image)
 
@@ -84,7 +79,7 @@ def _head(draw: Any, fonts: dict[int, Any], report: QualityReport) -> None:
     draw.text((LEFT, 12), f"{name}: {gigabytes(report.bytes)}", INK, fonts[18])
     line = f"rel-L2 {whole.relative:.4f} over {whole.layers} layers"
     if report.end_to_end is not None:
-        line += f", {report.end_to_end.relative:.4f} end to end"
+        line += f", {report.end_to_end.whole.relative:.4f} end to end"
     draw.text((LEFT, 38), f"{line}; {report.basis}", INK, fonts[14])
     x, y = LEFT, 64
     for target, one in report.targets.items():
@@ -95,38 +90,6 @@ def _head(draw: Any, fonts: dict[int, Any], report: QualityReport) -> None:
         draw.rectangle((x, y + 2, x + 12, y + 14), COLOURS.get(target, OTHER))
         draw.text((x + 18, y), text, INK, fonts[14])
         x += length
-
-
-class _Axis:
-    """A vertical axis from zero to a round number at or above `most`, between two heights in px."""
-
-    def __init__(self, top: int, bottom: int, most: float, label: Callable[[float], str]):
-        self.top, self.bottom, self.label = top, bottom, label
-        self.step = _round_up(most / 4) if most > 0 else 0.25
-        self.ticks = max(1, math.ceil(most / self.step - 1e-9)) if most > 0 else 4
-
-    def at(self, value: float) -> float:
-        return self.bottom - (self.bottom - self.top) * value / (self.step * self.ticks)
-
-    def draw(self, draw: Any, fonts: dict[int, Any], title: str) -> None:
-        for tick in range(self.ticks + 1):
-            y = round(self.at(tick * self.step))
-            draw.line((LEFT, y, WIDTH - RIGHT, y), INK if not tick else FAINT)
-            draw.text((LEFT - 8, y), self.label(tick * self.step), INK, fonts[13], anchor="rm")
-        draw.text((LEFT, self.top - 8), title, INK, fonts[14], anchor="lb")
-
-
-def _round_up(value: float) -> float:
-    """The smallest of 1, 2, 2.5 and 5 times a power of ten that is not below `value`."""
-    unit = 10.0 ** math.floor(math.log10(value))
-    return unit * next(one for one in (1, 2, 2.5, 5, 10) if one * unit >= value * (1 - 1e-9))
-
-
-def _bar(draw: Any, left: float, right: float, top: float, bottom: float, colour: Any) -> None:
-    """A bar at least 1 px wide; nothing where it has no height."""
-    x, y, low = round(left), round(top), round(bottom)
-    if low > y:
-        draw.rectangle((x, y, max(x, round(right) - 1), low - 1), colour)
 
 
 def _names(draw: Any, fonts: dict[int, Any], names: list[str], slot: float, y: int) -> None:

@@ -75,6 +75,15 @@ class FrugalCalibrate(io.ComfyNode):
                         "in the middle of sampling."
                     ),
                 ),
+                io.Boolean.Input(
+                    "keep_calls",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "Also keep three calls of the model on a small cut, for the quality check: "
+                        "three short runs more. Turn off if another node cannot stand the cut."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("recorded_model", tooltip="The model, for the sampler."),
@@ -88,7 +97,15 @@ class FrugalCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, name, if_it_exists, memory_gb, rows_per_call, seed, measure_layers=False
+        cls,
+        model,
+        name,
+        if_it_exists,
+        memory_gb,
+        rows_per_call,
+        seed,
+        measure_layers=False,
+        keep_calls=True,
     ) -> io.NodeOutput:
         node = cls.hidden.unique_id
         settings = Settings(
@@ -99,6 +116,7 @@ class FrugalCalibrate(io.ComfyNode):
             seed,
             lambda text: show_text(node, text),
             measure_layers,
+            keep_calls,
         )
         return io.NodeOutput(wrap(model, settings))
 

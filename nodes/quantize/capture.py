@@ -32,7 +32,11 @@ from ...kernels.quant.moments import Directions, Gatherer, Moment, columns_withi
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY
 from . import shares
+from .reference import Keeper, joined
+from .rows import Seen, distinct, mark_of
+from .side_branch import KEY as SIDE_KEY
 from .side_branch import fuses
+from .small_calls import options_of
 
 KEY = "frugal.calibrate"
 COMPILE_KEY = "torch.compile"
@@ -42,8 +46,6 @@ SHARED = (
     (re.compile(r".*\.cross_attn\.[kv]"), "text"),
     (re.compile(r".*\.cross_attn\.[kv]_img"), "image"),
 )
-# Rows are told apart by their length and two random sums, each in steps of one part in this many.
-CLOSE = 1e5
 Say = Callable[[str], None]
 
 
@@ -52,6 +54,7 @@ class Settings:
     """path: the file to write. add: go on with it if it exists. memory: bytes of main memory for
     the sums. rows: largest number of inputs counted at each call of the model. seed: which those
     are. say: shows a text to the user. shares: also measure the layers' shares of the output.
+    calls: also keep a few calls for the quality check.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Settings:
     seed: int
     say: Say = field(default=lambda text: None)
     shares: bool = False
+    calls: bool = True
 
 
 def wrap(model: Any, settings: Settings) -> Any:
@@ -104,7 +108,7 @@ class Capture:
         """A DIFFUSION_MODEL wrapper: looks on while the model computes once."""
         if self._recording is None:
             return executor(*args, **kwargs)
-        self._recording.measure(executor, args, kwargs)
+        self._recording.look(executor, args, kwargs)
         with self._recording.watching(executor.class_obj):
             return executor(*args, **kwargs)
 
@@ -123,6 +127,9 @@ class Recording:
         self.earlier = _earlier(settings, layers)
         self.shares: dict[str, float] = {}
         self._measuring = settings.shares
+        self.keeper = None
+        if settings.calls:
+            self.keeper = Keeper(self.model, patcher.model.diffusion_model)
         self.columns = columns_within(list(_foreseen(layers).values()), settings.memory)
         self.directions = Directions(settings.seed)
         self.inputs: dict[str, int] = {}
@@ -133,13 +140,15 @@ class Recording:
         self._known: dict[int, set[Any]] = {}
         self._lock = threading.Lock()
 
-    def measure(self, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure the layers' shares with the inputs of this call, if it is time for it."""
-        options = next((each for each in args if isinstance(each, dict)), None)
-        options = kwargs.get("transformer_options", {}) if options is None else options
+    def look(self, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep this call, and measure the layers' shares with its inputs, if it is time for it."""
+        options = options_of(args, kwargs)
         with self._lock:
+            keep = self.keeper is not None and self.keeper.due(options)
             now = self._measuring and shares.due(options)
             self._measuring = self._measuring and not now
+        if self.keeper is not None and keep:
+            self.keeper.take(executor, args, kwargs)
         if now:
             layers = linear_layers(executor.class_obj)
             self.shares = shares.measure(executor, args, kwargs, layers, self.settings.seed)
@@ -149,7 +158,7 @@ class Recording:
         """Hooks on the linear layers of `model`, for one call of it."""
         with self._lock:
             number, self.calls = self.calls, self.calls + 1
-        seen, handles = Seen(number, self.settings), []
+        seen, handles = Seen(number, self.settings.rows, self.settings.seed), []
         layers = linear_layers(model)
         inside = _computed_inside(model, layers)
         try:
@@ -179,8 +188,8 @@ class Recording:
 
     @torch.no_grad()
     def _record(self, seen: Seen, name: str, rows: torch.Tensor) -> None:
-        rows = _distinct(rows)
-        mark = _mark(rows)
+        rows = distinct(rows)
+        mark = mark_of(rows)
         with self._lock:
             index = self._input_of(seen, name, mark, rows.shape[1])
             seen.counted.setdefault(index, set()).add(mark)
@@ -237,12 +246,15 @@ class Recording:
         measured = Shares(self.shares, 1 if self.shares else 0)
         if self.earlier is not None:
             measured = self.earlier.shares.joined(measured)
+        calls = self.keeper.calls if self.keeper is not None else []
+        if self.earlier is not None:
+            calls = joined(self.earlier.calls(), calls)
         self.settings.path.parent.mkdir(parents=True, exist_ok=True)
-        write_calibration(self.settings.path, inputs, moments, meta, measured)
-        return self._text(inputs, moments, meta)
+        write_calibration(self.settings.path, inputs, moments, meta, measured, calls)
+        return self._text(inputs, moments, meta, len(calls))
 
     def _text(
-        self, inputs: dict[str, int], moments: dict[int, Moment], meta: dict[str, Any]
+        self, inputs: dict[str, int], moments: dict[int, Moment], meta: dict[str, Any], calls: int
     ) -> str:
         whole = sum(moment.factor is None for moment in moments.values())
         lines = [
@@ -262,35 +274,13 @@ class Recording:
             lines.append(f"shares of the output measured for {len(self.shares)} layers")
         elif self.settings.shares:
             lines.append("note: no call came in the second half of the run: no shares measured")
+        if calls:
+            lines.append(f"{calls} calls kept for the quality check")
+        if self.keeper is not None and self.keeper.why_not:
+            lines.append(f"note: no calls kept for the quality check: {self.keeper.why_not}")
         if self.parted:
             lines.append(f"note: {self.parted} layers stopped sharing an input during the run")
         return "\n".join(lines)
-
-
-class Seen:
-    """What was counted during one call of the model: marks of rows by input, names of layers."""
-
-    def __init__(self, number: int, settings: Settings):
-        self.number, self.settings = number, settings
-        self.counted: dict[int, set[Any]] = {}
-        self.called: set[str] = set()
-        self._picks: dict[int, torch.Tensor] = {}
-
-    def rows(self, given: torch.Tensor) -> torch.Tensor:
-        """At most `settings.rows` of the rows of given [..., in], float32 [rows, in]; of inputs
-        with as many rows the same ones.
-        """
-        if hasattr(given, "dequantize") and hasattr(given, "_qdata"):
-            given = given.dequantize()
-        flat = given.detach().reshape(-1, given.shape[-1])
-        count, limit = flat.shape[0], self.settings.rows
-        if count <= limit:
-            return flat.float()
-        if count not in self._picks:
-            make = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.number)
-            pick = torch.randperm(count, generator=make)[:limit].sort().values
-            self._picks[count] = pick.to(flat.device)
-        return flat[self._picks[count]].float()
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -332,38 +322,16 @@ def _foreseen(layers: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def _distinct(rows: torch.Tensor) -> torch.Tensor:
-    """The rows [rows, in] without those that an earlier one equals up to rounding."""
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    if not bool(torch.isfinite(length).all()):
-        return rows
-    make = torch.Generator().manual_seed(0)
-    look = torch.randn(rows.shape[1], 2, generator=make).to(rows.device)
-    length.clamp_(min=1e-30)
-    seen = (torch.cat([(rows @ look) / length, length.log()], dim=1) * CLOSE).round()
-    _, group = torch.unique(seen, dim=0, return_inverse=True)
-    places = torch.arange(len(rows), device=rows.device)
-    first = torch.full_like(places, len(rows)).scatter_reduce_(0, group, places, "amin")
-    first = first[first < len(rows)]
-    return rows if len(first) == len(rows) else rows[first.sort().values]
-
-
-def _mark(rows: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for equal rows [rows, in], and for others practically never."""
-    ramp = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32)
-    sums = rows.sum(0, dtype=torch.float64)
-    along = rows @ ramp.sqrt()
-    # A NaN equals nothing, which is as good: such rows are refused when the run ends.
-    numbers = torch.stack(
-        [sums.sum(), (sums * ramp).sum(), along.square().sum(dtype=torch.float64)]
-    )
-    return (*rows.shape, *numbers.tolist())
-
-
 def _description(patcher: Any) -> dict[str, Any]:
     report = patcher.get_attachment(REPORT_KEY)
     files = dict(report.files) if isinstance(report, LoadReport) else {}
-    return {"class": type(patcher.model).__name__, "files": files, "patched": len(patcher.patches)}
+    found = {"class": type(patcher.model).__name__, "files": files}
+    return found | {"patched": len(patcher.patches), "side_loras": side_loras(patcher)}
+
+
+def side_loras(patcher: Any) -> list[str]:
+    """Names of the LoRAs that FrugalLoraSide put beside the layers."""
+    return [lora.name for lora in patcher.get_attachment(SIDE_KEY) or ()]
 
 
 def _refuse_compiled(patcher: Any, model: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ import folder_paths
 from ...kernels.errors import FrugalError
 from ...kernels.quant.convert import Merge
 from ...kernels.quant.job import Job, Outcome, run
+from ...kernels.quant.quality import SUFFIX as QUALITY
 from ...kernels.quant.weights import Weights
 from .._models import FOLDER
 from .lora_merge import LoraMerge
@@ -34,6 +35,27 @@ def files(kind: str) -> list[str]:
     """Files of a models folder to choose from, and before them that none is wanted."""
     found = folder_paths.get_filename_list(kind)
     return [NONE, *(name for name in found if name.endswith(SUFFIX) or kind != CALIBRATION)]
+
+
+def quality_files() -> list[str]:
+    """Quality files beside the models to choose from, and before them that none is wanted."""
+    found = {
+        os.path.relpath(os.path.join(place, name), folder)
+        for folder in folder_paths.get_folder_paths(FOLDER)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.endswith(QUALITY)
+    }
+    return [NONE, *sorted(found)]
+
+
+def quality_path(name: str) -> Path:
+    """The full path of a file chosen from `quality_files`. Raises FrugalError if it is gone."""
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        path = Path(folder) / name
+        if path.is_file():
+            return path
+    raise FrugalError(f"{name} is not there", "a quality file", "refresh the list and choose again")
 
 
 def output_path(prefix: str, ending: str) -> Path:

@@ -17,12 +17,8 @@ import torch
 
 from ...kernels.errors import FrugalError
 from ...kernels.quant.importance import probe
-
-# Bound the cost: tokens of the latent by item of the batch, and its frames.
-MOST_TOKENS = 1024
-MOST_FRAMES = 4
-# Those whose inputs are known to survive the cut.
-CLASSES = ("WanModel", "VaceWanModel")
+from .small_calls import CLASSES, cut
+from .small_calls import run as run_small
 
 
 def check_cancelled() -> None:
@@ -69,9 +65,7 @@ def measure(
     executor, args, kwargs: those of a DIFFUSION_MODEL wrapper. Runs the model once more than it
     has linear layers, past all other wrappers, and can be cancelled after each.
     """
-    size = tuple(args[0].shape[-3:])
-    args = tuple(_cut(value, size) for value in args)
-    kwargs = {name: _cut(value, size) for name, value in kwargs.items()}
+    args, kwargs = cut(args, kwargs)
     called: set[str] = set()
 
     def run(differences: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -82,9 +76,7 @@ def measure(
                     continue
                 handle = layer.register_forward_hook(_disturb(name, more, called))
                 hooks.callback(handle.remove)
-            # The model writes into its options.
-            fresh = [dict(each) if isinstance(each, dict) else each for each in args]
-            return executor.original(*fresh, **kwargs)
+            return run_small(executor, args, kwargs)
 
     progress = comfy.utils.ProgressBar(len(layers))
 
@@ -122,25 +114,3 @@ def _weight(name: str, layer: Any) -> torch.Tensor:
             "measure the fp16 or bf16 model, or turn measure_layers off",
         )
     return weight.float().cpu()
-
-
-def _cut(value: Any, size: tuple[int, int, int]) -> Any:
-    """A latent of `size` (frames, height, width; latent pixels), or one of that height and width,
-    cut to its first frames and its middle; times by frame likewise; all else as it is.
-    """
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cut(each, size) for each in value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    frames = min(size[0], MOST_FRAMES)
-    if value.ndim == 2 and value.shape[1] == size[0]:
-        return value[:, :frames].clone()
-    if value.ndim < 4 or tuple(value.shape[-2:]) != size[1:]:
-        return value
-    side = 2 * int((MOST_TOKENS / frames) ** 0.5)
-    for axis, length in ((-2, size[1]), (-1, size[2])):
-        kept = min(length, side)
-        value = value.narrow(axis, (length - kept) // 2, kept)
-    if value.shape[-3] == size[0] and value.ndim > 4:
-        value = value.narrow(-3, 0, frames)
-    return value.clone()

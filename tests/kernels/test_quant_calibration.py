@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import calibration, formats, gptq
 from frugal.kernels.quant.calibration import read_calibration, write_calibration
-from frugal.kernels.quant.moments import Gatherer, columns_within, merged
+from frugal.kernels.quant.moments import Gatherer, Moment, columns_within, merged
+from frugal.kernels.quant.reference_calls import ReferenceCall, unstorable
 from frugal.tests.quant_bed import layer, output_error
 
 
@@ -247,3 +249,75 @@ def test_other_files_are_refused(tmp_path):
         read_calibration(path)
     with pytest.raises(FrugalError, match="1 inputs of 0 layers"):
         write_calibration(path, {}, moments, {})
+
+
+def kept_calls():
+    make = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, generator=make).half()
+    arguments = {
+        "x": x,
+        "same": x[:1],
+        "timestep": torch.tensor([999], dtype=torch.int64),
+        "strength": [1.0, 0.5],
+        "pieces": (torch.ones(2, dtype=torch.bfloat16), torch.zeros(1)),
+        "flag": True,
+        "none": None,
+        "name": "vace",
+    }
+    first = ReferenceCall(arguments, torch.randn(4, generator=make), 0.25, {"class": "WAN21"})
+    return [first, ReferenceCall({"x": x.t()}, torch.ones(1, dtype=torch.float16))]
+
+
+def test_calls_come_back_as_they_were(tmp_path):
+    path = tmp_path / "c.safetensors"
+    moment = Moment(3, torch.ones(8), correlation=torch.zeros(36, dtype=torch.float16))
+    calls = kept_calls()
+    assert unstorable(calls[0].arguments) is None
+    write_calibration(path, {"a": 0}, {0: moment}, {}, calls=calls)
+    found = read_calibration(path)
+    assert found.rows == (3,) and len(found.entries) == 2
+    for wrote, read in zip(calls, found.calls(), strict=True):
+        assert (read.sigma, read.model) == (wrote.sigma, wrote.model)
+        assert torch.equal(read.output, wrote.output) and read.output.dtype == wrote.output.dtype
+        assert list(read.arguments) == list(wrote.arguments)
+        for name, value in wrote.arguments.items():
+            got = read.arguments[name]
+            pairs = zip(got, value, strict=True) if isinstance(value, tuple) else [(got, value)]
+            for a, b in pairs:
+                if isinstance(b, torch.Tensor):
+                    assert torch.equal(a, b) and a.dtype == b.dtype, name
+                else:
+                    assert a == b and type(a) is type(b), name
+    write_calibration(path, {"a": 0}, {0: moment}, {})
+    assert read_calibration(path).calls() == []
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, object(), [{}], float("nan"), print])
+def test_what_is_no_plain_value_cannot_be_kept(value):
+    arguments = {"x": torch.ones(1), "odd": value}
+    kind = type(value[0] if isinstance(value, list) else value).__name__
+    assert unstorable(arguments) == f"odd ({kind})"
+
+
+@pytest.mark.parametrize("damage", ["tensor gone", "output gone", "sigma", "no arguments", "text"])
+def test_damaged_calls_are_told(tmp_path, damage):
+    path = tmp_path / "c.safetensors"
+    moment = Moment(3, torch.ones(8), correlation=torch.zeros(36, dtype=torch.float16))
+    write_calibration(path, {"a": 0}, {0: moment}, {}, calls=kept_calls())
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = json.loads(file.metadata()["frugal_calibration"])
+    call = content["calls"][0]
+    if damage == "tensor gone":
+        del tensors["call.0.in.pieces.1"]
+    elif damage == "output gone":
+        del tensors["call.1.output"]
+    elif damage == "sigma":
+        call["sigma"] = "high"
+    elif damage == "no arguments":
+        del call["arguments"]
+    else:
+        call["arguments"]["x"] = "tensor"
+    save_file(tensors, path, metadata={"frugal_calibration": json.dumps(content)})
+    with pytest.raises(FrugalError, match=r"damaged entries.*calibrate again"):
+        read_calibration(path)

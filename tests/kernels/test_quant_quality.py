@@ -13,9 +13,13 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import curves as module
 from frugal.kernels.quant import formats, quality
 from frugal.kernels.quant.budget import allocate, frontier
+from frugal.kernels.quant.chart import WIDTH
+from frugal.kernels.quant.check_picture import COLOUR, check_picture
 from frugal.kernels.quant.curves import FormatError, layer_curve, measure, stored_error
-from frugal.kernels.quant.quality import QualityReport, chosen, end_to_end, report_of
-from frugal.kernels.quant.quality_picture import COLOURS, HEIGHT, WIDTH, picture
+from frugal.kernels.quant.model_error import end_to_end, model_error
+from frugal.kernels.quant.quality import QualityReport, chosen, report_of
+from frugal.kernels.quant.quality_picture import COLOURS, HEIGHT, picture
+from frugal.kernels.quant.reference_calls import ReferenceCall
 
 SHAPE = (48, 128)
 
@@ -150,8 +154,14 @@ def report(curves, **more) -> QualityReport:
     return QualityReport("made.safetensors", "wan.safetensors", found.bytes, rows, **more)
 
 
+def lost(*outputs):
+    """The error of calls whose output should have been four ones."""
+    calls = [ReferenceCall({}, torch.ones(4), 0.5, {}) for _ in outputs]
+    return model_error("c.safetensors", calls, [torch.tensor(each) for each in outputs], ["two"])
+
+
 def test_report_adds_up(curves):
-    made = report(curves, end_to_end=end_to_end(torch.ones(4), torch.tensor([1, 1, 1, 1.2])))
+    made = report(curves, end_to_end=lost([1, 1, 1, 1.2]))
     assert list(made.blocks) == ["blocks.0", "blocks.1", "blocks.2", "outside"]
     assert sum(part.bytes for part in made.blocks.values()) == made.whole.bytes == made.bytes - 77
     assert sum(part.bytes for part in made.targets.values()) == made.whole.bytes
@@ -160,8 +170,8 @@ def test_report_adds_up(curves):
     block = [one.relative for one in made.layers if one.name.startswith("blocks.1.")]
     assert made.blocks["blocks.1"].worst == max(block)
     assert made.basis == quality.ALONE
-    assert made.end_to_end.relative == pytest.approx(0.1)
-    assert made.end_to_end.snr_db == pytest.approx(20)
+    assert made.end_to_end.whole.relative == pytest.approx(0.1)
+    assert made.end_to_end.whole.snr_db == pytest.approx(20)
     text = made.text()
     for part in (
         f"({made.bytes} bytes)",
@@ -174,8 +184,8 @@ def test_report_adds_up(curves):
 
 
 def test_json_beside_the_model_comes_back(curves, tmp_path):
-    made = report(curves, notes=("one",), end_to_end=end_to_end(torch.ones(4), torch.ones(4)))
-    path = quality.write_json(made, tmp_path / "wan.v2.safetensors")
+    made = report(curves, notes=("one",), end_to_end=lost([1, 1, 1, 1.0], [1, 1, 0, 1.0]))
+    path = quality.write_json(made, quality.json_path(tmp_path / "wan.v2.safetensors"))
     assert path == tmp_path / "wan.v2.quality.json" and list(tmp_path.iterdir()) == [path]
     held = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert held["whole"]["bytes"] == made.whole.bytes and held["basis"] == made.basis
@@ -188,11 +198,11 @@ def test_json_beside_the_model_comes_back(curves, tmp_path):
 
 
 def test_failed_write_leaves_the_old_report(curves, tmp_path, monkeypatch):
-    path = quality.write_json(report(curves), tmp_path / "wan.safetensors")
+    path = quality.write_json(report(curves), quality.json_path(tmp_path / "wan.safetensors"))
     before = path.read_bytes()
     monkeypatch.setattr(quality.json, "dumps", lambda *_, **__: "x" * 10 + "\u00e9")
     with pytest.raises(UnicodeEncodeError):
-        quality.write_json(report(curves), tmp_path / "wan.safetensors")
+        quality.write_json(report(curves), quality.json_path(tmp_path / "wan.safetensors"))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -233,6 +243,30 @@ def test_end_to_end_refuses_what_it_cannot_compare():
         end_to_end(torch.ones(3), torch.tensor([1, math.inf, 1]))
     with pytest.raises(FrugalError, match="not zero"):
         end_to_end(np.zeros(3), np.ones(3))
+
+
+def test_all_calls_are_taken_together():
+    made = lost([1, 1, 1, 1.0], [1, 1, 0, 1.0], [0, 1, 0, 1.0])
+    assert [call.error.numbers for call in made.calls] == [4, 4, 4]
+    assert made.calls[0].error.snr_db is None
+    assert made.calls[1].error.relative == pytest.approx(0.5)
+    assert made.whole.numbers == 12
+    assert made.whole.relative == pytest.approx(0.5)
+    assert made.whole.cosine == pytest.approx(9 / math.sqrt(12 * 9))
+    assert made.notes == ("two",)
+    assert "is this the model" in lost([1, 0, 1, 0.0]).notes[1]
+
+
+def test_picture_of_a_check(curves):
+    pytest.importorskip("PIL")
+    made = lost([1, 1, 1, 1.1], [1, 1, 1, 1.2])
+    alone = check_picture(made, None)
+    bars = (alone[90:240] == COLOUR).all(axis=2).sum(axis=0)
+    halves = [int(part.max()) for part in np.split(bars, [554])]
+    assert halves[1] == pytest.approx(2 * halves[0], abs=2)
+    both = check_picture(made, report(curves, end_to_end=made))
+    assert both.shape == (HEIGHT + len(alone), WIDTH, 3)
+    assert np.array_equal(both[HEIGHT:], alone)
 
 
 def test_picture_shows_every_format_and_rises_with_the_error(curves):

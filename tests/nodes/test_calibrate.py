@@ -14,7 +14,8 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import formats
 from frugal.kernels.quant.calibration import read_calibration
 from frugal.kernels.quant.on_load import INT8_CONVROT
-from frugal.nodes.quantize import calibrate, capture, glue, shares
+from frugal.nodes.quantize import calibrate, capture, glue, shares, small_calls
+from frugal.nodes.quantize import rows as rows_module
 from frugal.nodes.quantize.calibrate import ADD, REPLACE, FrugalCalibrate
 from frugal.nodes.wan.glue import load_wan
 from frugal.tests import wan_bed as bed
@@ -154,13 +155,13 @@ def test_rows_that_come_again_count_once():
     rows = torch.randn(30, 64, generator=torch.Generator().manual_seed(0))
     rows[29] *= 1e6
     again = torch.cat([rows, rows[5:20], rows[3:4] * (1 + 1e-8), 0 * rows[:4]])
-    found = capture._distinct(again)
+    found = rows_module.distinct(again)
     assert torch.equal(found, torch.cat([rows, 0 * rows[:1]]))
-    assert torch.equal(capture._distinct(rows), rows)
+    assert torch.equal(rows_module.distinct(rows), rows)
     other = torch.cat([rows, 2 * rows[:1], -rows[:1]])
-    assert torch.equal(capture._distinct(other), other)
+    assert torch.equal(rows_module.distinct(other), other)
     broken = torch.cat([rows, torch.full((2, 64), torch.nan)])
-    assert capture._distinct(broken).shape == broken.shape
+    assert rows_module.distinct(broken).shape == broken.shape
 
 
 class StoppedError(BaseException):
@@ -253,14 +254,14 @@ def test_a_measurement_that_is_cancelled_leaves_nothing(model, prompts, tmp_path
 
 def test_large_inputs_are_cut_before_measuring():
     size = (21, 60, 104)
-    cut = shares._cut(torch.zeros(2, 36, *size), size)
+    cut = small_calls._cut(torch.zeros(2, 36, *size), size)
     assert cut.shape == (2, 36, 4, 32, 32)
-    assert cut.shape[2] * cut.shape[3] * cut.shape[4] // 4 <= shares.MOST_TOKENS
-    vace = shares._cut([torch.zeros(1, 2, 96, *size), torch.zeros(1, 16, 60, 104)], size)
+    assert cut.shape[2] * cut.shape[3] * cut.shape[4] // 4 <= small_calls.MOST_TOKENS
+    vace = small_calls._cut([torch.zeros(1, 2, 96, *size), torch.zeros(1, 16, 60, 104)], size)
     assert [each.shape[-3:] for each in vace] == [(4, 32, 32), (16, 32, 32)]
-    assert shares._cut(torch.zeros(2, 21), size).shape == (2, 4)
+    assert small_calls._cut(torch.zeros(2, 21), size).shape == (2, 4)
     text = torch.zeros(1, 512, 4096)
-    assert shares._cut(text, size) is text
+    assert small_calls._cut(text, size) is text
 
 
 def test_another_models_file_is_not_added_to(model, prompts, tmp_path):

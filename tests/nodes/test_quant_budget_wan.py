@@ -17,7 +17,7 @@ from frugal.kernels.quant.calibration import read_calibration
 from frugal.kernels.quant.curves import measure
 from frugal.kernels.quant.importance import probe, wiring
 from frugal.kernels.quant.job import shares_of
-from frugal.kernels.quant.quality import end_to_end
+from frugal.kernels.quant.model_error import end_to_end
 from frugal.nodes.quantize import capture
 
 BLOCKS = 3
