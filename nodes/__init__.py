@@ -11,7 +11,7 @@ import logging
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-FAMILIES = ("wan", "tryon", "masks", "plan", "quantize", "sampling")
+FAMILIES = ("wan", "tryon", "masks", "plan", "quantize", "sampling", "remote")
 
 
 def _pack_name() -> str:
