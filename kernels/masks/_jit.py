@@ -1,4 +1,4 @@
-"""The pack's `njit`: nogil, and a compile cache that survives moving the pack.
+"""The pack's `njit` and `leaf`: nogil, and a compile cache that survives moving the pack.
 
 Numba keys its cache files by module name. Under ComfyUI that name is the full path of the pack, so
 a moved folder, or a second name for the same checkout, would load code that asks for a module that
@@ -67,9 +67,27 @@ def njit(function: Callable[..., Any]) -> Any:
     process, and the pack shares that process with others. Raises ImportError (or SystemError, from
     an old Numba on a new NumPy) when Numba cannot be used; `driver` then takes the reference.
     """
+    return _compiled(function, {})
+
+
+def leaf(function: Callable[..., Any]) -> Any:
+    """`njit` for a function that makes no array of its own, which is compiled without reference
+    counts.
+
+    Every row that a loop takes from an array is otherwise counted up and down with atomic
+    instructions, which cost more than the SIMD loop over a short row. Numba has no public name for
+    the switch; where it is missing the function is compiled with counts.
+    """
+    try:
+        return _compiled(function, {"_nrt": False})
+    except KeyError:
+        return njit(function)
+
+
+def _compiled(function: Callable[..., Any], more: dict[str, Any]) -> Any:
     import numba.core.config
 
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | more
     folder = cache_folder(function.__module__, function.__code__.co_filename)
     if folder is None:
         return numba.njit(**options)(function)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import njit
+from ._jit import leaf
+from .bits import assign
 
 NONE, PART, ALL = 0, 1, 2
 
 
-@njit
+@leaf
 def coverage(mask):
     """NONE, ALL or PART of a mask row: whether every value is 0 (or NaN), every value is 1, or
     neither.
@@ -23,7 +24,7 @@ def coverage(mask):
     return PART if less else ALL
 
 
-@njit
+@leaf
 def repeat_channels(mask, channels, out):
     """Every mask value `channels` times, NaN as 0."""
     zero = np.float32(0)
@@ -33,7 +34,7 @@ def repeat_channels(mask, channels, out):
             out[channels * x + c] = value
 
 
-@njit
+@leaf
 def mix(destination, source, weight, out):
     """weight source + (1 - weight) destination; where weight is 0 the destination, whatever the
     source holds.
@@ -45,7 +46,7 @@ def mix(destination, source, weight, out):
         out[i] = destination[i] if w == zero else value
 
 
-@njit
+@leaf
 def blend(destination, source, mask, channels, oy, ox, weight, out):
     """`source` blended into `destination` with its corner at row oy, column ox; what sticks out is
     cut off.
@@ -60,14 +61,14 @@ def blend(destination, source, mask, channels, oy, ox, weight, out):
         inside = oy <= y < oy + mask.shape[0] and x0 < x1
         kind = coverage(mask[y - oy, x0 - ox : x1 - ox]) if inside else NONE
         if kind == NONE:
-            target[:] = below
+            assign(below, target)
             continue
         a, b = channels * x0, channels * x1
         over = source[y - oy, a - channels * ox : b - channels * ox]
-        target[:a] = below[:a]
-        target[b:] = below[b:]
+        assign(below[:a], target[:a])
+        assign(below[b:], target[b:])
         if kind == ALL:
-            target[a:b] = over
+            assign(over, target[a:b])
         else:
             part = weight[: b - a]
             repeat_channels(mask[y - oy, x0 - ox : x1 - ox], channels, part)

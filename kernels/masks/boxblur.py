@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import njit
-from .bits import BYTE, set_where
+from ._jit import leaf
+from .bits import BYTE, assign, set_where
 from .bits import narrow as take_byte
 
 BLOCK = 64
 
 
-def exact_dtypes(widths: tuple[int, int, int]) -> tuple[type, type, type]:
-    """Smallest unsigned dtypes whose sums stay exact: first vertical box, all three, and all six
-    boxes.
+def exact_dtypes(widths: tuple[int, int, int]) -> tuple[type, type]:
+    """Smallest unsigned dtypes whose sums stay exact: of the first vertical box, and of all three.
+
+    The sums of all six boxes are kept in uint64; where the second dtype is uint16 they need no
+    more than 32 bits, and two rows share a word.
     """
     product = widths[0] * widths[1] * widths[2]
     narrow = np.uint8 if max(widths) <= 0xFF else np.uint16
-    if product <= 0xFFFF:
-        return narrow, np.uint16, np.uint32
-    return narrow, np.uint32, np.uint64
+    return narrow, np.uint16 if product <= 0xFFFF else np.uint32
 
 
 def unit_scale(widths: tuple[int, int, int]) -> np.float32:
@@ -37,21 +37,21 @@ def unit_scale(widths: tuple[int, int, int]) -> np.float32:
     return np.nextafter(np.float32(1 / full), np.float32(1))
 
 
-@njit
+@leaf
 def add_row(total, entering):
     small = total.dtype.type
     for x in range(total.shape[0]):
         total[x] = small(total[x] + entering[x])
 
 
-@njit
+@leaf
 def slide_row(before, entering, leaving, now):
     small = now.dtype.type
     for x in range(now.shape[0]):
         now[x] = small(before[x] + small(entering[x] - leaving[x]))
 
 
-@njit
+@leaf
 def widen_row(source, target):
     """Copy into a wider dtype; apart from the sums, so that both loops run at full SIMD width."""
     wide = target.dtype.type
@@ -59,7 +59,7 @@ def widen_row(source, target):
         target[x] = wide(source[x])
 
 
-@njit
+@leaf
 def next_sum(ring, y, first, r, height, before, now):
     """Vertical box sum of row y into `now` from the rows of `ring`, where row n lies in slot n
     modulo its length; `before` is the sum of row y - 1, unless y is the `first` one.
@@ -76,7 +76,7 @@ def next_sum(ring, y, first, r, height, before, now):
         slide_row(before, ring[entering], ring[leaving], now)
 
 
-@njit
+@leaf
 def box_row(values, total, r):
     """Box sums of half width r along `values` [n], in place; end values repeat. `total`: scratch
     [n + 2 r + 1].
@@ -101,7 +101,7 @@ def box_row(values, total, r):
         values[i] = wide(late[i] - early[i])
 
 
-@njit
+@leaf
 def third_difference(f, wa, wb, wc, out):
     """Differences over wa, wb and wc of the threefold running sum f [n + wa + wb + wc]."""
     wide = out.dtype.type
@@ -115,24 +115,34 @@ def third_difference(f, wa, wb, wc, out):
         out[i] = wide(plus - minus)
 
 
-@njit
-def box_span(values, ra, rb, rc, at_start, at_end, total):
+@leaf
+def box_ends(strip, ra, rb, rc, total):
+    """The three boxes one after the other, repeating before each."""
+    box_row(strip, total, ra)
+    box_row(strip, total, rb)
+    box_row(strip, total, rc)
+
+
+@leaf
+def box_span(values, ra, rb, rc, at_start, at_end, strips, total):
     """Three box sums of half widths ra, rb, rc along `values` [n], in place, modulo the dtype.
 
     With end values repeated once before all three, they are a third difference of the threefold
     running sum, one pass whatever the widths. Where the row changes near its start or end that is
     not what repeating before each pass gives, so those ends are done box by box.
-    total: scratch [n + 2 (ra + rb + rc) + 3].
+    Scratch: strips [4 (ra + rb + rc)]; total [n + 2 (ra + rb + rc) + 3].
     """
     wide = values.dtype.type
     n, spread = values.shape[0], ra + rb + rc
     strip = 2 * spread
     if (at_start or at_end) and n <= strip:
-        box_row(values, total, ra)
-        box_row(values, total, rb)
-        box_row(values, total, rc)
+        box_ends(values, ra, rb, rc, total)
         return
-    start, end = values[:strip].copy(), values[max(0, n - strip) :].copy()
+    start, end = strips[:strip], strips[strip : 2 * strip]
+    if at_start:
+        assign(values[:strip], start)
+    if at_end:
+        assign(values[n - strip :], end)
     once = twice = thrice = wide(0)
     for i in range(3):
         total[i] = thrice
@@ -155,18 +165,14 @@ def box_span(values, ra, rb, rc, at_start, at_end, total):
     wa, wb, wc = 2 * ra + 1, 2 * rb + 1, 2 * rc + 1
     third_difference(total, wa, wb, wc, values)
     if at_start:
-        box_row(start, total, ra)
-        box_row(start, total, rb)
-        box_row(start, total, rc)
-        values[:spread] = start[:spread]
+        box_ends(start, ra, rb, rc, total)
+        assign(start[:spread], values[:spread])
     if at_end:
-        box_row(end, total, ra)
-        box_row(end, total, rb)
-        box_row(end, total, rc)
-        values[n - spread :] = end[end.shape[0] - spread :]
+        box_ends(end, ra, rb, rc, total)
+        assign(end[spread:], values[n - spread :])
 
 
-@njit
+@leaf
 def is_level(row, value):
     """Whether every cell equals `value`."""
     other = row.dtype.type(0)
@@ -175,7 +181,7 @@ def is_level(row, value):
     return other == 0
 
 
-@njit
+@leaf
 def level_span(row):
     """Where `row` changes: length of its constant head, and start of its constant tail.
 
@@ -195,21 +201,58 @@ def level_span(row):
     return head, tail
 
 
-@njit
+@leaf
 def scale_row(values, factor):
     wide = values.dtype.type
     for x in range(values.shape[0]):
         values[x] = wide(values[x] * factor)
 
 
-@njit
-def to_float(values, scale, out):
+@leaf
+def to_float(values, shift, scale, out):
+    """The 32 bits of every word from bit `shift` on as a number, times `scale`, at most 1."""
+    one = np.float32(1)
+    for x in range(out.shape[0]):
+        out[x] = min(np.float32(np.float32(np.uint32(values[x] >> shift)) * scale), one)
+
+
+@leaf
+def long_to_float(values, scale, out):
+    """All 64 bits of every word as a number, times `scale`, at most 1."""
     one = np.float32(1)
     for x in range(out.shape[0]):
         out[x] = min(np.float32(np.float32(values[x]) * scale), one)
 
 
-@njit
+@leaf
+def join_rows(low, high, target):
+    """Two rows in one uint64 row: sums, differences and products by a number then act on both.
+
+    Carries out of the low half are undone by the differences, because the final values fit 32 bits.
+    """
+    for x in range(target.shape[0]):
+        target[x] = np.uint64(low[x]) | np.uint64(high[x]) << np.uint64(32)
+
+
+@leaf
+def box_rows(values, head, tail, radii, strips, total):
+    """Three box sums along a row that is constant up to `head` and from `tail` on (`level_span`);
+    only the part that changes is computed.
+    """
+    ra, rb, rc = radii
+    width, spread = values.shape[0], ra + rb + rc
+    area = np.uint64((2 * ra + 1) * (2 * rb + 1) * (2 * rc + 1))
+    x0, x1 = max(0, head - spread), min(width, tail + spread)
+    if head == width:
+        x0, x1 = 0, 0
+    scale_row(values[:x0], area)
+    scale_row(values[x1:], area)
+    if x1 > x0:
+        at_start, at_end = head < spread, tail > width - spread
+        box_span(values[x0:x1], ra, rb, rc, at_start, at_end, strips, total)
+
+
+@leaf
 def triple_box(
     words,
     height,
@@ -224,6 +267,7 @@ def triple_box(
     twice,
     thrice,
     values,
+    strips,
     total,
     out,
     oy,
@@ -232,18 +276,17 @@ def triple_box(
     """Rows y0..y1 of the 0/1 picture `words` under three box filters of half widths `radii`, at
     (oy, ox) of `out`.
 
-    scale: `unit_scale`. Scratch in the dtypes N, M, V of `exact_dtypes`: row uint8 [W]; bits N
+    scale: `unit_scale`. Scratch in the dtypes N, M of `exact_dtypes`: row uint8 [W]; bits N
     [slots, W], slots a multiple of 8 and at least 2 radii[0] + 9; first N [2, W]; once M [2
-    radii[1] + 2, W]; twice M [2 radii[2] + 2, W]; thrice M [2, W]; values V [W]; total V [W + 2
-    sum(radii) + 3].
+    radii[1] + 2, W]; twice M [2 radii[2] + 2, W]; thrice M [2, W]; values uint64 [W]; strips uint64
+    [4 sum(radii)]; total uint64 [W + 2 sum(radii) + 3].
     """
     width = words.shape[1]
     ra, rb, rc = radii
     b0 = max(0, y0 - rc)
     a0 = max(0, b0 - rb)
-    wide = values.dtype.type
-    area = wide((2 * ra + 1) * (2 * rb + 1) * (2 * rc + 1))
-    spread = ra + rb + rc
+    in_pairs = thrice.itemsize == 2
+    first_head, first_tail = 0, width
     at, n1, n2 = max(0, a0 - ra) & ~(BYTE - 1), a0, b0
     for y in range(y0, y1):
         while n2 <= min(y + rc, height - 1):
@@ -262,20 +305,27 @@ def triple_box(
             n2 += 1
         sums = thrice[y & 1]
         next_sum(twice, y, y0, rc, height, thrice[1 - (y & 1)], sums)
-        widen_row(sums, values)
         head, tail = level_span(sums)
-        x0, x1 = max(0, head - spread), min(width, tail + spread)
-        if head == width:
-            x0, x1 = 0, 0
-        scale_row(values[:x0], area)
-        scale_row(values[x1:], area)
-        if x1 > x0:
-            at_start, at_end = head < spread, tail > width - spread
-            box_span(values[x0:x1], ra, rb, rc, at_start, at_end, total)
-        to_float(values, scale, out[y + oy, ox : ox + width])
+        if not in_pairs:
+            widen_row(sums, values)
+            box_rows(values, head, tail, radii, strips, total)
+            long_to_float(values, scale, out[y + oy, ox : ox + width])
+        elif (y - y0) & 1 == 0 and y + 1 < y1:
+            first_head, first_tail = head, tail
+        else:
+            other, alone = thrice[1 - (y & 1)], (y - y0) & 1 == 0
+            if alone:
+                join_rows(sums, sums, values)
+            else:
+                head, tail = min(head, first_head), max(tail, first_tail)
+                join_rows(other, sums, values)
+            box_rows(values, head, tail, radii, strips, total)
+            if not alone:
+                to_float(values, np.uint64(0), scale, out[y - 1 + oy, ox : ox + width])
+            to_float(values, np.uint64(32), scale, out[y + oy, ox : ox + width])
 
 
-@njit
+@leaf
 def soft_columns(source, target, r, sums):
     """Vertical mean of half width r over float32 [H, W], edge rows repeated. `sums`: float64 [W]
     scratch.
@@ -296,7 +346,7 @@ def soft_columns(source, target, r, sums):
             sums[x] += np.float64(entering[x]) - np.float64(leaving[x])
 
 
-@njit
+@leaf
 def soft_triple_box(image, radii, spare, values, total, sums):
     """Three box filters over float32 [H, W] `image`, in place, accumulated in float64.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import njit
+from ._jit import leaf
 from .bits import BYTE, narrow, set_where, valid_bits
 
 PLANES = 7
 GAP = 64
 
 
-@njit
+@leaf
 def look_up(first, second, third, tables, shift, packed):
     """OR the set bits of one row of three label maps, moved up by `shift`, into uint64 `packed`."""
     for x in range(packed.shape[0]):
@@ -19,7 +19,7 @@ def look_up(first, second, third, tables, shift, packed):
         packed[x] |= np.uint64(flags) << shift
 
 
-@njit
+@leaf
 def transpose_bytes(packed):
     """Bit b of byte i becomes bit i of byte b, in every word (Hacker's Delight, 7-3)."""
     for x in range(packed.shape[0]):
@@ -32,14 +32,14 @@ def transpose_bytes(packed):
         packed[x] = w ^ t ^ (t << np.uint64(28))
 
 
-@njit
+@leaf
 def insert_byte(packed, byte, shift, word):
     """OR one byte of every packed word, moved up by `shift`, into a word row."""
     for x in range(packed.shape[0]):
         word[x] |= ((packed[x] >> byte) & np.uint64(0xFF)) << shift
 
 
-@njit
+@leaf
 def pack_flags(first, second, third, tables, planes, packed):
     """Bit planes, uint64 [7, K, W]: plane b holds the pixels where bit b of the three labels' flags
     is set.
@@ -58,7 +58,7 @@ def pack_flags(first, second, third, tables, planes, packed):
             insert_byte(packed, np.uint64(BYTE * b), np.uint64(y0 & 63), planes[b, y0 >> 6])
 
 
-@njit
+@leaf
 def enlarge(quarter, height, out):
     """Every pixel of `quarter` as 4 x 4 pixels of uint64 [K, W] `out`."""
     for k in range(out.shape[0]):
@@ -73,7 +73,7 @@ def enlarge(quarter, height, out):
             out[k, x] = (b * np.uint64(15)) & keep
 
 
-@njit
+@leaf
 def mirror(n, size):
     """Index n reflected into 0..size - 1, the border itself not repeated."""
     while n < 0 or n >= size:
@@ -83,7 +83,7 @@ def mirror(n, size):
     return n
 
 
-@njit
+@leaf
 def add_two(a, b, c, d, near, far, total):
     """total += near (a + b) + far (c + d), uint16 modulo 2^16."""
     small = np.uint16
@@ -92,7 +92,7 @@ def add_two(a, b, c, d, near, far, total):
         total[x] = small(total[x] + small(first + small(far * small(c[x] + d[x]))))
 
 
-@njit
+@leaf
 def add_pair(left, right, tap, total):
     """total += tap (left + right), uint32."""
     wide = np.uint32
@@ -100,14 +100,14 @@ def add_pair(left, right, tap, total):
         total[x] = wide(total[x] + wide(tap * wide(left[x] + right[x])))
 
 
-@njit
+@leaf
 def scale_into(values, tap, total):
     one = total.dtype.type
     for x in range(total.shape[0]):
         total[x] = one(tap * one(values[x]))
 
 
-@njit
+@leaf
 def put_bits(total, least, shift, word):
     """Set or clear one bit of every word: whether total >= least."""
     bit = np.uint64(1) << shift
@@ -116,7 +116,7 @@ def put_bits(total, least, shift, word):
         word[x] = (word[x] & ~bit) | hit
 
 
-@njit
+@leaf
 def blur_threshold(padded, height, band, taps, least, byte, ring, sums, wide, total, words):
     """Where the Gaussian of a 0/1 picture reaches a value: sets or clears bits of `words`.
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import njit
+from ._jit import leaf, njit
 from .bits import ALL, ONE, trailing_zeros
 from .components import connect, count_runs, find_runs
 
 NONE = np.int32(2**31 - 1)
 
 
-@njit
+@leaf
 def set_range(words, x, y0, y1):
     """Set rows y0..y1 of column x."""
     k0, k1 = y0 >> 6, (y1 - 1) >> 6
@@ -30,7 +30,7 @@ def set_range(words, x, y0, y1):
         words[k, x] |= bits
 
 
-@njit
+@leaf
 def chain(edge, sign, stack):
     """Corners of the hull of the points (x, edge[x]), columns without a point (NONE) left out.
 
@@ -53,7 +53,7 @@ def chain(edge, sign, stack):
     return size
 
 
-@njit
+@leaf
 def stretch(edge, sign, stack, size):
     """Replace edge[x] between corners by the hull's edge, rounded into the hull."""
     for n in range(size - 1):
@@ -64,7 +64,7 @@ def stretch(edge, sign, stack, size):
             edge[x] = start - (-step) // run if sign > 0 else start + step // run
 
 
-@njit
+@leaf
 def fill_hull(top, bottom, first, stack, out):
     """Set the hull of a region in `out`; its columns start at column `first`.
 
@@ -80,7 +80,7 @@ def fill_hull(top, bottom, first, stack, out):
             set_range(out, first + x, top[x], bottom[x] + 1)
 
 
-@njit
+@leaf
 def extents(words, top, bottom):
     """First and last set row of every column into int32 [W] `top` and `bottom`; NONE where none."""
     top[:] = NONE

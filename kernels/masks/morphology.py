@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from ._jit import njit
-from .bits import valid_bits
+from ._jit import leaf
+from .bits import assign, valid_bits
 
 LOWEST = np.int32(-(2**31))
 
@@ -29,7 +29,7 @@ def profile(shape: str, radius: int) -> np.ndarray:
     return np.array(heights, np.int64)
 
 
-@njit
+@leaf
 def or_shifted(out, v, d, radius, x0, x1):
     """OR `v` moved by d columns to both sides into out[x0:x1]; `v` carries `radius` empty columns
     on each side.
@@ -41,7 +41,7 @@ def or_shifted(out, v, d, radius, x0, x1):
         target[x] |= left[x] | right[x]
 
 
-@njit
+@leaf
 def widen(v, source, k, n, radius, x0, x1):
     """OR word row k of `source` moved by n rows up and down into `v`: a funnel shift over
     neighbouring words.
@@ -61,7 +61,7 @@ def widen(v, source, k, n, radius, x0, x1):
             )
 
 
-@njit
+@leaf
 def dilate_bits(source, heights, ends, v, out, height, k0, k1):
     """Dilate bit planes by the element `heights` (radius R = len - 1): word rows k0..k1 of `out`,
     uint64 [K, W].
@@ -85,7 +85,7 @@ def dilate_bits(source, heights, ends, v, out, height, k0, k1):
             continue
         for x in range(v.shape[0]):
             v[x] = np.uint64(0)
-        v[radius + xa : radius + xb] = source[centre, xa:xb]
+        assign(source[centre, xa:xb], v[radius + xa : radius + xb])
         d = radius
         h = 0
         while True:
@@ -103,34 +103,34 @@ def dilate_bits(source, heights, ends, v, out, height, k0, k1):
             row[x] &= keep
 
 
-@njit
+@leaf
 def key(bits):
     """Order-preserving integer of a float32's bits (int32), and back: it is its own inverse."""
     return np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
 
 
-@njit
+@leaf
 def larger(first, second, out):
     """Elementwise maximum of two rows."""
     for x in range(out.shape[0]):
         out[x] = max(first[x], second[x])
 
 
-@njit
+@leaf
 def raise_to(first, second, out):
     """Raise `out` to the maximum of two rows."""
     for x in range(out.shape[0]):
         out[x] = max(max(first[x], second[x]), out[x])
 
 
-@njit
+@leaf
 def raise_to_four(a, b, c, d, out):
     """Raise `out` to the maximum of four rows."""
     for x in range(out.shape[0]):
         out[x] = max(max(max(a[x], b[x]), max(c[x], d[x])), out[x])
 
 
-@njit
+@leaf
 def window_maxima(row, flip, level, radius, spare):
     """Keys of `row` and their maxima over windows of 1, 2, 4, .. columns into int32 `level`.
 
@@ -148,11 +148,11 @@ def window_maxima(row, flip, level, radius, spare):
         finer, coarser = level[p - 1], level[p]
         length = base.shape[0] - 2 * span + 1
         larger(finer[:length], finer[span : span + length], spare[:length])
-        coarser[:length] = spare[:length]
+        assign(spare[:length], coarser[:length])
         span *= 2
 
 
-@njit
+@leaf
 def dilate_grey(image, heights, flip, ring, spare, out):
     """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by `heights`; exact.
 

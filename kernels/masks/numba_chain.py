@@ -171,7 +171,7 @@ def _band(
         if not s.feather:
             bits.unpack_float(box, out, row, a, b, oy, ox)
         elif s.feather_mode == "gaussian":
-            narrow, medium, wide = boxblur.exact_dtypes(s.widths)
+            narrow, medium = boxblur.exact_dtypes(s.widths)
             radii = tuple(w // 2 for w in s.widths)
             slots = -(-(2 * radii[0] + 9) // 8) * 8
             boxblur.triple_box(
@@ -187,8 +187,9 @@ def _band(
                 own.plane("once", (2 * radii[1] + 2, width), medium),
                 own.plane("twice", (2 * radii[2] + 2, width), medium),
                 own.plane("thrice", (2, width), medium),
-                own.flat("values", width, wide),
-                own.flat("total", width + 2 * sum(radii) + 3, wide),
+                own.flat("values", width, np.uint64),
+                own.flat("strips", 4 * sum(radii), np.uint64),
+                own.flat("total", width + 2 * sum(radii) + 3, np.uint64),
                 out,
                 oy,
                 ox,
@@ -200,6 +201,7 @@ def _band(
                 own.flat("g", cells, dtype),
                 own.flat("q", width + 2 * reach, dtype),
                 own.flat("acc", width, dtype),
+                own.flat("kinds", -(-width // ramp.SEGMENT), np.uint8),
                 row,
             )
             outside, inside = plan.tables

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import njit
-from .bits import unpack_bytes
+from ._jit import leaf
+from .bits import assign, unpack_bytes
 
 SEGMENT = 64
 FAR, AT, MIXED = 0, 1, 2
 
 
-@njit
+@leaf
 def step_down(bits, limit, state, out):
     """One row of the sweep down: 0 at a target (bit 0), else one more than above, at most limit."""
     small = state.dtype.type
@@ -29,7 +29,7 @@ def step_down(bits, limit, state, out):
         out[x] = near
 
 
-@njit
+@leaf
 def step_up(state, out):
     """One row of the sweep up: the smaller of what is there and one more than below."""
     small = state.dtype.type
@@ -40,7 +40,7 @@ def step_up(state, out):
         out[x] = near
 
 
-@njit
+@leaf
 def column_distance(plane, g, radius, state):
     """Vertical distance, clipped to `radius`, to the nearest 0 of uint8 `plane` (values 0, 1).
 
@@ -52,19 +52,19 @@ def column_distance(plane, g, radius, state):
     state[:] = limit
     for y in range(rows):
         step_down(plane[y], limit, state, g[y])
-    state[:] = g[rows - 1]
+    assign(g[rows - 1], state)
     for back in range(2, rows + 1):
         step_up(state, g[rows - back])
 
 
-@njit
+@leaf
 def square(distance, q):
     small = q.dtype.type
     for x in range(distance.shape[0]):
         q[x] = small(distance[x] * distance[x])
 
 
-@njit
+@leaf
 def smallest(row):
     least = row[0]
     for x in range(row.shape[0]):
@@ -72,7 +72,7 @@ def smallest(row):
     return least
 
 
-@njit
+@leaf
 def largest(row):
     most = row[0]
     for x in range(row.shape[0]):
@@ -80,7 +80,7 @@ def largest(row):
     return most
 
 
-@njit
+@leaf
 def two_parabolas(left, right, left2, right2, step, step2, limit, limit2, acc):
     """Lower `acc` to the parabolas of the cells at two offsets on either side, saturating."""
     small = acc.dtype.type
@@ -90,7 +90,7 @@ def two_parabolas(left, right, left2, right2, step, step2, limit, limit2, acc):
         acc[x] = min(acc[x], min(near, near2))
 
 
-@njit
+@leaf
 def nearest_in_row(q, acc, x0, radius):
     """Squared distances acc [n] of columns x0..x0 + n: min over |j| < R of q[x + j] + j^2.
 
@@ -101,7 +101,7 @@ def nearest_in_row(q, acc, x0, radius):
     top = (1 << (8 * q.itemsize)) - 1
     n = acc.shape[0]
     at = radius + x0
-    acc[:] = q[at : at + n]
+    assign(q[at : at + n], acc)
     for j in range(1, radius, 2):
         k = j + 1
         two_parabolas(
@@ -117,7 +117,7 @@ def nearest_in_row(q, acc, x0, radius):
         )
 
 
-@njit
+@leaf
 def classify(q, far, radius, kinds):
     """FAR, AT or MIXED for every segment of a row: no target in reach, targets only, or between."""
     width = q.shape[0] - 2 * radius
@@ -132,7 +132,7 @@ def classify(q, far, radius, kinds):
             kinds[n] = MIXED
 
 
-@njit
+@leaf
 def look_up(acc, far, table, inside_only, out):
     if inside_only:
         for x in range(out.shape[0]):
@@ -143,7 +143,7 @@ def look_up(acc, far, table, inside_only, out):
             out[x] = table[min(acc[x], far)]
 
 
-@njit
+@leaf
 def ramp(
     words,
     height,
@@ -157,6 +157,7 @@ def ramp(
     g,
     q,
     acc,
+    kinds,
     row,
     out,
     oy,
@@ -166,8 +167,8 @@ def ramp(
     to the set (or clear) pixels.
 
     With `inside_only` pixels of distance 0 are left as they are. Scratch: `plane` uint8 and `g` of
-    dtype T, both flat with (y1 - y0 + 2 R) W cells; q T [W + 2 R], acc T [W], row uint8 [W]. T is
-    uint8 up to R = 15, else uint16.
+    dtype T, both flat with (y1 - y0 + 2 R) W cells; q T [W + 2 R], acc T [W], kinds uint8 [ceil(W /
+    SEGMENT)], row uint8 [W]. T is uint8 up to R = 15, else uint16.
     """
     width = words.shape[1]
     far = g.dtype.type(radius * radius)
@@ -179,7 +180,6 @@ def ramp(
     q[:radius] = far
     q[radius + width :] = far
     squares = q[radius : radius + width]
-    kinds = np.empty(-(-width // SEGMENT), np.uint8)
     for y in range(y0, y1):
         target = out[y + oy, ox : ox + width]
         square(distance[y - a], squares)
