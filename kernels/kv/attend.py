@@ -1,0 +1,82 @@
+"""Attention over pages that lie apart, exactly: gathered into one run, or run by run.
+
+Run by run, each part gives its output and the log of its sum of exponentials (lse), and
+out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i) is softmax attention over all of
+them (online softmax, Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterable
+
+import torch
+
+GATHER, MERGE = "gather", "merge"
+
+
+def ways() -> dict[str, str]:
+    """Every way to attend over pages -> "" if it is used here, else why it is not."""
+    return {
+        GATHER: "",
+        MERGE: "",
+        "FA3 block_table": _why_not_fa3(),
+        "torch varlen_attn block_table": _why_not_varlen(),
+    }
+
+
+def _why_not_fa3() -> str:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_interface (FlashAttention 3) is not installed"
+    return "present, but its paged kernel is not verified by a run: gather is used"
+
+
+def _why_not_varlen() -> str:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no varlen_attn"
+    if "block_table" not in inspect.signature(varlen_attn).parameters:
+        return f"varlen_attn of torch {torch.__version__} has no block_table"
+    return "present, but its paged kernel is not verified by a run: gather is used"
+
+
+def with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(softmax(q k^T / sqrt(D)) v [B, H, Lq, D] in q's dtype, its lse float32 [B, H, Lq]).
+
+    q [B, H, Lq, D], k and v [B, H, Lk, D], one floating dtype.
+    """
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)
+        return out, lse.float()
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False)[:2]
+        return out, lse.float()
+    scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5
+    lse = scores.logsumexp(-1)
+    return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), lse
+
+
+def merged(q: torch.Tensor, runs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """softmax attention of q [B, Lq, H, D] over the keys and values of all runs, each
+    [B, L_i, H, D]; one at a time is in use. Returns [B, Lq, H, D] in q's dtype; sums in float32.
+    """
+    heads_first = q.transpose(1, 2)
+    total: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    for k, v in runs:
+        part, part_lse = with_lse(heads_first, k.transpose(1, 2), v.transpose(1, 2))
+        if total is None or lse is None:
+            total, lse = part.float(), part_lse
+            continue
+        both = torch.logaddexp(lse, part_lse)
+        total = total * (lse - both).exp().unsqueeze(-1)
+        total += part.float() * (part_lse - both).exp().unsqueeze(-1)
+        lse = both
+    if total is None:
+        raise ValueError("no run of keys and values")
+    return total.transpose(1, 2).to(q.dtype)

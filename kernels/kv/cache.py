@@ -1,0 +1,326 @@
+"""The attention cache of one video: which frames it keeps, where they stand in time, their pages.
+
+Frame f is kept while a block that ends with frame `last` is made if f > last - window or f < sink
+(Wan latent frames; the block itself is inside the window). A window of 0 keeps everything.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from ..errors import FrugalError
+from .attend import GATHER
+from .offload import HOST, pins, to_device, to_host
+from .pool import PagePool
+from .rotate import shifted
+from .storage import MODEL, Page, PageFormat, relative_error
+
+Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """window, sink: latent frames. kind: of storage.KINDS. relative: kept frames close ranks in
+    time, so positions never exceed window + sink; else each stays at its own number. on_host: pages
+    lie in main memory. way: attend.GATHER or MERGE. budget: bytes of pages, 0 for no limit.
+    """
+
+    window: int = 0
+    sink: int = 0
+    kind: str = MODEL
+    relative: bool = False
+    on_host: bool = False
+    way: str = GATHER
+    budget: int = 0
+
+    def __post_init__(self):
+        if self.window < 0 or self.sink < 0:
+            raise FrugalError(
+                f"a window of {self.window} and a sink of {self.sink} frames",
+                "none below 0",
+                "choose others",
+            )
+        if self.window == 0 and self.sink:
+            raise FrugalError(
+                f"a sink of {self.sink} frames without a window",
+                "a window, for without one every frame is kept",
+                "set the window, or the sink to 0",
+            )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A frame in the cache: its number, the place in time its keys were turned to, and the number
+    of the first frame of the block it was made in.
+    """
+
+    frame: int
+    position: int
+    block: int
+
+
+class VideoCache:
+    """K and V of the kept frames, one stream per condition of the guidance.
+
+    Streams are numbered as ComfyUI numbers conditions (0 positive, 1 negative). Pages are dropped
+    when the object goes. fmt: PageFormat for one stream. layers: of the model. device: where
+    attention runs. pool: of an earlier cache to share, else a new one.
+    """
+
+    def __init__(
+        self,
+        fmt: PageFormat,
+        layers: int,
+        device: torch.device,
+        options: CacheOptions,
+        pool: PagePool[Page] | None = None,
+    ):
+        self.fmt, self.layers, self.device, self.options = fmt, layers, device, options
+        self.pool = pool or PagePool(fmt.page_bytes, self._make, options.budget)
+        self.kept: list[Kept] = []
+        self.streams: dict[int, Stream] = {}
+        self.clean: dict[int, torch.Tensor] = {}
+        self.next_frame = 0
+        self.error = 0.0
+        self._block: list[Kept] = []
+        self._pending: dict[int, Stream] | None = None
+        self._written: set[tuple[int, int]] = set()
+        weakref.finalize(self, _drop_all, self.pool, self.streams).atexit = False
+
+    @property
+    def _make(self):
+        # Not a bound method: the pool outlives this cache when a branch shares it.
+        fmt, device, on_host = self.fmt, self.device, self.options.on_host
+        if on_host:
+            return lambda: fmt.empty(HOST, pins(device))
+        return lambda: fmt.empty(device)
+
+    def fork(self, options: CacheOptions | None = None) -> VideoCache:
+        """A branch that shares all pages; neither sees what the other adds or lets go.
+
+        options: for the frames to come, default the same. Raises FrugalError if the pages held do
+        not fit them.
+        """
+        options = options or self.options
+        for name in ("kind", "relative", "on_host"):
+            before, now = getattr(self.options, name), getattr(options, name)
+            if before != now:
+                raise FrugalError(
+                    f"{name} {now} for a video whose cache was made with {name} {before}",
+                    "the same for all of a video",
+                    "set it as before, or start a new video",
+                )
+        self.pool.budget = options.budget
+        other = VideoCache(self.fmt, self.layers, self.device, options, self.pool)
+        for number, stream in self.streams.items():
+            for pages in stream.values():
+                self.pool.share(pages)
+            other.streams[number] = dict(stream)
+        other.kept, other.clean = list(self.kept), dict(self.clean)
+        other.next_frame, other.error = self.next_frame, self.error
+        return other
+
+    def release(self) -> None:
+        """Drop every page, and be empty."""
+        _drop_all(self.pool, self.streams)
+        self.kept, self.clean = [], {}
+
+    def pages_for(self, frames: int, streams: int) -> int:
+        """The most pages that a video of `frames` latent frames has in use at a time."""
+        most = self.options.window + self.options.sink
+        return streams * self.layers * (min(frames, most) if self.options.window else frames)
+
+    def start_block(self, count: int, frame: int | None = None) -> int:
+        """Let the frames go that this block no longer sees; returns the place in time of its first
+        frame. count: frames of the block. frame: number of its first, if not the next.
+        Raises FrugalError if the block is larger than the window.
+        """
+        options = self.options
+        if options.window and count > options.window:
+            raise FrugalError(
+                f"a block of {count} frames and a window of {options.window}",
+                "a window that holds the block",
+                "choose a larger window or smaller blocks",
+            )
+        first = self.next_frame if frame is None else frame
+        last = first + count - 1
+        if options.window:
+            self._forget(
+                [
+                    each
+                    for each in self.kept
+                    if each.frame <= last - options.window and each.frame >= options.sink
+                ]
+            )
+        place = len(self.kept) if options.relative else first
+        self._block = [Kept(first + i, place + i, first) for i in range(count)]
+        return place
+
+    def _forget(self, gone: list[Kept]) -> None:
+        for each in gone:
+            for stream in self.streams.values():
+                self.pool.drop(stream.pop(each.frame))
+            self.clean.pop(each.frame, None)
+            self.kept.remove(each)
+
+    @contextmanager
+    def writing(self, clean: torch.Tensor) -> Iterator[None]:
+        """Every attention call inside adds its keys and values; at the end the block is part of the
+        video, unless the work failed or was cancelled: then nothing has changed.
+
+        clean: latent [B, C, frames, h, w] of the block. Raises FrugalError if a layer or a stream
+        was left out.
+        """
+        pending: dict[int, Stream] = {}
+        self._pending, self._written = pending, set()
+        try:
+            yield
+            self._check_complete(pending)
+        except BaseException:
+            _drop_all(self.pool, pending)
+            raise
+        finally:
+            self._pending = None
+        for number, stream in pending.items():
+            self.streams.setdefault(number, {}).update(stream)
+        for index, each in enumerate(self._block):
+            self.kept.append(each)
+            self.clean[each.frame] = clean[:, :, index : index + 1].clone()
+        self.next_frame = max(self.next_frame, self._block[-1].frame + 1)
+
+    def _check_complete(self, pending: dict[int, Stream]) -> None:
+        known = set(self.streams) if self.kept else set(pending)
+        if not pending or set(pending) != known:
+            raise FrugalError(
+                f"conditions {sorted(pending)} ran on clean frames, {sorted(known)} before",
+                "the same conditions for every block and every noise level",
+                "keep cfg on one side of 1, and prompts without start and end percent",
+            )
+        wanted = {(number, layer) for number in pending for layer in range(self.layers)}
+        if self._written != wanted:
+            raise FrugalError(
+                f"{len(self._written)} of {len(wanted)} layers gave keys and values",
+                "all layers",
+                "remove the node that skips blocks of this model",
+            )
+
+    def store(self, layer: int, streams: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Add the block's k, v [len(streams) * B, frames * tokens, heads, width] if it is being
+        written; else do nothing.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        samples, tokens = self.fmt.shape[0], self.fmt.shape[1]
+        for at, number in enumerate(streams):
+            if (number, layer) in self._written:
+                raise FrugalError(
+                    f"layer {layer} ran twice for condition {number} on one block",
+                    "one conditioning on each side, without areas",
+                    "combine the prompts, or use the prompt schedule",
+                )
+            if number not in pending:
+                pages = self.pool.take(self.layers * len(self._block))
+                pending[number] = {
+                    each.frame: pages[i * self.layers : (i + 1) * self.layers]
+                    for i, each in enumerate(self._block)
+                }
+            self._written.add((number, layer))
+            rows = slice(at * samples, (at + 1) * samples)
+            for i, each in enumerate(self._block):
+                part = (
+                    k[rows, i * tokens : (i + 1) * tokens],
+                    v[rows, i * tokens : (i + 1) * tokens],
+                )
+                number_of_page = pending[number][each.frame][layer]
+                self.pool.write(number_of_page, lambda page, part=part: self._put(page, *part))
+
+    def _put(self, page: Page, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.fmt.write(page, k, v)
+        # The error of rounding is that of the first block: one pass over it tells enough.
+        if self.fmt.kind != MODEL and not self.kept:
+            self.error = max(self.error, relative_error(self.fmt, page, k, v))
+
+    def gathered(
+        self, layer: int, streams: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all kept frames and, behind them, of the block: [same batch, all
+        tokens, heads, width], in the type and on the device of k.
+        """
+        return self._filled(layer, streams, self.kept, k, v, tail=True)
+
+    def runs(
+        self, layer: int, streams: Sequence[int], k: torch.Tensor, v: torch.Tensor, frames: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same in parts of at most `frames` kept frames, and the block as the last."""
+        for start in range(0, len(self.kept), frames):
+            yield self._filled(layer, streams, self.kept[start : start + frames], k, v, tail=False)
+        yield k, v
+
+    def _filled(self, layer, streams, kept, k, v, tail):
+        self._check_streams(streams)
+        samples, tokens = self.fmt.shape[0], self.fmt.shape[1]
+        before = len(kept) * tokens
+        length = before + (k.shape[1] if tail else 0)
+        keys, values = (x.new_empty(x.shape[0], length, *x.shape[2:]) for x in (k, v))
+        # In relative time a kept frame stands at its rank among the kept.
+        rank = {each.frame: i for i, each in enumerate(self.kept)}
+        for at, number in enumerate(streams):
+            rows = slice(at * samples, (at + 1) * samples)
+            for i, each in enumerate(kept):
+                span = slice(i * tokens, (i + 1) * tokens)
+                page = self.pool.read(self.streams[number][each.frame][layer])
+                self.fmt.read(page, k.device, keys[rows, span], values[rows, span])
+                shift = rank[each.frame] - each.position if self.options.relative else 0
+                if shift:
+                    keys[rows, span] = shifted(keys[rows, span], shift)
+        if tail:
+            keys[:, before:], values[:, before:] = k, v
+        return keys, values
+
+    def _check_streams(self, streams: Sequence[int]) -> None:
+        if len(set(streams)) != len(streams):
+            raise FrugalError(
+                f"conditions {list(streams)} in one call",
+                "one conditioning on each side, without areas",
+                "combine the prompts, or use the prompt schedule",
+            )
+        missing = [number for number in streams if number not in self.streams]
+        if self.kept and missing:
+            raise FrugalError(
+                f"condition {missing[0]} appears at latent frame {self._block[0].frame}",
+                f"only conditions {sorted(self.streams)}, which saw the frames before",
+                "keep cfg on one side of 1 for the whole video",
+            )
+
+    def blocks(self) -> list[list[Kept]]:
+        """The kept frames, in the groups in which they were made."""
+        return [list(group) for _, group in groupby(self.kept, key=lambda each: each.block)]
+
+    def emptied(self) -> VideoCache:
+        """A cache for the same video that holds no frame yet, to compute the kept ones anew."""
+        other = VideoCache(self.fmt, self.layers, self.device, self.options, self.pool)
+        other.next_frame = self.next_frame
+        return other
+
+    def park(self) -> None:
+        """Move all pages of the pool, those of branches too, to main memory."""
+        self.pool.relocate(lambda page: to_host(page, self.device))
+
+    def unpark(self) -> None:
+        """Move them back to where attention needs them."""
+        if not self.options.on_host:
+            self.pool.relocate(lambda page: to_device(page, self.device))
+
+
+def _drop_all(pool: PagePool[Page], streams: dict[int, Stream]) -> None:
+    for stream in streams.values():
+        for pages in stream.values():
+            pool.drop(pages)
+    streams.clear()
