@@ -1,0 +1,1 @@
+"""Video that never is whole in memory: chunks of a causal VAE, tiles, files."""

@@ -1,0 +1,45 @@
+"""Inputs and outputs that the VAE nodes share."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+
+def vae_input():
+    return io.Vae.Input("vae", tooltip="The VAE of Wan 2.1 or of Wan 2.2, whichever the model has.")
+
+
+def latent_input():
+    return io.Latent.Input("samples", tooltip="The LATENT of a Wan sampler, of any length.")
+
+
+def tile_inputs() -> list:
+    return [
+        io.Int.Input(
+            "tile_size",
+            default=0,
+            min=0,
+            max=4096,
+            step=32,
+            optional=True,
+            tooltip=(
+                "Side of spatial tiles in pixels. 0: whole frames, exact. Tiles take less memory "
+                "and change the picture; the report says by how much."
+            ),
+        ),
+        io.Int.Input(
+            "overlap",
+            default=64,
+            min=0,
+            max=1024,
+            step=16,
+            optional=True,
+            tooltip="Pixels that neighbouring tiles share and blend over. Used with tiles only.",
+        ),
+    ]
+
+
+def report_output():
+    return io.String.Output(
+        "report", tooltip="Pieces, memory, and what was done if memory ran out."
+    )

@@ -1,0 +1,186 @@
+"""A clip through one half of a VAE, piece by piece, in whole frames or tiles; what happens when
+memory runs out.
+
+The state between pieces is all that the past leaves behind, and a piece replaces it only when it is
+through. So a piece that ran out of memory is simply done again, with more room: first with other
+models unloaded and the state waiting in main memory, then in tiles, whose states are cut out of the
+state of the whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ...kernels.errors import FrugalError
+from ...kernels.report import megabytes
+from ...kernels.video.cadence import Call
+from ...kernels.video.tiles import Tile, cut, grid, join
+from .vae_halves import Half, on_device
+
+OVERLAP = 8
+SMALLEST_TILE = 8
+
+
+class VaeStream:
+    """The state of one clip. height, width: of the whole, in latent pixels. tile: side of the tiles
+    in latent pixels, 0 for none; overlap: what neighbours share at least.
+
+    notes: what was done about memory, in words. difference: largest and mean absolute difference of
+    the first piece in tiles from the first piece in one, None if there are no tiles or it did not
+    fit.
+    """
+
+    def __init__(
+        self, vae: Any, half: Half, height: int, width: int, tile: int = 0, overlap: int = OVERLAP
+    ):
+        self.vae, self.half, self.height, self.width = vae, half, height, width
+        self.overlap, self.tile = overlap, (tile or height, tile or width)
+        self.tiles = grid(height, width, self.tile, overlap)
+        self.states = [half.fresh_state() for _ in self.tiles]
+        self.parked = len(self.tiles) > 1
+        self.notes: list[str] = []
+        self.difference: tuple[float, float] | None = None
+
+    def load(self) -> None:
+        """Bring the VAE to its device and make room for one piece."""
+        largest = max(tile.height * tile.width for tile in self.tiles)
+        share = largest / (self.height * self.width)
+        comfy.model_management.load_models_gpu(
+            [self.vae.patcher],
+            memory_required=int(self.half.memory * share),
+            force_full_load=self.vae.disable_offload,
+        )
+
+    def feed(self, piece: torch.Tensor, call: Call) -> torch.Tensor | None:
+        """The next piece [1, C, t, H, W] through the network -> [1, C', t', H', W'] on the output
+        device, None where it waits for more. Raises FrugalError when no tile is small enough.
+        """
+        first = call.start == 0
+        while True:
+            try:
+                made, states = self._run(piece, call, self.tiles, self.states)
+                break
+            # Only what ComfyUI calls out of memory is handled; a cancel goes on its way.
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            # Behind the clause: until then the exception holds the tensors that filled the memory.
+            self._make_room(call)
+        self.states = states
+        if first and len(self.tiles) > 1:
+            self._compare(piece, call, made)
+        return made
+
+    def state_bytes(self) -> int:
+        """Bytes kept between pieces."""
+        kept = [entry for state in self.states for entry in state or ()]
+        return sum(entry.nbytes for entry in kept if isinstance(entry, torch.Tensor))
+
+    def _run(
+        self, piece: torch.Tensor, call: Call, tiles: list[Tile], states: list[Any]
+    ) -> tuple[torch.Tensor | None, list[Any]]:
+        vae, parts, after = self.vae, [], []
+        waiting = vae.patcher.offload_device if self.parked else vae.device
+        with on_device(vae):
+            for tile, state in zip(tiles, states, strict=True):
+                given = cut(piece, tile, self.height).to(device=vae.device, dtype=vae.vae_dtype)
+                # A list of its own: what is put in its place must not reach the kept state.
+                working = _moved(state, vae.device)
+                made = self.half.run(given, working, call)
+                after.append(_moved(working, waiting))
+                parts.append(None if made is None else made.to(vae.output_device))
+        if parts[0] is None:
+            return None, after
+        return join(parts, tiles, self.height, self.width), after
+
+    def _compare(self, piece: torch.Tensor, call: Call, made: torch.Tensor | None) -> None:
+        if made is None:
+            return
+        whole = [Tile(0, 0, self.height, self.width)]
+        try:
+            exact, _ = self._run(piece, call, whole, [self.half.fresh_state()])
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            exact = None
+        if exact is None:
+            comfy.model_management.soft_empty_cache()
+            return
+        off = (made.float() - exact.float()).abs()
+        self.difference = float(off.max()), float(off.mean())
+
+    def _make_room(self, call: Call) -> None:
+        """One notch smaller, at most as far as the smallest tile."""
+        where = f"out of memory at frame {call.start + 1}"
+        if not self.parked:
+            self.parked = True
+            self.states = [_moved(state, self.vae.patcher.offload_device) for state in self.states]
+            self.notes.append(f"{where}: the state now waits in main memory; same result")
+        else:
+            self._smaller_tiles(where)
+            rows, columns = self.tile
+            self.notes.append(
+                f"{where}: went on in {len(self.tiles)} tiles of "
+                f"{columns * self.half.scale} x {rows * self.half.scale} pixels, seams not measured"
+            )
+        _free_device(self.vae)
+        self.load()
+
+    def _smaller_tiles(self, where: str) -> None:
+        rows, columns = self.tile
+        shared = min(self.overlap, max(rows, columns) // 4)
+        longer = -(-max(rows, columns) // 2) + shared // 2
+        tile = (longer, columns) if rows >= columns else (rows, longer)
+        if longer < min(SMALLEST_TILE, max(rows, columns)):
+            raise FrugalError(
+                f"{where}, even in tiles of {columns * self.half.scale} x "
+                f"{rows * self.half.scale} pixels",
+                f"{megabytes(self.half.memory)} for a whole piece, by ComfyUI's estimate",
+                "close other programs that use the card",
+            )
+        states = self.states
+        if states[0] is not None:
+            whole = [
+                self._joined([state[slot] for state in states])
+                for slot in range(self.half.cadence.slots)
+            ]
+            finer = grid(self.height, self.width, tile, shared)
+            self.states = [[self._cut(entry, each) for entry in whole] for each in finer]
+        else:
+            finer = grid(self.height, self.width, tile, shared)
+            self.states = [None for _ in finer]
+        self.tiles, self.tile, self.overlap = finer, tile, shared
+
+    def _joined(self, entries: list[Any]) -> Any:
+        tensors = isinstance(entries[0], torch.Tensor)
+        return join(entries, self.tiles, self.height, self.width) if tensors else entries[0]
+
+    def _cut(self, entry: Any, tile: Tile) -> Any:
+        # A copy, or the whole would live on behind each of its parts.
+        tensor = isinstance(entry, torch.Tensor)
+        return cut(entry, tile, self.height).clone() if tensor else entry
+
+
+def out_of_memory(error: Exception) -> bool:
+    """As the running ComfyUI defines it."""
+    management = comfy.model_management
+    if hasattr(management, "is_oom"):
+        return management.is_oom(error)
+    return isinstance(error, management.OOM_EXCEPTION)
+
+
+def _free_device(vae: Any) -> None:
+    management = comfy.model_management
+    if vae.device.type != "cpu":
+        management.free_memory(1e30, vae.device)
+    management.soft_empty_cache()
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    """The state with its tensors on a device; always another list."""
+    if state is None:
+        return None
+    return [entry.to(device) if isinstance(entry, torch.Tensor) else entry for entry in state]
