@@ -10,9 +10,9 @@ from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from .._models import fingerprint, model_names, model_path
 from . import embeds, glue
+from .constant_context import FrugalWanConstantContext
 from .decode import FrugalWanDecode, FrugalWanDecodeToFile
 from .encode import FrugalWanEncode
-from .constant_context import FrugalWanConstantContext
 from .encode_cache import FrugalCachedTextEncode
 from .experts import FrugalWanTwoExperts
 
