@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -13,7 +14,7 @@ import comfy.quant_ops
 import psutil
 import torch
 
-from ...kernels.plan.doctor import ATTENTION, Backend, Facts
+from ...kernels.plan.doctor import ATTENTION, REFERENCE, Backend, Facts
 
 # Import name -> name of the distribution where they differ.
 DISTRIBUTIONS = {
@@ -58,7 +59,7 @@ def gather() -> Facts:
         registered=tuple(
             sorted(getattr(comfy.ldm.modules.attention, "REGISTERED_ATTENTION_FUNCTIONS", {}))
         ),
-        active=_active_attention(),
+        active=active_attention(),
         sdpa=_sdpa(),
         numba=version_of("numba"),
         triton=version_of("triton"),
@@ -124,7 +125,23 @@ def _backends() -> dict[str, Backend]:
     return found
 
 
-def _active_attention() -> str:
+def eager_rotation(device: torch.device) -> Any:
+    """comfy-kitchen's rotary embedding made of PyTorch operations, if `device` computes with that
+    one; None where a kernel of its own does it or ComfyUI does not use comfy-kitchen.
+    """
+    backends = _backends()
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    for name, backend in backends.items():
+        kernel = name != REFERENCE and device.type == "cuda"
+        if kernel and backend.runs("apply_rope1", capability):
+            return None
+    if REFERENCE not in backends:
+        return None
+    eager = importlib.import_module("comfy_kitchen.backends.eager")
+    return getattr(eager, "apply_rope1", None)
+
+
+def active_attention() -> str:
     attention = comfy.ldm.modules.attention
     active = attention.optimized_attention
     for name, function in getattr(attention, "REGISTERED_ATTENTION_FUNCTIONS", {}).items():

@@ -1,0 +1,291 @@
+"""Memory of a video run, phase by phase, before it starts, and which switches make it fit.
+
+All numbers are bytes. A phase is one stage of the run (text, sampling, decoding) and is a stack of
+parts that are on the device at the same time: weights, what a forward has alive, latents. ComfyUI
+moves the models of other phases out when it needs room, so each phase counts for itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..report import megabytes
+
+TEXT, SAMPLE, DECODE = "text encoding", "sampling, each step", "decoding"
+WEIGHTS, STREAMED, WORK, LATENTS = "weights", "buffers of streamed weights", "forward", "latents"
+EXPANDED, CROSS_KV, CAUSAL_KV = "expanded layer", "cross-attention K and V", "causal K and V"
+# fp32 tensors of the latent's shape that ComfyUI and a sampler hold around a forward: noise, start,
+# x, denoised, and per condition output, count and weight; counted on a run (docs/memory.md).
+LATENT_COPIES = 12
+# Weights on their way: ComfyUI copies the next layer while it computes with the last one.
+BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class Switches:
+    """sequential: the conditional and the unconditional forward one after the other. pieces: the
+    feed-forward and the cross-attention by so many pieces of the tokens. attention: queries, keys
+    and values of the self-attention by so many pieces, its heads by so many groups.
+    """
+
+    sequential: bool = False
+    pieces: int = 1
+    attention: int = 1
+
+    def text(self) -> str:
+        said = []
+        if self.sequential:
+            said.append("conditional and unconditional forward one after the other")
+        if self.pieces > 1:
+            said.append(f"feed-forward and cross-attention in {self.pieces} pieces")
+        if self.attention > 1:
+            said.append(f"self-attention in {self.attention} pieces and groups of heads")
+        return ", ".join(said) or "none"
+
+
+# Pieces more than these make matrix products too small to keep a card busy.
+MOST_PIECES = 8
+
+
+def notches(now: Switches, guided: bool = True) -> list[Switches]:
+    """One notch smaller than `now`, each way that is left, from the least to the most cost in time."""
+    found = []
+    if guided and not now.sequential:
+        found.append(replace(now, sequential=True))
+    if now.pieces < MOST_PIECES:
+        found.append(replace(now, pieces=2 * now.pieces))
+    if now.attention < MOST_PIECES:
+        found.append(replace(now, attention=2 * now.attention))
+    return found
+
+
+def kv_bytes(layers: int, tokens: int, width: int, element: int = 2) -> int:
+    """Bytes of the keys and values of `tokens` tokens in all layers, `element` bytes a number."""
+    return 2 * layers * tokens * width * element
+
+
+@dataclass(frozen=True)
+class Job:
+    """width and height in px, frames of video, batch: videos at once, guided: two forwards a step."""
+
+    width: int
+    height: int
+    frames: int
+    batch: int = 1
+    guided: bool = True
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Latent frames, height and width (Wan: a quarter of the frames, an eighth of the size)."""
+        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+    @property
+    def tokens(self) -> int:
+        frames, height, width = self.latent
+        return frames * -(-height // 2) * -(-width // 2)
+
+    def text(self) -> str:
+        batch = f", batch {self.batch}" if self.batch > 1 else ""
+        guided = "guided" if self.guided else "not guided"
+        return (
+            f"{self.width} x {self.height}, {self.frames} frames{batch}, {guided}: "
+            f"{self.tokens:,} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """total as the MODEL holds them, formats: name -> bytes, largest: the largest layer as it is
+    multiplied with, expanded: a layer that is expanded to the compute type before that (0: none),
+    w4a8: the same model with its layers in W4A8 (None: not known). caches: name -> bytes of what is
+    kept between the steps.
+    """
+
+    total: int
+    formats: dict[str, int]
+    largest: int
+    expanded: int = 0
+    w4a8: int | None = None
+    caches: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Bytes of the VAE's weights and of what a decode has alive: whole, in a stream and in tiles."""
+
+    weights: int
+    whole: int
+    stream: int
+    tiled: int
+    how: str = "traced"
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def text(self) -> str:
+        parts = ", ".join(f"{name} {megabytes(size)}" for name, size in self.parts.items() if size)
+        return f"{self.name}: {megabytes(self.total)} ({parts})"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """budget: what may be used. before: the phases as ComfyUI would run them, everything on the
+    device. phases: with the plan. streamed: weights read from main memory in every step. fits: no
+    phase is larger than the budget. peaks: switches tried -> bytes of the forward, in order.
+    advice: what else would help, cheapest first.
+    """
+
+    title: str
+    job: Job
+    budget: int
+    budget_from: str
+    before: tuple[Phase, ...]
+    phases: tuple[Phase, ...]
+    switches: Switches
+    peaks: tuple[tuple[Switches, int], ...]
+    formats: dict[str, int]
+    streamed: int = 0
+    fits: bool = True
+    advice: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, JSON-ready."""
+        return asdict(self) | {
+            "totals": {phase.name: phase.total for phase in self.phases},
+            "tokens": self.job.tokens,
+        }
+
+    def json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def text(self) -> str:
+        """The same as lines of text."""
+        held = ", ".join(f"{name} {megabytes(size)}" for name, size in self.formats.items())
+        fits = "fits" if self.fits else "does NOT fit"
+        lines = [
+            f"{self.title}, {self.job.text()}",
+            f"{fits} in {megabytes(self.budget)} ({self.budget_from})",
+            f"weights: {held}",
+            *(phase.text() for phase in self.phases),
+            f"switches: {self.switches.text()}",
+        ]
+        if self.streamed:
+            lines.append(f"weights read from main memory in every step: {megabytes(self.streamed)}")
+        if self.before != self.phases:
+            lines += ["without the plan:", *(phase.text() for phase in self.before)]
+        lines += [f"advice: {line}" for line in self.advice]
+        return "\n".join([*lines, *(f"note: {line}" for line in self.notes)])
+
+
+def make_plan(
+    title: str,
+    job: Job,
+    weights: Weights,
+    peak: Callable[[Switches], int],
+    budget: int,
+    budget_from: str,
+    encoder: Phase | None = None,
+    decoding: Decoding | None = None,
+    notes: Iterable[str] = (),
+) -> MemoryPlan:
+    """Find the switches that cost the least time with which the run fits into `budget`; a notch
+    that lowers nothing is left out.
+
+    peak: bytes alive in a forward under these switches, both conditions counted unless sequential.
+    """
+    latents = LATENT_COPIES * 4 * 16 * job.batch * job.latent[0] * job.latent[1] * job.latent[2]
+    beside = {LATENTS: latents, EXPANDED: weights.expanded, **weights.caches}
+    around = sum(beside.values())
+    chosen, least = Switches(), peak(Switches())
+    tried = [(chosen, least)]
+    while weights.total + around + least > budget:
+        for notch in notches(chosen, job.guided):
+            size = peak(notch)
+            tried.append((notch, size))
+            if size < least:
+                chosen, least = notch, size
+                break
+        else:
+            break
+
+    before = _sampling(weights, 0, tried[0][1], beside)
+    missing = weights.total + around + least - budget
+    streamed = 0
+    if missing > 0:
+        streamed = min(weights.total, missing + BUFFERS * weights.largest)
+    sampling = _sampling(weights, streamed, least, beside)
+    first, planned = [before], [sampling]
+    advice = []
+    if sampling.total > budget:
+        advice.append(
+            "the forward alone does not fit: a smaller size or fewer frames (the tokens of "
+            f"{job.text()} need {megabytes(least + around)} without any weights)"
+        )
+    elif streamed and weights.w4a8 is not None and weights.w4a8 < weights.total:
+        left = max(0, weights.w4a8 + around + least - budget)
+        then = f"{megabytes(left)} would still be streamed" if left else "nothing would be streamed"
+        advice.append(f"a W4A8 file of this model takes {megabytes(weights.w4a8)}: {then}")
+    if encoder is not None:
+        first.insert(0, encoder)
+        planned.insert(0, encoder)
+        if encoder.total > budget:
+            advice.append(
+                "the text encoder does not fit and is streamed by ComfyUI: an fp8 file, or saved "
+                "text embeddings (Save Text Embeddings), need less"
+            )
+    if decoding is not None:
+        first.append(_decoding(decoding, decoding.whole))
+        phase, said = _fitting_decode(decoding, budget)
+        planned.append(phase)
+        advice += said
+    # A text encoder may be larger than the budget: ComfyUI then keeps a part of it in main memory.
+    needed = [phase.total for phase in planned if phase.name != TEXT]
+    return MemoryPlan(
+        title,
+        job,
+        budget,
+        budget_from,
+        tuple(first),
+        tuple(planned),
+        chosen,
+        tuple(tried),
+        weights.formats,
+        streamed,
+        max(needed) <= budget,
+        tuple(advice),
+        tuple(notes),
+    )
+
+
+def _sampling(weights: Weights, streamed: int, peak: int, beside: dict[str, int]) -> Phase:
+    buffers = BUFFERS * weights.largest if streamed else 0
+    held = {WEIGHTS: weights.total - streamed, STREAMED: buffers, WORK: peak, **beside}
+    return Phase(SAMPLE, held)
+
+
+def _decoding(found: Decoding, work: int) -> Phase:
+    return Phase(DECODE, {WEIGHTS: found.weights, WORK: work})
+
+
+def _fitting_decode(found: Decoding, budget: int) -> tuple[Phase, list[str]]:
+    ways = (
+        (found.whole, None),
+        (found.stream, "decode in a stream, frame by frame: the same frames"),
+        (found.tiled, "decode in tiles (VAE Decode (Tiled), 256 px): seams may show"),
+    )
+    for work, how in ways:
+        if found.weights + work <= budget:
+            break
+    said = [] if how is None else [f"{how}, {megabytes(found.weights + work)} ({found.how})"]
+    return _decoding(found, work), said
