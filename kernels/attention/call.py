@@ -77,27 +77,19 @@ def describe(
     capability: of an NVIDIA device, where it is known already; it is looked up else.
     Raises FrugalError where the shapes, dtypes or devices do not belong together.
     """
-    if not (q.dim() == k.dim() == v.dim() == 4):
+    if not belong(q, k, v):
+        found = (
+            f"{n} {tuple(t.shape)} {t.dtype} {t.device}"
+            for n, t in zip("qkv", (q, k, v), strict=True)
+        )
         raise FrugalError(
-            f"q, k, v of {q.dim()}, {k.dim()} and {v.dim()} axes",
-            "four each (batch, heads, tokens, width)",
-            "reshape them first",
+            "; ".join(found),
+            "(batch, heads, tokens, width) of one batch, width, dtype and device, as many values "
+            "as keys, heads a multiple of the key heads",
+            "check what feeds this attention",
         )
     batch, heads, q_len, width = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
-    fits = k.shape == (batch, kv_heads, k_len, width) and v.shape[:3] == k.shape[:3]
-    if not fits or heads % max(kv_heads, 1) or min(q.numel(), k.numel(), v.numel()) == 0:
-        raise FrugalError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
-            "one batch, one width, as many values as keys, heads a multiple of the key heads",
-            "check what feeds this attention",
-        )
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        raise FrugalError(
-            f"q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}",
-            "one dtype and one device",
-            "cast them first",
-        )
     kind = device_kind(q.device)
     if kind == "cuda" and capability is None:
         capability = torch.cuda.get_device_capability(q.device)
@@ -115,6 +107,20 @@ def describe(
         mask=mask_kind(mask),
         lossy=lossy,
         grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+    )
+
+
+def belong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether q, k and v are those of one attention call, as `describe` wants them."""
+    return (
+        q.dim() == k.dim() == v.dim() == 4
+        and min(q.numel(), k.numel(), v.numel()) > 0
+        and k.shape[0] == q.shape[0]
+        and k.shape[3] == q.shape[3]
+        and k.shape[:3] == v.shape[:3]
+        and q.shape[1] % k.shape[1] == 0
+        and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import FrugalError
 from .backends import BACKENDS, TORCH, Backend, launch, versions
-from .call import ADDITIVE, BOOL, NONE, Call, describe, device_kind, four_axes
+from .call import ADDITIVE, BOOL, NONE, Call, belong, describe, device_kind, four_axes
 from .measure import Decision, measure, reason_of
 from .remember import place_key
 from .torch_sdpa import Run
@@ -84,6 +84,8 @@ class Chooser:
         default: the caller's attention, a candidate of "auto" like the others. chained: another
         override waits for what the named backend declines; else the fastest exact one takes it.
         """
+        if not belong(q, k, v):
+            return None
         call = describe(q, k, v, mask, lossy and self.allow_lossy, self.capability)
         scale = default_scale(call) if scale is None else float(scale)
         mask = four_axes(mask, q.dtype)
