@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-NODES: list[type] = []
+from .attention_node import FrugalAttention
+
+NODES: list[type] = [FrugalAttention]
