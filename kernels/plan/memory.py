@@ -8,6 +8,7 @@ moves the models of other phases out when it needs room, so each phase counts fo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -51,7 +52,7 @@ MOST_PIECES = 8
 
 
 def notches(now: Switches, guided: bool = True) -> list[Switches]:
-    """One notch smaller than `now`, each way that is left, from the least to the most cost in time."""
+    """One notch smaller than `now`, every way that is left, the least cost in time first."""
     found = []
     if guided and not now.sequential:
         found.append(replace(now, sequential=True))
@@ -62,6 +63,11 @@ def notches(now: Switches, guided: bool = True) -> list[Switches]:
     return found
 
 
+def latent_bytes(batch: int, latent: tuple[int, ...]) -> int:
+    """Bytes of the fp32 latents [batch, 16, T, H, W] around a forward."""
+    return LATENT_COPIES * 4 * 16 * batch * math.prod(latent)
+
+
 def kv_bytes(layers: int, tokens: int, width: int, element: int = 2) -> int:
     """Bytes of the keys and values of `tokens` tokens in all layers, `element` bytes a number."""
     return 2 * layers * tokens * width * element
@@ -69,7 +75,9 @@ def kv_bytes(layers: int, tokens: int, width: int, element: int = 2) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """width and height in px, frames of video, batch: videos at once, guided: two forwards a step."""
+    """width and height in px, frames of video, batch: videos at once; guided: two forwards a
+    step.
+    """
 
     width: int
     height: int
@@ -114,7 +122,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Bytes of the VAE's weights and of what a decode has alive: whole, in a stream and in tiles."""
+    """Bytes of the VAE's weights and of what a decode has alive: whole, in a stream, in tiles."""
 
     weights: int
     whole: int
@@ -204,8 +212,11 @@ def make_plan(
 
     peak: bytes alive in a forward under these switches, both conditions counted unless sequential.
     """
-    latents = LATENT_COPIES * 4 * 16 * job.batch * job.latent[0] * job.latent[1] * job.latent[2]
-    beside = {LATENTS: latents, EXPANDED: weights.expanded, **weights.caches}
+    beside = {
+        LATENTS: latent_bytes(job.batch, job.latent),
+        EXPANDED: weights.expanded,
+        **weights.caches,
+    }
     around = sum(beside.values())
     chosen, least = Switches(), peak(Switches())
     tried = [(chosen, least)]
@@ -284,8 +295,6 @@ def _fitting_decode(found: Decoding, budget: int) -> tuple[Phase, list[str]]:
         (found.stream, "decode in a stream, frame by frame: the same frames"),
         (found.tiled, "decode in tiles (VAE Decode (Tiled), 256 px): seams may show"),
     )
-    for work, how in ways:
-        if found.weights + work <= budget:
-            break
+    work, how = next((way for way in ways if found.weights + way[0] <= budget), ways[-1])
     said = [] if how is None else [f"{how}, {megabytes(found.weights + work)} ({found.how})"]
     return _decoding(found, work), said

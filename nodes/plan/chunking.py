@@ -19,6 +19,7 @@ from ...kernels.plan.memory import Switches
 from ...kernels.plan.pieces import in_pieces
 
 GROUPS = ("blocks", "vace_blocks")
+WHOLE = "frugal_whole"
 PARTS = ("ffn", "cross_attn", "self_attn")
 Forward = Callable[..., torch.Tensor]
 
@@ -44,24 +45,21 @@ def forwards(model: Any, state: InForce, original: Callable[[str], Forward]) -> 
         for index, block in enumerate(getattr(model, group, ())):
             for part in PARTS:
                 path = f"{group}.{index}.{part}.forward"
+                # A plan on a planned MODEL takes the place of the first one.
                 whole = original(path)
-                if part == "ffn":
-                    yield path, _feed_forward(whole, state)
-                elif part == "cross_attn":
-                    yield path, _cross_attention(whole, state)
+                whole = getattr(whole, WHOLE, whole)
+                if part != "self_attn":
+                    forward = _rowwise(whole, state)
                 # Kinds of Wan with another self-attention keep theirs.
                 elif type(block.self_attn) is comfy.ldm.wan.model.WanSelfAttention:
-                    yield path, _self_attention(block.self_attn, whole, state)
+                    forward = _self_attention(block.self_attn, whole, state)
+                else:
+                    continue
+                setattr(forward, WHOLE, whole)
+                yield path, forward
 
 
-def _feed_forward(whole: Forward, state: InForce) -> Forward:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return in_pieces(lambda part, _: whole(part), x, state.now.pieces)
-
-    return forward
-
-
-def _cross_attention(whole: Forward, state: InForce) -> Forward:
+def _rowwise(whole: Forward, state: InForce) -> Forward:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return in_pieces(lambda part, _: whole(part, *args, **kwargs), x, state.now.pieces)
 

@@ -150,8 +150,8 @@ def kernels(device: torch.device) -> tuple[Decomposed, Fused]:
 
 
 def decoded(vae: Any, latent: tuple[int, ...]) -> tuple[int, int, int, str]:
-    """Bytes that a decode of T, H, W latents has alive: whole, in a stream, in 256 px tiles; and how
-    it is known.
+    """Bytes that a decode of T, H, W latents has alive: whole, in a stream, in 256 px tiles; and
+    how they are known.
     """
     model = getattr(vae, "first_stage_model", None)
     frames, height, width = latent

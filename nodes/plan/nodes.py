@@ -10,6 +10,7 @@ from ...kernels.plan.run_report import RunReport
 from .._comfy import CATEGORY, known, show_text
 from . import glue
 from .doctor import FrugalDoctor
+from .memory_plan import FrugalMemoryPlan
 
 RUNS = itertools.count(1)
 
@@ -84,4 +85,4 @@ class FrugalReport(io.ComfyNode):
         return io.NodeOutput(text, data, ui={"text": (text,), "frugal_report": (data,)})
 
 
-NODES = [FrugalReport, FrugalDoctor]
+NODES = [FrugalReport, FrugalDoctor, FrugalMemoryPlan]
