@@ -57,9 +57,10 @@ def projections(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Path -> layer that makes a K or V of the text or the image."""
     found = {}
     for path, module in network.named_modules():
-        parent, _, leaf = path.rpartition(".")
-        if leaf in TEXT + IMAGE and parent.rpartition(".")[2] == "cross_attn":
-            found[path] = module
+        # torch.compile puts a module of this name around those that it compiles.
+        names = [name for name in path.split(".") if name != "_orig_mod"]
+        if names[-1] in TEXT + IMAGE and "cross_attn" in names[-2:-1]:
+            found[".".join(names)] = module
     return found
 
 
