@@ -81,7 +81,8 @@ def observe(model: nn.Module, method: str, part: str, frames: int) -> Cadence:
     # Some versions return one tensor per call, others a list of them.
     for returned in (lambda x: x, lambda x: [x]):
         recorder = _Recorder(getattr(model, part), returned)
-        stand_in = SimpleNamespace(**{part: recorder}, **dict.fromkeys(POINTWISE, lambda x: x))
+        around = dict.fromkeys(POINTWISE, lambda x: x)
+        stand_in = SimpleNamespace(**{**dict(model.named_children()), **around, part: recorder})
         try:
             result = loop(stand_in, clip)
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:

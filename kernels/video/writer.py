@@ -160,9 +160,14 @@ class VideoWriter:
         ):
             copy.metadata.update(source.metadata)
             given = source.streams.video[0]
-            taken = copy.add_stream_from_template(given)
+            # Opaque: no encoder of this codec is looked for.
+            taken = copy.add_stream_from_template(given, opaque=True)
+            # Fragments cannot say that the first frame is shown at once; the index can.
+            delay = given.start_time or 0
             for packet in source.demux(given):
                 if packet.dts is not None:
+                    packet.pts -= delay
+                    packet.dts -= delay
                     packet.stream = taken
                     copy.mux(packet)
 
