@@ -70,7 +70,8 @@ class VideoCache:
 
     Streams are numbered as ComfyUI numbers conditions (0 positive, 1 negative). Pages are dropped
     when the object goes. fmt: PageFormat for one stream. layers: of the model. device: where
-    attention runs. pool: of an earlier cache to share, else a new one.
+    attention runs. pool: of an earlier cache to share, else a new one. blocks_made, prompt: what
+    the maker of the video wants to find again, blocks sampled and a mark of their prompt.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class VideoCache:
         self.streams: dict[int, Stream] = {}
         self.clean: dict[int, torch.Tensor] = {}
         self.next_frame = 0
+        self.blocks_made = 0
         self.error = 0.0
+        self.prompt = ""
         self._block: list[Kept] = []
         self._pending: dict[int, Stream] | None = None
         self._written: set[tuple[int, int]] = set()
@@ -123,7 +126,8 @@ class VideoCache:
                 self.pool.share(pages)
             other.streams[number] = dict(stream)
         other.kept, other.clean = list(self.kept), dict(self.clean)
-        other.next_frame, other.error = self.next_frame, self.error
+        other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
+        other.error, other.prompt = self.error, self.prompt
         return other
 
     def release(self) -> None:
@@ -306,17 +310,23 @@ class VideoCache:
     def emptied(self) -> VideoCache:
         """A cache for the same video that holds no frame yet, to compute the kept ones anew."""
         other = VideoCache(self.fmt, self.layers, self.device, self.options, self.pool)
-        other.next_frame = self.next_frame
+        other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
         return other
 
     def park(self) -> None:
-        """Move all pages of the pool, those of branches too, to main memory."""
-        self.pool.relocate(lambda page: to_host(page, self.device))
+        """Move all pages of the pool, those of other branches too, to main memory."""
+        if not self.options.on_host:
+            self.pool.send_away(lambda page: to_host(page, self.device))
 
     def unpark(self) -> None:
-        """Move them back to where attention needs them."""
-        if not self.options.on_host:
-            self.pool.relocate(lambda page: to_device(page, self.device))
+        """Bring this video's pages back to where attention needs them."""
+        pages = (
+            page
+            for stream in self.streams.values()
+            for layers in stream.values()
+            for page in layers
+        )
+        self.pool.fetch(pages, lambda page: to_device(page, self.device))
 
 
 def _drop_all(pool: PagePool[Page], streams: dict[int, Stream]) -> None:

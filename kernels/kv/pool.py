@@ -29,6 +29,7 @@ class PagePool(Generic[T]):
         self._contents: dict[int, T] = {}
         self._holders: dict[int, int] = {}
         self._sealed: set[int] = set()
+        self._away: set[int] = set()
         self._free: list[T] = []
         self._next = 0
         self._lock = RLock()
@@ -51,7 +52,7 @@ class PagePool(Generic[T]):
         failing `make`, none.
         """
         with self._lock:
-            self.require(len(self._contents) + count)
+            self.require(len(self._contents) - len(self._away) + count)
             found: list[T] = []
             try:
                 for _ in range(count):
@@ -64,6 +65,23 @@ class PagePool(Generic[T]):
             self._contents.update(zip(pages, found, strict=True))
             self._holders.update(dict.fromkeys(pages, 1))
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            return pages
+
+    def adopt(self, contents: Iterable[T], away: bool) -> tuple[int, ...]:
+        """Numbers of written pages with these contents, one holder each. away: as after
+        `send_away`. Raises FrugalError if they are not and the budget has no room.
+        """
+        with self._lock:
+            found = list(contents)
+            if not away:
+                self.require(len(self._contents) - len(self._away) + len(found))
+            pages = tuple(range(self._next, self._next + len(found)))
+            self._next += len(found)
+            self._contents.update(zip(pages, found, strict=True))
+            self._holders.update(dict.fromkeys(pages, 1))
+            self._sealed.update(pages)
+            if away:
+                self._away.update(pages)
             return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -87,7 +105,11 @@ class PagePool(Generic[T]):
                 if not self._holders[page]:
                     del self._holders[page]
                     self._sealed.discard(page)
-                    self._free.append(self._contents.pop(page))
+                    content = self._contents.pop(page)
+                    if page in self._away:
+                        self._away.remove(page)
+                    else:
+                        self._free.append(content)
 
     def write(self, page: int, put: Callable[[T], None]) -> None:
         """Fill a page by `put(content)`, once. Raises KeyError for a page that is written or
@@ -111,14 +133,29 @@ class PagePool(Generic[T]):
             self._free.clear()
             return size
 
-    def relocate(self, move: Callable[[T], T]) -> None:
-        """Replace the content of every page in use by `move(content)`, all or (on an exception)
-        none, and let go of the free ones.
+    def send_away(self, move: Callable[[T], T]) -> None:
+        """Replace the content of every page by `move(content)`, all or (on an exception) none. Such
+        pages count against no budget and serve nobody else when they are dropped.
         """
         with self._lock:
+            moved = {
+                page: move(self._contents[page]) for page in self._contents.keys() - self._away
+            }
+            self._contents.update(moved)
+            self._away.update(moved)
             self.trim()
-            moved = {page: move(content) for page, content in self._contents.items()}
-            self._contents = moved
+
+    def fetch(self, pages: Iterable[int], move: Callable[[T], T]) -> None:
+        """The way back for those of `pages` that are away, all or none. Raises FrugalError if the
+        budget has no room for them.
+        """
+        with self._lock:
+            wanted = self._away.intersection(self._known(pages))
+            self.require(len(self._contents) - len(self._away) + len(wanted))
+            moved = {page: move(self._contents[page]) for page in wanted}
+            self._contents.update(moved)
+            self._away -= wanted
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def holders(self, page: int) -> int:
         with self._lock:
@@ -126,13 +163,18 @@ class PagePool(Generic[T]):
 
     @property
     def used_bytes(self) -> int:
-        return len(self._contents) * self.page_bytes
+        """Pages in use that are not away."""
+        return (len(self._contents) - len(self._away)) * self.page_bytes
+
+    @property
+    def away_bytes(self) -> int:
+        return len(self._away) * self.page_bytes
 
     @property
     def held_bytes(self) -> int:
         """Used and free pages."""
         with self._lock:
-            return (len(self._contents) + len(self._free)) * self.page_bytes
+            return self.used_bytes + len(self._free) * self.page_bytes
 
     def _known(self, pages: Iterable[int]) -> list[int]:
         pages = list(pages)

@@ -184,7 +184,10 @@ def test_parked_pages_come_back_to_the_bit():
     write(cache, 2)
     branch, before = cache.fork(), held(cache).clone()
     cache.park()
-    cache.unpark()
+    assert (cache.pool.used_bytes, cache.pool.held_bytes) == (0, 0)
+    assert torch.equal(held(cache), before)
+    branch.unpark()
+    assert cache.pool.away_bytes == 0
     assert torch.equal(held(branch), before)
     assert 0.001 < cache.error < 0.05
 

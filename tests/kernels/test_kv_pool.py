@@ -199,6 +199,24 @@ def test_the_budget_refuses_before_anything_is_made():
     assert len(made) == 2
 
 
+def test_away_pages_are_another_memory():
+    pool = PagePool(SIZE, Content, 3 * SIZE)
+    first, second = pool.take(2), pool.take(1)
+    before = {page: pool.read(page) for page in first + second}
+    pool.send_away(lambda content: Content())
+    assert (pool.used_bytes, pool.away_bytes) == (0, 3 * SIZE)
+    assert not {id(c) for c in before.values()} & {id(pool.read(page)) for page in before}
+    third = pool.take(2)
+    with pytest.raises(FrugalError):
+        pool.fetch(first, lambda content: content)
+    assert (pool.used_bytes, pool.away_bytes) == (2 * SIZE, 3 * SIZE)
+    pool.fetch(second, lambda content: before[second[0]])
+    assert pool.read(second[0]) is before[second[0]]
+    pool.drop(first + second + third)
+    # What was away serves nobody: only the three pages that were here are free.
+    assert (pool.used_bytes, pool.away_bytes, pool.held_bytes) == (0, 0, 3 * SIZE)
+
+
 def test_a_failing_move_changes_no_page():
     pool = PagePool(SIZE, Content)
     pages = pool.take(3)
@@ -212,7 +230,6 @@ def test_a_failing_move_changes_no_page():
         return Content()
 
     with pytest.raises(MemoryError):
-        pool.relocate(move)
+        pool.send_away(move)
     assert [pool.read(page) for page in pages] == before
-    pool.relocate(lambda content: Content())
-    assert not set(map(id, before)) & {id(pool.read(page)) for page in pages}
+    assert (pool.used_bytes, pool.away_bytes) == (3 * SIZE, 0)

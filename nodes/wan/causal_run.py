@@ -1,0 +1,124 @@
+"""One run of a causal model: where the block stands in time, and what its attention sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
+
+from ...kernels.errors import FrugalError
+from ...kernels.kv.attend import MERGE, merged
+from ...kernels.kv.cache import VideoCache
+from .causal_model import OPTIONS, RUN
+
+MERGED_FRAMES = 3  # frames brought together at a time when pages are attended run by run
+# Up to this number every latent frame has a position of its own in that type.
+EXACT = {torch.bfloat16: 256, torch.float16: 2048}
+
+
+class CausalRun:
+    """An APPLY_MODEL wrapper, and what CausalForward asks. first: number of the run's first frame;
+    frames: of its latent.
+    """
+
+    def __init__(self, cache: VideoCache, first: int, frames: int):
+        self.cache, self.first, self.frames = cache, first, frames
+        self.calls = 0
+        self._at = self._count = self._place = 0
+
+    def installed(self, extra_args: dict[str, Any]) -> dict[str, Any]:
+        """`extra_args` of a sampler function with this run in them; the given are not changed."""
+        model_options = dict(extra_args["model_options"])
+        options = dict(model_options.get("transformer_options", {}))
+        options["wrappers"] = copy_nested_dicts(options.get("wrappers", {}))
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, OPTIONS, self, options)
+        model_options["transformer_options"] = options
+        return {**extra_args, "model_options": model_options}
+
+    @contextmanager
+    def block(self, count: int, frame: int | None = None) -> Iterator[None]:
+        """The model's calls inside are on `count` frames from the next, or from number `frame`."""
+        self._at = self.cache.next_frame if frame is None else frame
+        self._count = count
+        self._place = self.cache.start_block(count, frame)
+        exact = EXACT.get(self.cache.fmt.dtype)
+        if exact and self._place + count - 1 > exact:
+            raise FrugalError(
+                f"latent frame {self._place + count - 1} in {self.cache.fmt.dtype}",
+                f"positions up to {exact}, the last that this type tells apart",
+                "choose relative positions and a window",
+            )
+        yield
+
+    def __call__(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None,
+        transformer_options=None, **kwargs,
+    ):  # fmt: skip
+        """Arguments and result of BaseModel.apply_model, x of the block's frames."""
+        options = dict(transformer_options or {})
+        # ComfyUI joins lists of wrappers, so one can come twice.
+        if options.get(RUN) is self:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        _check_inputs(control, kwargs)
+        if c_concat is not None and c_concat.shape[2] == self.frames != self._count:
+            start = self._at - self.first
+            if not 0 <= start <= self.frames - self._count:
+                raise FrugalError(
+                    f"a start image, and latent frame {self._at} from before this run to be "
+                    "computed anew",
+                    "a text to video model",
+                    "turn recache off",
+                )
+            c_concat = c_concat[:, :, start : start + self._count]
+        rope = dict(options.get("rope_options") or {})
+        if rope.get("scale_t", 1.0) != 1.0:
+            raise FrugalError(f"time stretched by {rope['scale_t']:g}", "1", "remove the RoPE node")
+        rope["shift_t"] = rope.get("shift_t", 0.0) + self._place
+        options["rope_options"], options[RUN] = rope, self
+        self.calls += 1
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def attention(
+        self, layer: int, streams: Sequence[int], before: Callable[..., Any] | None
+    ) -> Callable[..., torch.Tensor]:
+        """The attention override of one self-attention. before: the override that was there, which
+        is then asked for the attention over all frames.
+        """
+        cache = self.cache
+
+        def attend(func, q, k, v, heads, *args, **kwargs):
+            if kwargs.get("mask") is not None or kwargs.get("skip_reshape") or args:
+                raise FrugalError(
+                    "self-attention with a mask or in another layout",
+                    "Wan's plain self-attention",
+                    "remove the node that changes it",
+                )
+            split = (*k.shape[:2], heads, k.shape[-1] // heads)
+            k4, v4 = k.view(split), v.view(split)
+            cache.store(layer, streams, k4, v4)
+            if cache.options.way == MERGE:
+                parts = cache.runs(layer, streams, k4, v4, MERGED_FRAMES)
+                return merged(q.view(split), parts).flatten(2)
+            if cache.kept:
+                k, v = (each.flatten(2) for each in cache.gathered(layer, streams, k4, v4))
+            if before is not None:
+                return before(func, q, k, v, heads, **kwargs)
+            return func(q, k, v, heads, **kwargs)
+
+        return attend
+
+
+def _check_inputs(control: Any, inputs: dict[str, Any]) -> None:
+    for name, value in inputs.items():
+        shaped = isinstance(value, torch.Tensor) and value.ndim >= 4
+        if name != "clip_fea" and (shaped or isinstance(value, (list, tuple))):
+            raise FrugalError(
+                f"the conditioning has {name}, which spans the whole video",
+                "a prompt, and at most a start image",
+                "remove that conditioning",
+            )
+    if control is not None:
+        raise FrugalError("a ControlNet", "none", "remove it from the conditioning")

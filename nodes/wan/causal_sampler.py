@@ -1,0 +1,190 @@
+"""The sampler function: one block of frames after the other, each denoised beside the clean ones.
+
+Per block: denoise to clean at sigma_i, add fresh noise of sigma_{i+1}, and so on (the flow
+x = (1 - sigma) x0 + sigma noise, Self Forcing, arXiv 2506.08009). A last pass at sigma 0 gives the
+clean block's keys and values, which stay in the cache; the noisy ones never do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...kernels.errors import FrugalError
+from ...kernels.kv.attend import MERGE
+from ...kernels.kv.cache import VideoCache
+from ...kernels.kv.storage import MODEL
+from ...kernels.report import megabytes
+from .causal_model import OPTIONS, compute_dtype, page_format
+from .causal_run import MERGED_FRAMES, CausalRun
+
+
+@dataclass
+class Job:
+    """What a run starts from and leaves. cache: the video to extend, changed by the run; None for a
+    new one. prefix: clean frames [B, C, n, h, w], as the network sees them, that a new video starts
+    with. recache: compute the kept frames anew first, for another prompt. keep: the last block's
+    keys and values too, so that the video can go on.
+    """
+
+    cache: VideoCache | None = None
+    prefix: torch.Tensor | None = None
+    recache: bool = False
+    keep: bool = False
+    calls: int = 0
+
+
+@torch.no_grad()
+def sample_causal(
+    model, x, sigmas, extra_args=None, callback=None, disable=None, frames_per_block=3, job=None
+):
+    """A sampler function of ComfyUI. x: noise [B, C, T, h, w]; sigmas [steps + 1] down to 0.
+    Returns clean latents of that shape. Raises FrugalError for what cannot be made block by block.
+    """
+    extra_args = dict(extra_args or {})
+    guider, own = model.inner_model, job is None
+    job = job or Job()
+    options = extra_args.get("model_options", {}).get("transformer_options", {}).get(OPTIONS)
+    _check(x, sigmas, extra_args, options, guider)
+    network = guider.inner_model.diffusion_model
+    dtype = compute_dtype(guider.model_patcher)
+    fmt = page_format(network, x.shape, dtype, options.kind)
+    if job.cache is None:
+        job.cache = VideoCache(fmt, len(network.blocks), x.device, options)
+    elif (job.cache.fmt, job.cache.layers) != (fmt, len(network.blocks)):
+        raise FrugalError(
+            f"a session of {_size(job.cache.fmt, job.cache.layers)} and now "
+            f"{_size(fmt, len(network.blocks))}",
+            "the same model, size, batch and compute type",
+            "start a new video, or take the size of the session",
+        )
+    try:
+        return _make(model, x, sigmas, extra_args, callback, frames_per_block, job)
+    finally:
+        if own:
+            job.cache.release()
+
+
+def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
+    cache, total, steps = job.cache, x.shape[2], len(sigmas) - 1
+    sides = _sides(model.inner_model, extra_args["model_options"])
+    after = total + len(cache.kept) + (0 if job.prefix is None else job.prefix.shape[2])
+    cache.pool.require(cache.pages_for(after, sides))
+    run = CausalRun(cache, cache.next_frame, total)
+    extra_args = run.installed(extra_args)
+    ones = x.new_ones([x.shape[0]])
+
+    def remember(clean: torch.Tensor, frame: int | None = None) -> None:
+        with run.block(clean.shape[2], frame), run.cache.writing(clean):
+            model(clean, sigmas.new_zeros(1) * ones, **extra_args)
+
+    if job.recache and cache.kept:
+        run.cache = job.cache = recached(cache, remember, run)
+        cache = job.cache
+    if job.prefix is not None:
+        remember(job.prefix.to(x))
+        run.first = cache.next_frame
+    out, done = torch.zeros_like(x), 0
+    blocks = range(0, total, frames_per_block)
+    for start in blocks:
+        count = min(frames_per_block, total - start)
+        block = x[:, :, start : start + count]
+        with run.block(count):
+            for i in range(steps):
+                denoised = model(block, sigmas[i] * ones, **extra_args)
+                if callback is not None:
+                    scaled = done * steps // (len(blocks) * steps)
+                    callback({"x": block, "i": scaled, "sigma": sigmas[i],
+                              "sigma_hat": sigmas[i], "denoised": denoised})  # fmt: skip
+                done += 1
+                seed = (extra_args.get("seed") or 0) + cache.blocks_made * 1000 + i
+                block = _noised(denoised, sigmas[i + 1], seed)
+        out[:, :, start : start + count] = block
+        if job.keep or start + count < total:
+            remember(block)
+        cache.blocks_made += 1
+    job.calls += run.calls
+    return out
+
+
+def recached(cache: VideoCache, remember: Any, run: CausalRun) -> VideoCache:
+    """A cache whose kept frames are computed anew from their clean latents, block by block, by
+    `remember(clean, frame)`. The given cache is empty then.
+    """
+    groups, clean = cache.blocks(), dict(cache.clean)
+    run.cache = cache.emptied()
+    cache.release()
+    try:
+        for group in groups:
+            latent = torch.cat([clean[each.frame] for each in group], dim=2)
+            remember(latent.to(cache.device), group[0].frame)
+    except BaseException:
+        run.cache.release()
+        raise
+    return run.cache
+
+
+def _noised(clean: torch.Tensor, sigma: torch.Tensor, seed: int) -> torch.Tensor:
+    """The flow at `sigma` from fresh noise. A generator of its own gives the numbers that the
+    global one would after the same seed, and leaves that alone.
+    """
+    if sigma == 0:
+        return clean
+    make = torch.Generator(device=clean.device).manual_seed(seed)
+    noise = torch.randn(clean.shape, generator=make, device=clean.device, dtype=clean.dtype)
+    return (1.0 - sigma) * clean + sigma * noise
+
+
+def _sides(guider: Any, model_options: dict[str, Any]) -> int:
+    """Conditions that the guider runs, each with pages of its own."""
+    if getattr(guider, "cfg", 0) == 1.0 and not model_options.get("disable_cfg1_optimization"):
+        return 1
+    return max(1, sum(1 for side in getattr(guider, "conds", {}).values() if side))
+
+
+def _check(x, sigmas, extra_args, options, guider) -> None:
+    if options is None:
+        raise FrugalError(
+            "a model that is not causal",
+            "one from Causal Model (Frugal)",
+            "put that node between the loader and the sampler",
+        )
+    if x.ndim != 5:
+        raise FrugalError(f"a latent of {x.ndim} dimensions", "a video latent", "use a Wan latent")
+    if sigmas[-1] != 0 or (sigmas[1:] >= sigmas[:-1]).any():
+        raise FrugalError(
+            f"noise levels from {float(sigmas[0]):g} to {float(sigmas[-1]):g}",
+            "levels that fall down to 0",
+            "use the whole schedule: a block must be clean before the next begins",
+        )
+    if extra_args.get("denoise_mask") is not None:
+        raise FrugalError("a latent with a noise mask", "none", "remove the mask")
+    if extra_args["model_options"].get("context_handler") is not None:
+        raise FrugalError("context windows", "none", "remove that node: the cache is the window")
+    for side, conds in getattr(guider, "conds", {}).items():
+        if conds is not None and len(conds) > 1:
+            raise FrugalError(
+                f"{len(conds)} conditionings as {side}", "one", "use the prompt schedule"
+            )
+
+
+def _size(fmt, layers) -> str:
+    samples, tokens, heads, width = fmt.shape
+    return f"{layers} layers, {heads} x {width}, {samples} x {tokens} tokens, {fmt.dtype}"
+
+
+def text(cache: VideoCache, calls: int) -> str:
+    """About a run: what is kept, in bytes, and how the pages were attended."""
+    pool, options = cache.pool, cache.options
+    lines = [
+        f"{cache.next_frame} latent frames known, {len(cache.kept)} kept, {calls} model calls",
+        f"cache: {megabytes(pool.peak_bytes)} at most, {len(cache.streams)} conditions, "
+        f"{options.kind} pages of {megabytes(pool.page_bytes)}",
+        f"attention over pages: {options.way}"
+        + (f", {MERGED_FRAMES} frames at a time" if options.way == MERGE else ""),
+    ]
+    if options.kind != MODEL:
+        lines.append(f"rounding of the first block's keys and values: {cache.error:.2%}")
+    return "\n".join(lines)
