@@ -12,6 +12,8 @@ from typing import Any
 
 CATEGORY = "Frugal"
 REPORT_KEY = "frugal.load_report"
+# Attachment of a MODEL with an attribute `table`: what attention took in its latest run.
+ATTENTION_KEY = "frugal.attention"
 
 
 def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..attention.table import Table
 from ..errors import FrugalError
 from ..report import LoadReport, megabytes
 from .meter import GPU, Memory
@@ -39,6 +40,7 @@ class Frames:
 class RunReport:
     """seconds: from the start of the run to this reading, None if the start was not seen.
     price_per_hour in `currency`, 0 if not known. models: load reports where the loader left one.
+    attention: tables of the models' latest sampling runs, from their attention nodes.
     """
 
     seconds: float | None
@@ -47,6 +49,7 @@ class RunReport:
     frames: Frames | None = None
     price_per_hour: float = 0.0
     currency: str = "USD"
+    attention: tuple[Table, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.price_per_hour) and self.price_per_hour >= 0):
@@ -92,6 +95,7 @@ class RunReport:
                 *self._frame_lines(),
                 self._cost_line(),
                 *(line for model in self.models for line in _model_lines(model)),
+                *(line for table in self.attention for line in table.text().split("\n")),
             ]
         )
 

@@ -8,10 +8,11 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ...kernels.attention.table import Table
 from ...kernels.plan.meter import Meter
 from ...kernels.plan.run_report import Frames, ModelFacts
 from ...kernels.report import LoadReport
-from .._comfy import REPORT_KEY
+from .._comfy import ATTENTION_KEY, REPORT_KEY
 
 METER = Meter()
 
@@ -43,6 +44,15 @@ def model_facts(model: Any) -> LoadReport | ModelFacts:
         int(model.model_size()),
         dict(formats.most_common()),
     )
+
+
+def attention_tables(*models: Any) -> tuple[Table, ...]:
+    """What attention took in the latest run of those models that have an attention node; models
+    that share one count once.
+    """
+    left = (each.get_attachment(ATTENTION_KEY) for each in models if each is not None)
+    tables = (getattr(each, "table", None) for each in left)
+    return tuple({id(each): each for each in tables if isinstance(each, Table)}.values())
 
 
 def frames_of(images: torch.Tensor) -> Frames:

@@ -79,6 +79,7 @@ class FrugalReport(io.ComfyNode):
             frames=None if images is None else glue.frames_of(images),
             price_per_hour=price_per_hour,
             currency=currency,
+            attention=glue.attention_tables(model, model_2),
         )
         text, data = report.text(), report.json()
         show_text(cls.hidden.unique_id, text)

@@ -22,9 +22,9 @@ from ...kernels.attention.backends import BACKENDS
 from ...kernels.attention.call import belong, device_kind
 from ...kernels.attention.choose import absences, check_choice
 from ...kernels.attention.table import Table, table
-from .._comfy import show_text
+from .._comfy import ATTENTION_KEY, show_text
 
-KEY = "frugal.attention"
+KEY = ATTENTION_KEY
 OVERRIDE = "optimized_attention_override"
 CHOICES = (AUTO, *(each.name for each in BACKENDS))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import comfy.ldm.modules.attention as core
 import comfy.model_management
 import comfy.sample
@@ -333,3 +335,20 @@ def test_the_node(tmp_path):
     assert "runs on cuda, not on cpu" in text
     with pytest.raises(FrugalError, match="sage runs on cuda, not on cpu; expected"):
         node.execute(model, "sage", True, 0.0, 1.0)
+
+
+def test_the_run_report_shows_it(tmp_path):
+    from frugal.nodes.plan.nodes import FrugalReport
+
+    patched = attention.apply(wan(tmp_path))
+    node = FrugalReport.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    text, _ = node.execute(0.0, "USD", patched).args
+    assert "attention" not in text
+    sampled(patched)
+    text, data = node.execute(0.0, "USD", patched.clone(), patched).args
+    assert text.count("attention on cpu") == 1 and "1x2 heads x 32 on 32 tokens x 128" in text
+    (table,) = json.loads(data)["attention"]
+    assert sorted(row["shape"] for row in table["rows"]) == [
+        [1, 2, 32, 12, 128],
+        [1, 2, 32, 32, 128],
+    ]
