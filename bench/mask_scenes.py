@@ -103,7 +103,7 @@ def odd(number: int) -> int:
 
 def opencv_agnostic(dense: np.ndarray, lip: np.ndarray, atr: np.ndarray, part: str) -> np.ndarray:
     """The agnostic mask as OpenCV users write it: one comparison for each label, contours for the
-    hulls, an 8-bit blur. Sides must be multiples of 4. uint8 [H, W] of 0 and 255.
+    hulls, an 8-bit blur. uint8 [H, W] of 0 and 255.
     """
     from frugal.kernels.masks.labels import ATR, DENSEPOSE, LIP
 
@@ -151,9 +151,8 @@ def opencv_agnostic(dense: np.ndarray, lip: np.ndarray, atr: np.ndarray, part: s
     weak = strong | parsed(extras) | parsed(body) | parsed(clothes, clothes_atr)
     background = (lip == 0) & (atr == 0)
     core = of(dense, DENSEPOSE, parts).astype(np.uint8)
-    core = cv2.resize(core, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_NEAREST)
-    core = cv2.dilate(core, square, iterations=2)
-    core = cv2.resize(core, None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
+    core = cv2.dilate(np.ascontiguousarray(core[::4, ::4]), square, iterations=2)
+    core = cv2.resize(core, None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)[:height, :width]
     mask = ((~weak & ~background) | (core > 0)).astype(np.uint8)
     hulls = np.zeros_like(mask)
     for contour in cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]:

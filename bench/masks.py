@@ -51,7 +51,7 @@ print(time.perf_counter() - began)
 
 
 def enter() -> str | None:
-    """Make the pack importable as `frugal`, with a ComfyUI beside it; returns that folder's name."""
+    """Make the pack importable as `frugal`, with a ComfyUI beside it; its folder's name."""
     spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
     assert spec and spec.loader
     conftest = importlib.util.module_from_spec(spec)

@@ -190,6 +190,24 @@ def flip_range(words, x, y0, y1):
 
 
 @njit
+def count_regions(words, height):
+    """Number of 8-connected regions of set pixels in uint64 [K, W] `words`."""
+    runs = count_runs(words, height)
+    width = words.shape[1]
+    end, parent = np.empty(runs, np.int32), np.empty(runs, np.int32)
+    column = np.empty(width + 1, np.int32)
+    find_runs(words, height, end, column)
+    connect(words, height, end, column, parent)
+    regions = 0
+    for x in range(width):
+        shade = np.int64(words[0, x] & ONE)
+        for i in range(column[x], column[x + 1]):
+            regions += shade & np.int64(parent[i] == i)
+            shade ^= 1
+    return regions
+
+
+@njit
 def clean(words, height, max_hole, min_island, keep):
     """Fill holes and drop islands of uint64 [K, W] `words`, in place.
 

@@ -202,6 +202,23 @@ def run_agnostic(
     return out
 
 
+def run_count(
+    frames: np.ndarray, threshold: float, threads: int | None = None, use_numba: bool | None = None
+) -> np.ndarray:
+    """Number of 8-connected regions above `threshold` in every frame of float32 C-contiguous [B, H,
+    W]: int64 [B].
+    """
+    chain, _ = _backend(use_numba)
+    count = chain.count_regions if chain else reference.count_regions
+    out = np.zeros(len(frames), np.int64)
+
+    def work(n: int) -> None:
+        out[n] = count(frames[n], threshold)
+
+    pool.over_frames(len(frames), work, None, threads)
+    return out
+
+
 def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Columns and rows with a value above 0 in any frame of [B, H, W]: bool [W], bool [H]."""
     chain = numba_chain()

@@ -3,7 +3,8 @@
 A column of a hull depends on the topmost and lowest pixel of each column alone, so the hull of a
 region is two monotone chains (Andrew 1979) over its columns. Corners are pixel centres and the
 arithmetic is in integers: a pixel belongs to the hull where its centre lies in the polygon or on
-its edge.
+its edge. A hull "with outline" has the pixels nearest to its edges too, one for each step along an
+edge's longer axis: a polygon as drawing libraries paint it.
 """
 
 from __future__ import annotations
@@ -65,16 +66,31 @@ def stretch(edge, sign, stack, size):
 
 
 @leaf
-def fill_hull(top, bottom, first, stack, out):
-    """Set the hull of a region in `out`; its columns start at column `first`.
+def outline(edge, first, stack, size, out):
+    """Set the pixels nearest to the edges between corners; columns of `edge` start at `first`."""
+    for n in range(size - 1):
+        a, b = np.int64(stack[n]), np.int64(stack[n + 1])
+        run, rise = b - a, np.int64(edge[b]) - edge[a]
+        steps = max(run, abs(rise))
+        for i in range(1, steps):
+            x = first + a + (2 * run * i + steps) // (2 * steps)
+            y = edge[a] + (2 * rise * i + steps) // (2 * steps)
+            out[y >> 6, x] |= ONE << np.uint64(y & 63)
+
+
+@leaf
+def fill_hull(top, bottom, first, stack, outlined, out):
+    """Set the hull of a region in `out`, with outline or without; its columns start at column
+    `first`.
 
     top, bottom: int32 [n], first and last row of each column, NONE in both where it has no pixel;
     overwritten. stack: int32 [n] scratch.
     """
-    size = chain(top, 1, stack)
-    stretch(top, 1, stack, size)
-    size = chain(bottom, -1, stack)
-    stretch(bottom, -1, stack, size)
+    for edge, sign in ((top, 1), (bottom, -1)):
+        size = chain(edge, sign, stack)
+        if outlined:
+            outline(edge, first, stack, size, out)
+        stretch(edge, sign, stack, size)
     for x in range(top.shape[0]):
         if top[x] != NONE and top[x] <= bottom[x]:
             set_range(out, first + x, top[x], bottom[x] + 1)
@@ -103,12 +119,14 @@ def hull_of_all(words, out):
     width = words.shape[1]
     top, bottom = np.empty(width, np.int32), np.empty(width, np.int32)
     extents(words, top, bottom)
-    fill_hull(top, bottom, 0, np.empty(width, np.int32), out)
+    fill_hull(top, bottom, 0, np.empty(width, np.int32), False, out)
 
 
 @njit
-def hulls(words, height, out):
-    """OR the convex hull of every 8-connected region of uint64 [K, W] `words` into `out`."""
+def hulls(words, height, outlined, out):
+    """OR the convex hull of every 8-connected region of uint64 [K, W] `words` into `out`, with
+    outline or without.
+    """
     runs = count_runs(words, height)
     width = words.shape[1]
     end, parent = np.empty(runs, np.int32), np.empty(runs, np.int32)
@@ -154,5 +172,5 @@ def hulls(words, height, out):
         for i in range(column[x], column[x + 1]):
             if shade and parent[i] == i:
                 a, b = place[i], place[i] + last[i] - first[i] + 1
-                fill_hull(top[a:b], bottom[a:b], first[i], stack, out)
+                fill_hull(top[a:b], bottom[a:b], first[i], stack, outlined, out)
             shade ^= ONE

@@ -88,7 +88,7 @@ def agnostic_frame(
     mask = (person & ~weak) | _dense(maps[0], tables[0], d, scratch)
     if settings.hull == "per_region":
         found = np.zeros_like(mask)
-        hull.hulls(mask, height, found)
+        hull.hulls(mask, height, True, found)
         mask = found
     elif settings.hull == "closing":
         mask = _grown(mask, height, "disk", settings.radius, scratch)

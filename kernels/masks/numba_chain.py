@@ -268,8 +268,16 @@ def hull_frame(
     if whole:
         hull.hull_of_all(words, found)
     else:
-        hull.hulls(words, height, found)
+        hull.hulls(words, height, False, found)
     bits.unpack_float(found, out, row, 0, height, 0, 0)
+
+
+def count_regions(frame: np.ndarray, threshold: float) -> int:
+    """Number of 8-connected regions of float32 [H, W] above `threshold`."""
+    height, width = frame.shape
+    words = np.empty((-(-height // 64), width), np.uint64)
+    bits.pack(frame, np.float32(threshold), words, np.empty(width, np.uint8), 0, len(words))
+    return components.count_regions(words, height)
 
 
 def blend_frame(

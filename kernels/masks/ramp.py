@@ -8,8 +8,6 @@ and a table gives the values.
 
 from __future__ import annotations
 
-import numpy as np
-
 from ._jit import leaf
 from .bits import assign, unpack_bytes
 

@@ -6,6 +6,7 @@ Every function takes and returns one frame, float32 or bool [H, W], unless it sa
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -175,8 +176,10 @@ def refine_frame(frame: np.ndarray, settings: RefineSettings, out: np.ndarray) -
         out[:] = ramp(bits, s.feather, s.feather_mode)
 
 
-def hull_bits(bits: np.ndarray) -> np.ndarray:
-    """Convex hull of all True pixels: the pixels whose centre lies in it or on its edge."""
+def hull_bits(bits: np.ndarray, outlined: bool) -> np.ndarray:
+    """Convex hull of all True pixels: the pixels whose centre lies in it or on its edge, and, if
+    outlined, those nearest to its edges, one for each step along an edge's longer axis.
+    """
     columns = np.flatnonzero(bits.any(axis=0))
     out = np.zeros_like(bits)
     if not columns.size:
@@ -184,14 +187,20 @@ def hull_bits(bits: np.ndarray) -> np.ndarray:
     top = bits.argmax(axis=0)[columns]
     bottom = len(bits) - 1 - bits[::-1].argmax(axis=0)[columns]
     x = np.arange(columns[0], columns[-1] + 1)
-    upper, lower = _hull_edge(columns, top, 1, x), _hull_edge(columns, bottom, -1, x)
+    sides = _hull_corners(columns, top, 1), _hull_corners(columns, bottom, -1)
+    upper, lower = _hull_edge(sides[0], 1, x), _hull_edge(sides[1], -1, x)
     rows = np.arange(len(bits))[:, None]
     out[:, x] = (rows >= upper) & (rows <= lower)
+    for corners in sides if outlined else ():
+        for (ax, ay), (bx, by) in itertools.pairwise(corners):
+            steps = max(bx - ax, abs(by - ay))
+            near = (2 * np.outer((by - ay, bx - ax), np.arange(steps)) + steps) // (2 * steps)
+            out[ay + near[0], ax + near[1]] = True
     return out
 
 
-def _hull_edge(columns: np.ndarray, edge: np.ndarray, sign: int, x: np.ndarray) -> np.ndarray:
-    """Rows of one side of a hull at the columns x, rounded into the hull."""
+def _hull_corners(columns: np.ndarray, edge: np.ndarray, sign: int) -> list[tuple[int, int]]:
+    """Corners (x, y) of one side of a hull, from left to right."""
     corners: list[tuple[int, int]] = []
     for point in zip(columns.tolist(), edge.tolist(), strict=True):
         while len(corners) >= 2:
@@ -200,6 +209,11 @@ def _hull_edge(columns: np.ndarray, edge: np.ndarray, sign: int, x: np.ndarray) 
                 break
             corners.pop()
         corners.append(point)
+    return corners
+
+
+def _hull_edge(corners: list[tuple[int, int]], sign: int, x: np.ndarray) -> np.ndarray:
+    """Rows of one side of a hull at the columns x, rounded into the hull."""
     rows = np.empty(len(x), np.int64)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] or corners, strict=False):
         span, run = np.arange(ax, bx + 1), max(1, bx - ax)
@@ -208,15 +222,20 @@ def _hull_edge(columns: np.ndarray, edge: np.ndarray, sign: int, x: np.ndarray) 
     return rows
 
 
-def hull_frame(bits: np.ndarray, whole: bool) -> np.ndarray:
+def hull_frame(bits: np.ndarray, whole: bool, outlined: bool = False) -> np.ndarray:
     """Hull of all True pixels, or the union of the hulls of the 8-connected regions."""
     if whole:
-        return hull_bits(bits)
+        return hull_bits(bits, outlined)
     labels, _ = label(bits, EIGHT)
     out = np.zeros_like(bits)
     for n, box in enumerate(ndimage.find_objects(labels), 1):
-        out[box] |= hull_bits(labels[box] == n)
+        out[box] |= hull_bits(labels[box] == n, outlined)
     return out
+
+
+def count_regions(frame: np.ndarray, threshold: float) -> int:
+    """Number of 8-connected regions of float32 [H, W] above `threshold`."""
+    return ndimage.label(frame > np.float32(threshold), EIGHT)[1]
 
 
 def blend(
@@ -258,7 +277,7 @@ def agnostic_frame(maps, tables, settings: AgnosticSettings) -> np.ndarray:
     dense = np.kron(quarter, np.ones((4, 4), bool))[:height, :width]
     mask = (having(rules.PERSON) & ~weak) | dense
     if settings.hull == "per_region":
-        mask = hull_frame(mask, whole=False)
+        mask = hull_frame(mask, whole=False, outlined=True)
     elif settings.hull == "closing":
         mask = grow_bits(grow_bits(mask, "disk", settings.radius), "disk", -settings.radius)
     mask &= ~weak

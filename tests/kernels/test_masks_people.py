@@ -42,6 +42,21 @@ def test_agnostic_mask_agrees_with_opencv(part, seed):
     assert (to_edge[ours != theirs] > 3).mean() < 0.02
 
 
+def test_a_hundred_persons_of_any_size_agree_with_opencv():
+    """Odd sides, portrait and landscape, all garments; the person fills the height."""
+    rng = np.random.default_rng(11)
+    shares = []
+    for seed in range(100):
+        height, width = (int(side) for side in rng.integers((420, 300), (640, 620)))
+        maps = person_maps(height, width, seed, skirt=seed % 3 == 1, coat=seed % 3 == 2)
+        part = PARTS[seed % len(PARTS)]
+        ours = agnostic_mask(*batch(maps), AgnosticSettings(part))[0] > 0
+        theirs = opencv_agnostic(*maps, part) > 0
+        assert 0.01 < ours.mean() < 0.9, (seed, part)
+        shares.append((ours & theirs).sum() / (ours | theirs).sum())
+    assert min(shares) >= 0.99, [(n, share) for n, share in enumerate(shares) if share < 0.99]
+
+
 @pytest.mark.parametrize("hull", HULLS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 63), (64, 1), (65, 130), (203, 155)], ids=str)
 def test_both_backends_agree_to_the_bit(hull, size):
