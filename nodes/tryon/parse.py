@@ -8,7 +8,7 @@ import logging
 from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import parsing
-from .._comfy import known
+from .._comfy import known, show_text
 from . import parser_glue, ports
 
 parser_glue.register_folder()
@@ -56,6 +56,7 @@ class FrugalHumanParse(io.ComfyNode):
                     tooltip="Name of the label order: ATR, LIP, or numbers (the parser's own).",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             **known(
                 io.Schema,
                 search_aliases=["segformer", "human parsing", "clothes segmentation", "atr", "lip"],
@@ -64,7 +65,8 @@ class FrugalHumanParse(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, parser):
-        labels, body, name = parser_glue.parse(parser_glue.folder_of(parser), image)
+        labels, body, name, how = parser_glue.parse(parser_glue.folder_of(parser), image)
+        show_text(cls.hidden.unique_id, how)
         shown = parser_glue.overlay(image, labels)
         pictures = (parsing.as_picture(labels), parsing.as_picture(body), shown)
         return io.NodeOutput(*pictures, name, ui=ui.PreviewImage(shown[:4]))

@@ -1,9 +1,17 @@
-"""A Segformer human parser from a local folder, placed and freed by ComfyUI."""
+"""A Segformer human parser from a local folder, placed and freed by ComfyUI.
+
+The FASHN model was trained behind its own preprocessing. Where the package `fashn-human-parser` is
+installed that very code prepares the photo and reads the answer; the weights still come from the
+folder and stay with ComfyUI's memory management.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.model_patcher
@@ -17,6 +25,7 @@ from ...kernels.masks.labels import voc_palette
 from ...kernels.tryon import parsing, pictures, segformer_names
 
 KIND = "human_parsing"
+FASHN_PACKAGE = "fashn_human_parser"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -72,11 +81,55 @@ class Parser(torch.nn.Module):
         return self.network(pixel_values=picture).logits
 
 
-def load(folder: str):
-    """(ModelPatcher of the network, label order, preprocessing) from a model folder.
+def checked_weights(folder: str, file: str, network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The file's tensors under the network's names. Raises FrugalError unless every tensor of the
+    network is there, in its shape, and no other.
+    """
+    weights = comfy.utils.load_torch_file(os.path.join(folder, file), safe_load=True)
+    wanted = network.state_dict()
+    names_of = segformer_names.module_names(weights, wanted)
+    weights = {names_of[name]: tensor for name, tensor in weights.items()}
+    # A counter of training steps is no part of the network: no forward reads it.
+    misfits = [
+        name
+        for name in wanted.keys() | weights.keys()
+        if not name.endswith("num_batches_tracked")
+        and (name not in weights or name not in wanted or weights[name].shape != wanted[name].shape)
+    ]
+    if misfits:
+        raise FrugalError(
+            f"{os.path.basename(folder)}/{file} has {len(misfits)} tensors missing, unknown or of "
+            f"another shape, such as '{min(misfits)}'",
+            "the weights of its config.json",
+            "copy both files from the same model",
+        )
+    return weights
 
-    The network is built from its config.json and filled from the weights beside it: nothing is
-    fetched. Raises FrugalError for another kind of model or weights that do not fit.
+
+def fashn_package(folder: str):
+    """The package's parser with the model of the folder on the CPU; None where it is not
+    installed, or cannot be imported (told in the log).
+
+    The folder has to hold config.json and weights: its constructor would look elsewhere for a
+    folder that does not.
+    """
+    if importlib.util.find_spec(FASHN_PACKAGE) is None:
+        return None
+    try:
+        from fashn_human_parser import FashnHumanParser
+    except ImportError as error:
+        logging.warning("[Frugal] Human Parse reads photos without %s: %s", FASHN_PACKAGE, error)
+        return None
+    return FashnHumanParser(model_id=os.path.abspath(folder), device="cpu")
+
+
+def load(folder: str):
+    """(ModelPatcher of the network, label order, read, how) from a model folder.
+
+    read(photo [1, H, W, 3] in 0..1) gives labels int64 [1, H, W] once the patcher is loaded; `how`
+    says in words whose preprocessing it uses. The network is built from config.json and filled
+    from the weights beside it: nothing is fetched. Raises FrugalError for another kind of model or
+    weights that do not fit.
     """
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -94,26 +147,11 @@ def load(folder: str):
         )
     names = {int(number): name for number, name in config.get("id2label", {}).items()}
     order = parsing.label_order(names)
-    preprocess = parsing.Preprocess.read(_json(folder, "preprocessor_config.json"))
     network = SegformerForSemanticSegmentation(SegformerConfig(**config)).eval()
-    weights = comfy.utils.load_torch_file(os.path.join(folder, file), safe_load=True)
-    wanted = network.state_dict()
-    names_of = segformer_names.module_names(weights, wanted)
-    weights = {names_of[name]: tensor for name, tensor in weights.items()}
-    # A counter of training steps is no part of the network: no forward reads it.
-    misfits = [
-        name
-        for name in wanted.keys() | weights.keys()
-        if not name.endswith("num_batches_tracked")
-        and (name not in weights or name not in wanted or weights[name].shape != wanted[name].shape)
-    ]
-    if misfits:
-        raise FrugalError(
-            f"{base}/{file} has {len(misfits)} tensors missing, unknown or of another shape, such "
-            f"as '{min(misfits)}'",
-            "the weights of its config.json",
-            "copy both files from the same model",
-        )
+    weights = checked_weights(folder, file, network)
+    package = fashn_package(folder) if order.body else None
+    if package is not None:
+        network = package.model
     network.load_state_dict(weights, strict=False)
     management = comfy.model_management
     patcher = comfy.model_patcher.ModelPatcher(
@@ -121,25 +159,44 @@ def load(folder: str):
         load_device=management.get_torch_device(),
         offload_device=management.unet_offload_device(),
     )
-    return patcher, order, preprocess
+    if package is not None:
+        package.device = patcher.load_device
+        return patcher, order, _reader_of(package), f"prepared by {FASHN_PACKAGE}"
+    preprocess = parsing.Preprocess.read(_json(folder, "preprocessor_config.json"))
+
+    def read(photo: torch.Tensor) -> torch.Tensor:
+        ready = preprocess(photo.to(patcher.load_device))
+        return parsing.labels_of(patcher.model(ready), (photo.shape[1], photo.shape[2]))
+
+    width, height = preprocess.size[::-1]
+    return patcher, order, read, f"prepared at {width} x {height} px as preprocessor_config.json"
 
 
-def parse(folder: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """(labels int64 [B, H, W], body int64 [B, H, W] in DensePose's numbers, name of the map).
+def _reader_of(package) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`load`'s read through the package: from RGB bytes [H, W, 3] to labels [H, W]."""
+
+    def read(photo: torch.Tensor) -> torch.Tensor:
+        levels = (photo[0] * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return torch.from_numpy(package.predict(levels).astype(np.int64))[None]
+
+    return read
+
+
+def parse(folder: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str, str]:
+    """(labels int64 [B, H, W], body int64 [B, H, W] in DensePose's numbers, name of the map, how
+    the photo was prepared).
 
     body is 0 everywhere if the parser does not tell hands, feet and skin apart.
     """
-    patcher, order, preprocess = load(folder)
+    patcher, order, read, how = load(folder)
     photo = pictures.as_rgb(image, "image")
-    size = (photo.shape[1], photo.shape[2])
     comfy.model_management.load_models_gpu([patcher])
     bar = comfy.utils.ProgressBar(photo.shape[0])
     found = []
     with torch.no_grad():
         for i in range(photo.shape[0]):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            ready = preprocess(photo[i : i + 1].to(patcher.load_device))
-            found.append(parsing.labels_of(patcher.model(ready), size).cpu())
+            found.append(read(photo[i : i + 1]).cpu())
             bar.update(1)
     raw = torch.cat(found)
     if int(raw.max()) >= len(order.labels):
@@ -149,7 +206,7 @@ def parse(folder: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
             "use the config.json that belongs to the weights",
         )
     body = parsing.renumber(raw, order.body) if order.body else torch.zeros_like(raw)
-    return parsing.renumber(raw, order.labels), body, order.map
+    return parsing.renumber(raw, order.labels), body, order.map, how
 
 
 def overlay(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

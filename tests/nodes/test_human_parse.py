@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import socket
 import sys
+import types
 
 import folder_paths
+import numpy as np
 import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.masks.labels import ATR, decode
+from frugal.kernels.tryon.parsing import FASHN
 from frugal.nodes.tryon import parse, parser_glue
 
 TINY = {
@@ -22,21 +27,27 @@ TINY = {
 NAMES = [ATR[(7 * i + 2) % len(ATR)] for i in range(len(ATR))]
 
 
-@pytest.fixture
-def parsers(tmp_path):
-    """A models/human_parsing of this test, with one parser saved as transformers saves it."""
+def save_parser(folder, names):
+    """A tiny network with random weights, as transformers saves it."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     torch.manual_seed(0)
-    config = SegformerConfig(**TINY, id2label=dict(enumerate(NAMES)))
+    config = SegformerConfig(**TINY, id2label=dict(enumerate(names)))
     network = SegformerForSemanticSegmentation(config).eval()
-    network.save_pretrained(tmp_path / "tiny")
+    network.save_pretrained(folder)
     settings = {
         "size": {"height": 64, "width": 48},
         "image_mean": [0.5] * 3,
         "image_std": [0.2] * 3,
     }
-    (tmp_path / "tiny" / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return network
+
+
+@pytest.fixture
+def parsers(tmp_path):
+    """A models/human_parsing of this test, with one parser saved as transformers saves it."""
+    network = save_parser(tmp_path / "tiny", NAMES)
     (tmp_path / "no_parser").mkdir()
     kept = folder_paths.folder_names_and_paths[parser_glue.KIND]
     folder_paths.folder_names_and_paths[parser_glue.KIND] = ([str(tmp_path)], kept[1])
@@ -45,7 +56,7 @@ def parsers(tmp_path):
 
 
 def run(image, parser="tiny"):
-    return parse.FrugalHumanParse.PREPARE_CLASS_CLONE(None).execute(image, parser).args
+    return parse.FrugalHumanParse.PREPARE_CLASS_CLONE({}).execute(image, parser).args
 
 
 @torch.no_grad()
@@ -74,6 +85,75 @@ def test_the_node_gives_what_the_network_says_in_atr_order(parsers):
     assert not changed[found == 0].any()
 
 
+class StandIn:
+    """Has what the node uses of fashn-human-parser 0.1.1, with a preparation of its own."""
+
+    def __init__(self, model_id="fashn-ai/fashn-human-parser", device=None):
+        from transformers import SegformerForSemanticSegmentation
+
+        self.device = device
+        self.model = SegformerForSemanticSegmentation.from_pretrained(model_id).to(device).eval()
+
+    def predict(self, image):
+        ready = torch.from_numpy(image).permute(2, 0, 1)[None] / 255 - 0.3
+        logits = self.model(pixel_values=ready.to(self.device)).logits
+        shown = torch.nn.functional.interpolate(logits, size=image.shape[:2], mode="nearest")
+        return shown.argmax(1)[0].numpy()
+
+
+@pytest.fixture(params=["stand-in", "installed"])
+def fashn_class(request, monkeypatch):
+    if request.param == "installed":
+        return pytest.importorskip("fashn_human_parser").FashnHumanParser
+    module = types.ModuleType(parser_glue.FASHN_PACKAGE)
+    module.FashnHumanParser = StandIn
+    module.__spec__ = importlib.util.spec_from_loader(module.__name__, None)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return StandIn
+
+
+@torch.no_grad()
+def test_fashn_models_are_read_by_the_package_where_there_is_one(
+    parsers, fashn_class, monkeypatch
+):
+    folder, _ = parsers
+    names = list(FASHN)[::-1]
+    save_parser(folder / "fashn", names)
+
+    def refuse(*address):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    image = torch.rand(2, 90, 70, 3, generator=torch.Generator().manual_seed(1))
+    labels, body, _, name = run(image, "fashn")
+    found = torch.from_numpy(decode(labels.numpy(), "ATR")[0].astype("int64"))
+    alone = fashn_class(model_id=str(folder / "fashn"), device="cpu")
+    raw = np.stack([alone.predict((photo * 255).round().byte().numpy()) for photo in image])
+    wanted = torch.tensor([ATR.index(FASHN[label][0]) for label in names])[torch.from_numpy(raw)]
+    assert name == "ATR" and torch.equal(found, wanted) and len(wanted.unique()) > 2
+    # The ATR parser beside it is none of the package's, and this pack's own way is another.
+    assert parser_glue.load(str(folder / "tiny"))[3].startswith("prepared at 48 x 64 px")
+    monkeypatch.setattr(parser_glue, "fashn_package", lambda folder: None)
+    own, own_body, _, _ = run(image, "fashn")
+    assert not torch.equal(own, labels)
+    assert own_body.any() and body.any()
+    (folder / "fashn" / "model.safetensors").unlink()
+    with pytest.raises(FrugalError, match="no weights"):
+        run(image, "fashn")
+
+
+def test_a_package_that_cannot_be_imported_is_told_and_not_needed(parsers, monkeypatch, caplog):
+    folder, _ = parsers
+    save_parser(folder / "fashn", list(FASHN))
+    broken = types.ModuleType(parser_glue.FASHN_PACKAGE)  # without the class
+    broken.__spec__ = importlib.util.spec_from_loader(broken.__name__, None)
+    monkeypatch.setitem(sys.modules, broken.__name__, broken)
+    with caplog.at_level(logging.WARNING):
+        how = parser_glue.load(str(folder / "fashn"))[3]
+    assert how.startswith("prepared at 48 x 64 px")
+    assert any("without fashn_human_parser" in record.message for record in caplog.records)
+
+
 def test_what_is_no_parser_is_refused(parsers):
     folder, _ = parsers
     image = torch.rand(1, 32, 32, 3)
@@ -95,8 +175,6 @@ def test_what_is_no_parser_is_refused(parsers):
 
 
 def test_without_transformers_only_this_node_is_off(monkeypatch, caplog):
-    import importlib
-
     monkeypatch.setitem(sys.modules, "transformers", None)
     find = importlib.util.find_spec
     monkeypatch.setattr(
