@@ -95,7 +95,8 @@ class EasyCacheRule:
         velocity = (x - self.denoise(x, t)) / t
         if inside and self.last is not None:
             self.rate = (velocity - output).abs().mean() / moved
-        self.last = (x, velocity)
+        if inside:
+            self.last = (x, velocity)
         return x - t * velocity
 
 

@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 from .attention_node import FrugalAttention
+from .guidance_range import FrugalGuidanceRange
+from .sampler import FrugalSampler
+from .step_cache import FrugalStepCache
 
-NODES: list[type] = [FrugalAttention]
+NODES: list[type] = [FrugalSampler, FrugalAttention, FrugalStepCache, FrugalGuidanceRange]

@@ -53,6 +53,11 @@ def apply(model: Any, options: Options, show: Callable[[StepCacheReport], None])
     return model
 
 
+def present(model: Any) -> bool:
+    """Whether the ModelPatcher has a step cache of this pack."""
+    return KEY in model.wrappers.get(WrappersMP.SAMPLER_SAMPLE, {})
+
+
 def log(report: StepCacheReport) -> None:
     logging.info("[Frugal] %s", report.text())
 

@@ -1,0 +1,54 @@
+"""What a sampling run did and took: data first, then text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from ..attention.table import Table
+from .step_report import StepCacheReport
+
+
+@dataclass(frozen=True)
+class SamplerReport:
+    """seconds: of the whole run, loading the model included. attention: the kernels of this run, if
+    they were chosen here. caches: one report for each run of
+    steps (two where experts switch). notes: what the preset changed and what it left alone.
+    """
+
+    preset: str
+    sampler: str
+    scheduler: str
+    steps: int
+    cfg: float
+    seconds: float
+    attention: Table | None = None
+    caches: tuple[StepCacheReport, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        lines = [
+            f"{self.sampler}, {self.scheduler}, {self.steps} steps, cfg {self.cfg:g}, "
+            f"preset {self.preset}",
+            f"{self.seconds:.2f} s, {self.seconds / max(1, self.steps):.2f} s per step, "
+            "loading included",
+        ]
+        lines += [cache.text() for cache in self.caches]
+        lines += [self.attention.text()] if self.attention else []
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        return json.dumps(
+            {
+                "preset": self.preset,
+                "sampler": self.sampler,
+                "scheduler": self.scheduler,
+                "steps": self.steps,
+                "cfg": self.cfg,
+                "seconds": round(self.seconds, 3),
+                "attention": asdict(self.attention) if self.attention else None,
+                "step_cache": [cache.data() for cache in self.caches],
+                "notes": list(self.notes),
+            }
+        )

@@ -1,0 +1,50 @@
+"""The node that limits guidance to a part of the schedule."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from .._comfy import CATEGORY, known
+from . import guidance_run
+
+
+class FrugalGuidanceRange(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalGuidanceRange",
+            display_name="Guidance Range (Frugal)",
+            category=f"{CATEGORY}/sampling",
+            description=(
+                "Uses guidance (cfg) in a part of the schedule only. Outside it cfg is 1: the "
+                "negative prompt is left out there, and a step costs half."
+            ),
+            inputs=[
+                io.Model.Input("base_model", tooltip="The model, LoRAs and all."),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the schedule at which guidance begins, 0 to 1.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the schedule at which guidance ends, 0 to 1.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The same model, for any sampler.")],
+            **known(
+                io.Schema,
+                search_aliases=["cfg override", "cfg interval", "limited interval", "speed up"],
+            ),
+        )
+
+    @classmethod
+    def execute(cls, base_model, start_percent, end_percent) -> io.NodeOutput:
+        return io.NodeOutput(guidance_run.apply(base_model, start_percent, end_percent))

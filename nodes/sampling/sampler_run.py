@@ -1,0 +1,79 @@
+"""Runs ComfyUI's own KSampler on a model that a preset has prepared."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import nodes as comfy_nodes
+
+from ...kernels.sampling.presets import PRESETS
+from ...kernels.sampling.sampler_report import SamplerReport
+from ...kernels.sampling.step_report import FEW_STEPS, StepCacheReport
+from . import attention, guidance_run, preview, step_cache_run
+
+
+@dataclass(frozen=True)
+class Job:
+    """The inputs of a KSampler, the preset's name, and whether to preview in any case."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+    denoise: float
+    preset: str = "off"
+    preview: bool = False
+
+
+def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
+    """(LATENT, SamplerReport). The latent is that of ComfyUI's KSampler to the bit while the preset
+    is off.
+    """
+    caches: list[StepCacheReport] = []
+    model, cfg, notes = _prepared(model, job, caches)
+    kernels = model.get_attachment(attention.KEY)
+    started = time.perf_counter()
+    (result,) = comfy_nodes.common_ksampler(
+        model, job.seed, job.steps, cfg, job.sampler, job.scheduler, positive, negative, latent,
+        denoise=job.denoise,
+    )  # fmt: skip
+    report = SamplerReport(
+        job.preset,
+        job.sampler,
+        job.scheduler,
+        job.steps,
+        cfg,
+        time.perf_counter() - started,
+        None if kernels is None else kernels.table,
+        tuple(caches),
+        tuple(notes),
+    )
+    logging.info("[Frugal] %s", report.text())
+    return result, report
+
+
+def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any, float, list[str]]:
+    """The model with what the preset asks for, the guidance to use, and notes on both."""
+    preset, cfg, notes = PRESETS[job.preset], job.cfg, []
+    if job.preview:
+        model = preview.apply(model)
+    if preset.attention and model.get_attachment(attention.KEY) is None:
+        model = attention.apply(model)
+    if preset.cfg is not None and preset.cfg != cfg:
+        notes.append(f"cfg {cfg:g} became {preset.cfg:g}: the preset is for distilled models")
+        cfg = preset.cfg
+    if preset.cfg is not None and job.steps > FEW_STEPS:
+        notes.append(f"{job.steps} steps: distilled models are made for 4 to {FEW_STEPS}")
+    if preset.guidance_end < 1 and cfg != 1:
+        model = guidance_run.apply(model, 0.0, preset.guidance_end)
+        notes.append(f"guidance ends after {preset.guidance_end:.0%} of the schedule")
+    if preset.threshold and step_cache_run.present(model):
+        notes.append("the step cache that is on the model stays as it was set there")
+    elif preset.threshold:
+        options = step_cache_run.Options(preset.threshold)
+        model = step_cache_run.apply(model, options, caches.append)
+    return model, cfg, notes

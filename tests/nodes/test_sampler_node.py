@@ -1,0 +1,205 @@
+"""The sampler node: ComfyUI's KSampler to the bit while off, and what its presets do."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+import nodes as stock
+from frugal.kernels.errors import FrugalError
+from frugal.kernels.sampling.presets import PRESETS
+from frugal.nodes.sampling import guidance_run, sampler_run, step_cache_run
+from frugal.nodes.sampling.guidance_range import FrugalGuidanceRange
+from frugal.nodes.sampling.preview import AS_SET, MIDDLE_FRAME
+from frugal.nodes.sampling.sampler import FrugalSampler
+from frugal.tests import flow_bed, sampling_bed
+
+STEPS, CFG = 16, sampling_bed.CFG
+
+
+@pytest.fixture(scope="module")
+def random_wan(tmp_path_factory):
+    return sampling_bed.tiny_wan(tmp_path_factory.mktemp("sampler"))
+
+
+@pytest.fixture(scope="module")
+def wan(random_wan):
+    return sampling_bed.smooth(random_wan)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return sampling_bed.two_prompts()
+
+
+def ours(model, prompts, preset="off", steps=STEPS, sampler="euler", cfg=CFG, **more):
+    """Outputs of the node: latent dict, text, numbers."""
+    latent = more.pop("latent", {"samples": sampling_bed.latent_of()})
+    node = FrugalSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    with torch.inference_mode():
+        result = node.execute(
+            model, *prompts, latent, preset, 7, steps, cfg, sampler, "simple",
+            more.pop("denoise", 1.0), more.pop("preview", AS_SET),
+        ).args  # fmt: skip
+    return result[0], result[1], json.loads(result[2])
+
+
+def theirs(model, prompts, steps=STEPS, sampler="euler", cfg=CFG, latent=None, denoise=1.0):
+    latent = {"samples": sampling_bed.latent_of()} if latent is None else latent
+    with torch.inference_mode():
+        return stock.KSampler().sample(
+            model, 7, steps, cfg, sampler, "simple", *prompts, latent, denoise
+        )[0]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "uni_pc"])
+def test_off_is_the_ksampler_to_the_bit(random_wan, prompts, sampler):
+    mine, text, data = ours(random_wan, prompts, steps=3, sampler=sampler)
+    stock_latent = theirs(random_wan, prompts, steps=3, sampler=sampler)
+    assert torch.equal(mine["samples"], stock_latent["samples"])
+    assert mine.keys() == stock_latent.keys()
+    assert (data["step_cache"], data["notes"], data["attention"]) == ([], [], None)
+    assert f"{sampler}, simple, 3 steps" in text
+
+
+def test_off_with_mask_batch_and_denoise(wan, prompts):
+    make = torch.Generator().manual_seed(3)
+    latent = {
+        "samples": torch.randn(2, 16, 2, 8, 8, generator=make),
+        "noise_mask": torch.rand(2, 1, 2, 8, 8, generator=make).round(),
+        "batch_index": [4, 9],
+    }
+    mine, _, _ = ours(wan, prompts, steps=4, latent=latent, denoise=0.6)
+    want = theirs(wan, prompts, steps=4, latent=latent, denoise=0.6)
+    assert torch.equal(mine["samples"], want["samples"])
+    assert mine["batch_index"] == [4, 9]
+
+
+@pytest.mark.parametrize("preset", ["quality", "balanced", "draft"])
+def test_presets_save_network_calls_and_stay_near(wan, prompts, preset):
+    full = theirs(wan, prompts, steps=40)["samples"]
+    counting, calls = sampling_bed.counted(wan)
+    mine, text, data = ours(counting, prompts, preset, steps=40)
+    (cache,) = data["step_cache"]
+    assert cache["computed"] + cache["skipped"] == 40
+    assert cache["skipped"] > 5
+    assert cache["computed"] <= sum(calls) <= 2 * cache["computed"]
+    guided = PRESETS[preset].guidance_end == 1
+    assert guided == (sum(calls) == 2 * cache["computed"])
+    assert flow_bed.relative(mine["samples"], full) < (0.02 if guided else 0.3)
+    assert f"{cache['computed']} of 40 model calls" in text
+    assert data["attention"] is not None
+
+
+def test_a_stronger_preset_makes_fewer_calls(wan, prompts):
+    made = []
+    for preset in ("off", "quality", "balanced", "draft"):
+        counting, calls = sampling_bed.counted(wan)
+        ours(counting, prompts, preset, steps=40)
+        made.append(sum(calls))
+    assert made[0] == 80
+    assert made == sorted(set(made), reverse=True)
+
+
+def test_distilled_leaves_the_negative_prompt_out_and_says_so(wan, prompts):
+    counting, calls = sampling_bed.counted(wan)
+    mine, _, data = ours(counting, prompts, "distilled", steps=4, cfg=6.0)
+    assert calls == [1] * 4
+    assert torch.equal(mine["samples"], theirs(wan, prompts, steps=4, cfg=1.0)["samples"])
+    assert (data["cfg"], data["step_cache"]) == (1.0, [])
+    assert data["notes"] == ["cfg 6 became 1: the preset is for distilled models"]
+    _, _, data = ours(wan, prompts, "distilled", steps=20, cfg=1.0)
+    assert "20 steps" in data["notes"][0]
+
+
+def test_a_step_cache_that_is_set_by_hand_stays(wan, prompts):
+    reports = []
+    model = step_cache_run.apply(wan, step_cache_run.Options(0.0), reports.append)
+    _, _, data = ours(model, prompts, "draft")
+    assert (data["step_cache"], reports[0].skipped) == ([], 0)
+    assert any("stays as it was set" in note for note in data["notes"])
+
+
+def test_the_model_that_came_in_is_left_as_it_was(wan, prompts):
+    before = str(wan.model_options), str(wan.wrappers), dict(wan.attachments)
+    ours(wan, prompts, "draft", preview=MIDDLE_FRAME)
+    assert (str(wan.model_options), str(wan.wrappers), dict(wan.attachments)) == before
+
+
+def test_preview_shows_the_middle_frame_and_changes_nothing(wan, prompts, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        comfy.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda value, total, preview, node_id=None: shown.append((value, total, preview)),
+    )
+    latent = {"samples": sampling_bed.latent_of(5)}
+    mine, _, _ = ours(wan, prompts, steps=4, latent=latent, preview=MIDDLE_FRAME)
+    pictures = [(value, total, preview[1]) for value, total, preview in shown if preview]
+    assert [(value, total) for value, total, _ in pictures] == [(i, 4) for i in range(1, 5)]
+    assert pictures[0][2].size == (8, 8)
+    form = wan.model.latent_format
+    frame = form.process_in(mine["samples"])[0, :, 2]
+    colours = torch.einsum("chw,ck->hwk", frame, torch.tensor(form.latent_rgb_factors))
+    colours += torch.tensor(form.latent_rgb_factors_bias)
+    want = ((colours + 1) / 2).clamp(0, 1) * 255
+    got = torch.tensor(list(pictures[-1][2].getdata())).reshape(8, 8, 3)
+    assert float((got - want).abs().max()) <= 1.5
+    without = theirs(wan, prompts, steps=4, latent=latent)
+    assert torch.equal(mine["samples"], without["samples"])
+
+
+@pytest.mark.parametrize("span", [(0.0, 0.5), (0.3, 1.0), (0.2, 0.6)])
+def test_guidance_range_is_two_cfgs_by_hand(wan, prompts, span):
+    """Euler by hand over the model's own estimates, cfg by noise level."""
+    sampling = wan.get_model_object("model_sampling")
+    high, low = (sampling.percent_to_sigma(share) for share in span)
+    node = FrugalGuidanceRange.execute(wan, *span).args[0]
+    counting, calls = sampling_bed.counted(node)
+    mine = sampling_bed.sample(counting, prompts, STEPS)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
+    x = sigmas[0] * comfy.sample.prepare_noise(sampling_bed.latent_of(), sampling_bed.SEED)
+    guided = 0
+    for now, after in itertools.pairwise(sigmas):
+        inside = bool(low <= now <= high)
+        guided += inside
+        estimates = [
+            sampling_bed.exact_velocity(x, 1000 * now.reshape(1), prompt[0][0])
+            for prompt in prompts
+        ]
+        slope = estimates[0] + (CFG - 1) * inside * (estimates[0] - estimates[1])
+        x = x + (after - now) * slope
+    assert 0 < guided < STEPS
+    assert sum(calls) == STEPS + guided
+    x = wan.model.latent_format.process_out(x)
+    assert flow_bed.relative(mine, x) < 1e-3
+
+
+def test_guidance_range_refuses_what_it_cannot_do(wan, prompts):
+    with pytest.raises(FrugalError, match=r"start 0\.8 and end 0\.2"):
+        guidance_run.apply(wan, 0.8, 0.2)
+    model = guidance_run.apply(wan, 0.0, 0.5)
+    guider = Guider_DualCFG(model)
+    guider.set_conds(prompts[0], prompts[1], prompts[1])
+    guider.set_cfg(3.0, 2.0)
+    latent = sampling_bed.latent_of()
+    sampling = wan.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 6)
+    with torch.inference_mode(), pytest.raises(FrugalError, match="Guider_DualCFG"):
+        guider.sample(
+            comfy.sample.prepare_noise(latent, 1), latent,
+            comfy.samplers.sampler_object("euler"), sigmas, seed=1,
+        )  # fmt: skip
+
+
+def test_every_preset_is_in_the_nodes_list():
+    combo = next(i for i in FrugalSampler.define_schema().inputs if i.id == "preset")
+    assert list(combo.options) == list(PRESETS)
+    assert sampler_run.PRESETS is PRESETS
