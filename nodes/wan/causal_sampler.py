@@ -26,7 +26,7 @@ class Job:
     """What a run starts from and leaves. cache: the video to extend, changed by the run; None for a
     new one. prefix: clean frames [B, C, n, h, w], as the network sees them, that a new video starts
     with. recache: compute the kept frames anew first, for another prompt. keep: the last block's
-    keys and values too, so that the video can go on.
+    keys and values too, so that the video can go on. calls, frames: of the model, and made, so far.
     """
 
     cache: VideoCache | None = None
@@ -34,6 +34,7 @@ class Job:
     recache: bool = False
     keep: bool = False
     calls: int = 0
+    frames: int = 0
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
         if job.keep or start + count < total:
             remember(block)
         cache.blocks_made += 1
-    job.calls += run.calls
+    job.calls, job.frames = job.calls + run.calls, job.frames + total
     return out
 
 
@@ -175,11 +176,14 @@ def _size(fmt, layers) -> str:
     return f"{layers} layers, {heads} x {width}, {samples} x {tokens} tokens, {fmt.dtype}"
 
 
-def text(cache: VideoCache, calls: int) -> str:
-    """About a run: what is kept, in bytes, and how the pages were attended."""
+def text(job: Job) -> str:
+    """About a job that ran: what was made, what is kept, in bytes, and how pages were attended."""
+    cache = job.cache
+    assert cache is not None
     pool, options = cache.pool, cache.options
     lines = [
-        f"{cache.next_frame} latent frames known, {len(cache.kept)} kept, {calls} model calls",
+        f"{job.frames} latent frames in {job.calls} model calls",
+        f"{len(cache.kept)} of {cache.next_frame} frames in the cache",
         f"cache: {megabytes(pool.peak_bytes)} at most, {len(cache.streams)} conditions, "
         f"{options.kind} pages of {megabytes(pool.page_bytes)}",
         f"attention over pages: {options.way}"

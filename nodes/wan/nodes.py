@@ -9,7 +9,7 @@ from ...kernels.quant.matmul import CHOICES as PRODUCTS
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from .._models import fingerprint, model_names, model_path
-from . import embeds, glue
+from . import causal, embeds, glue
 from .constant_context import FrugalWanConstantContext
 from .decode import FrugalWanDecode, FrugalWanDecodeToFile
 from .encode import FrugalWanEncode
@@ -173,4 +173,5 @@ NODES = [
     FrugalWanDecode,
     FrugalWanDecodeToFile,
     FrugalWanEncode,
+    *causal.NODES,
 ]

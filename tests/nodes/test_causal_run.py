@@ -152,7 +152,7 @@ def test_eight_bit_pages_are_near_and_say_how_near(plain, kind, worst):
     error = float((made - exact).norm() / exact.norm())
     assert 1e-5 < error < worst
     assert 1e-4 < job.cache.error < 0.05
-    assert f"{job.cache.error:.2%}" in text(job.cache, job.calls)
+    assert f"{job.cache.error:.2%}" in text(job)
     assert job.cache.pool.used_bytes < 0.3 * 4 * 2 * 2 * 16 * 256 * 4
 
 

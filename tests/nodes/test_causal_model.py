@@ -1,0 +1,208 @@
+"""A model made causal keeps everything that was put on it, and gives back the model it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from frugal.kernels.errors import FrugalError
+from frugal.nodes.wan import causal_model
+from frugal.nodes.wan.causal_sampler import Job
+from frugal.tests import causal_bed as videos
+from frugal.tests import context_bed as runs
+from frugal.tests import lora_bed
+from frugal.tests import wan_bed as bed
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return videos.load(tmp_path_factory.mktemp("causal"))
+
+
+def test_the_model_itself_is_as_it_was(plain):
+    before, weights = runs.sample(plain), runs.weights_of(plain)
+    causal = videos.causal(plain, window=4)
+    videos.make(causal, 4)
+    assert torch.equal(runs.sample(plain), before)
+    assert runs.same_weights(runs.weights_of(plain), weights)
+    with pytest.raises(FrugalError, match="causal model in an ordinary sampler"):
+        runs.sample(causal)
+    assert torch.equal(runs.sample(plain), before)
+    # Made causal twice, it is causal once, with the later options.
+    again = videos.causal(causal, window=0)
+    assert torch.equal(videos.make(again, 6), videos.make(videos.causal(plain), 6))
+
+
+def test_lora_and_overrides_reach_every_layer(plain, tmp_path):
+    layers = [name for name in bed.block_linears(lora_bed.SOURCE) if "attn" in name]
+    tensors, dense = lora_bed.lora(layers)
+    import comfy.sd
+
+    with torch.inference_mode():
+        model = comfy.sd.load_lora_for_models(plain, None, tensors, 1.0, 0)[0]
+    seen = []
+
+    def override(func, q, k, v, *args, **kwargs):
+        seen.append(k.shape[1] // 16)
+        return func(q, k, v, *args, **kwargs)
+
+    model = model.clone()
+    options = model.model_options.setdefault("transformer_options", {})
+    options[causal_model.OVERRIDE] = override
+    made = videos.make(videos.causal(model, window=4), 6)
+    changed = lora_bed.with_changes(bed.weights(), (dense, 1.0))
+    network = videos.stock(videos.load(tmp_path, weights=changed))
+    wanted = videos.Reference(network, window=4).make(6)
+    assert videos.far(made, wanted) < 1e-5
+    assert videos.far(made, videos.make(videos.causal(plain, window=4), 6)) > 1e-3
+    # 8 calls of the model (2 steps, a clean pass but for the last block), 2 layers, each with
+    # attention over the frames (2, then 4, then 4 in sight) and over the 50 rows of the prompt.
+    assert sorted(seen) == sorted([2] * 6 + [4] * 10 + [50 // 16] * 16)
+
+
+def test_attention_patches_are_called(plain):
+    import inspect
+
+    import comfy.ldm.wan.model
+
+    if "attn1_patch" not in inspect.getsource(comfy.ldm.wan.model):
+        pytest.skip("Wan of this ComfyUI has no attention patches")
+    model, calls = plain.clone(), []
+
+    def halve(args):
+        calls.append(args["x"].shape)
+        return args["x"] * 0.5
+
+    model.set_model_attn1_patch(halve)
+    made = videos.make(videos.causal(model), 4)
+    assert len(calls) == 2 * (2 + 1 + 2)
+    assert videos.far(made, videos.make(videos.causal(plain), 4)) > 1e-3
+
+
+def test_start_images_go_with_their_block(tmp_path):
+    """Image to video: the block's own frames of the image, and its cross-attention."""
+    model = videos.load(tmp_path, bed.I2V)
+    make = torch.Generator().manual_seed(4)
+    image = runs.image() | {
+        "concat_latent_image": torch.randn(1, 16, 4, 8, 8, generator=make),
+        "concat_mask": torch.rand(1, 1, 4, 8, 8, generator=make).round(),
+    }
+    seen = []
+
+    def watch(executor, x, t, context, clip_fea=None, *args, **kwargs):
+        seen.append((x.shape[2], x[:, 16:].clone(), clip_fea.shape[1]))
+        return executor(x, t, context, clip_fea, *args, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    causal = videos.causal(model)
+    causal.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", watch)
+    made = videos.make(causal, 4, extra=image)
+    blocks = [part for _, part, _ in seen]
+    assert [(frames, rows) for frames, _, rows in seen] == [(2, 257)] * 5
+    assert torch.equal(blocks[0], blocks[2])
+    assert torch.equal(blocks[3], blocks[4])
+    whole = []
+    plain = model.clone()
+    plain.add_wrapper_with_key(
+        WrappersMP.DIFFUSION_MODEL,
+        "watch",
+        lambda executor, x, *args, **kwargs: (
+            whole.append(x[:, 16:]) or executor(x, *args, **kwargs)
+        ),
+    )
+    runs.sample(plain, [[[videos.prompt_of(5), image]], [[videos.prompt_of(6), image]]], frames=4)
+    assert torch.equal(torch.cat([blocks[0], blocks[3]], dim=2), whole[0][:1])
+    other = image | {"clip_vision_output": runs.image(2)["clip_vision_output"]}
+    assert videos.far(videos.make(causal, 4, extra=other), made) > 1e-4
+
+
+def test_room_is_made_for_one_block_and_the_cache(plain):
+    """ComfyUI is told the frames of a block, and the cache as the frames it is worth."""
+    asked = []
+
+    def executor(model, shape, conds, options):
+        asked.append(shape)
+
+    conds = {"positive": [1], "negative": [1]}
+
+    def frames(model, total, block=2):
+        options = model.clone().model_options
+        options["transformer_options"][causal_model.BLOCK] = block
+        asked.clear()
+        causal_model.count_cache(executor, model, [1, 16, total, 8, 8], conds, options)
+        return asked[0][2]
+
+    each = plain.memory_required([1, 16, 1, 8, 8])
+    windowed = videos.causal(plain, window=4, sink=1)
+    # 2 conditions, 2 layers and one being gathered, 5 frames of 16 tokens of 256 wide fp32 K and V.
+    size = 2 * (2 + 1) * 5 * 2 * 16 * 256 * 4
+    assert frames(windowed, 100) == frames(windowed, 1000) == 2 + -(-size // each)
+    assert frames(videos.causal(plain), 1000) > frames(videos.causal(plain), 100)
+    hosted = videos.causal(plain, window=4, sink=1, on_host=True)
+    assert frames(hosted, 100) == 2 + -(-size // 3 // each)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_cancel_leaves_the_past_and_nothing_else(plain, at):
+    model = videos.causal(plain, window=4)
+    job = Job(keep=True)
+    videos.make(model, 4, job=job)
+    pool, before = job.cache.pool, job.cache.pool.used_bytes
+    branch, count = job.cache.fork(), iter(range(100))
+
+    def cancel(*_):
+        if next(count) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        videos.make(model, 6, job=Job(cache=branch), first=4, callback=cancel)
+    branch.release()
+    assert pool.used_bytes == before
+    alone = Job(keep=True)
+    videos.make(model, 4, job=alone)
+    wanted = videos.make(model, 2, job=Job(cache=alone.cache), first=4)
+    assert torch.equal(videos.make(model, 2, job=Job(cache=job.cache), first=4), wanted)
+
+
+def test_what_cannot_be_causal_is_refused(plain, tmp_path):
+    with pytest.raises(FrugalError, match="a VaceWanModel"):
+        videos.causal(videos.load(tmp_path, bed.VACE))
+    model = videos.causal(plain, window=4)
+    for sigmas in ([1.0, 0.5, 0.1], [1.0, 0.5, 0.6, 0.0]):
+        with pytest.raises(FrugalError, match="fall down to 0"):
+            videos.make(model, 2, sigmas=torch.tensor(sigmas))
+    with pytest.raises(FrugalError, match="block of 5 frames and a window of 4"):
+        videos.make(model, 6, block=5)
+    with pytest.raises(FrugalError, match="not causal"):
+        videos.make(plain, 2)
+    with pytest.raises(FrugalError, match=r"needs .* at most"):
+        videos.make(videos.causal(plain, window=4, budget=1000), 2)
+    job = Job(keep=True)
+    videos.make(model, 2, job=job)
+    with pytest.raises(FrugalError, match="condition 1 appears"):
+        videos.make(model, 2, job=Job(cache=job.cache), cfg=3.0)
+    with pytest.raises(FrugalError, match="a session of 2 layers"):
+        videos.make(model, 2, job=Job(cache=job.cache), batch=2)
+    half = plain.clone()
+    half.set_model_compute_dtype(torch.bfloat16)
+    far = Job(keep=True)
+    videos.make(videos.causal(half, window=2), 2, job=far)
+    far.cache.next_frame = 256
+    with pytest.raises(FrugalError, match="latent frame 257 in"):
+        videos.make(videos.causal(half, window=2), 2, job=Job(cache=far.cache))
+
+
+def test_two_prompts_on_one_side_are_refused(plain):
+    import comfy.sample
+    import comfy.samplers
+
+    from frugal.nodes.wan.causal_sampler import sample_causal
+
+    two = [[videos.prompt_of(seed), {}] for seed in (5, 7)]
+    start = torch.zeros(1, 16, 2, 8, 8)
+    with pytest.raises(FrugalError, match="2 conditionings as positive"), torch.inference_mode():
+        comfy.sample.sample_custom(
+            videos.causal(plain), start, 1.0, comfy.samplers.KSAMPLER(sample_causal),
+            videos.SIGMAS, two, two[:1], start, seed=1, disable_pbar=True,
+        )  # fmt: skip
