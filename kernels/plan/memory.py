@@ -60,6 +60,8 @@ def notches(now: Switches, guided: bool = True) -> list[Switches]:
         found.append(replace(now, pieces=2 * now.pieces))
     if now.attention < MOST_PIECES:
         found.append(replace(now, attention=2 * now.attention))
+    if max(now.pieces, now.attention) < MOST_PIECES:
+        found.append(replace(now, pieces=2 * now.pieces, attention=2 * now.attention))
     return found
 
 

@@ -159,6 +159,10 @@ def decoded(vae: Any, latent: tuple[int, ...]) -> tuple[int, int, int, str]:
     channels = vae.latent_channels
     if isinstance(model, comfy.ldm.wan.vae.WanVAE):
         light = without_memory(model)
+        for module in light.modules():
+            # Its attention asks a device how much it may take, which this one cannot say.
+            if hasattr(module, "optimized_attention"):
+                module.optimized_attention = _attention_of_vae
         whole, stream, tiled = (
             _decode_peak(light, channels, shape, vae.vae_dtype)
             for shape in (latent, (min(frames, STREAM), height, width), tile)
@@ -169,6 +173,10 @@ def decoded(vae: Any, latent: tuple[int, ...]) -> tuple[int, int, int, str]:
         for shape in (latent, tile)
     )
     return whole, whole, tiled, "ComfyUI's estimate"
+
+
+def _attention_of_vae(q: torch.Tensor, k: Any, v: Any) -> torch.Tensor:
+    return torch.empty_like(q)
 
 
 def _decode_peak(model: Any, channels: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
