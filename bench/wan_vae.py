@@ -1,0 +1,174 @@
+"""Wan VAE in pieces beside ComfyUI's own decode: same frames, memory by length, seconds.
+
+`python bench/wan_vae.py RESULTS.json TREE [TREE ...]`. The VAE has the structure of Wan 2.1's and
+few channels, with seeded weights; it runs on the CPU.
+
+equal: for 1 to 41 latents of 2 x 2, in fp32 and bf16, how many clips are ComfyUI's own to the bit.
+rows: one fresh process each, 48 x 48 pixels, fp32. Memory is RssAnon, pages that belong to the
+process, seen every 5 ms, above what it was after a clip of 5 latents. who: 'core' is VAE.decode,
+'images' FrugalWanDecode, 'file' FrugalWanDecodeToFile (H.264). image_bytes: the IMAGE, which 'core'
+and 'images' return.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDE = 6
+# Frames 81, 501, 2001.
+LATENTS = (21, 126, 501)
+LONGEST_EQUAL = 41
+LIMIT = 1500
+
+
+def enter(tree: str) -> None:
+    """Import the pack and ComfyUI as the tests do."""
+    os.environ["FRUGAL_COMFYUI_TREE"] = tree
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def tiny_vae(dtype):
+    import comfy.sd
+    import torch
+
+    from frugal.demo.tiny_wan import fill, vae_shapes
+
+    return comfy.sd.VAE(sd=fill(vae_shapes(4), 3, torch.float32), dtype=dtype)
+
+
+def latent(frames: int, side: int) -> dict:
+    import torch
+
+    make = torch.Generator().manual_seed(frames)
+    return {"samples": torch.randn(1, 16, frames, side, side, generator=make)}
+
+
+def equal(tree: str, kind: str) -> dict:
+    enter(tree)
+    import torch
+
+    from frugal.nodes.wan import vae_decode
+
+    vae = tiny_vae(getattr(torch, kind))
+    same = []
+    with torch.inference_mode():
+        for frames in range(1, LONGEST_EQUAL + 1):
+            given = latent(frames, 2)
+            images, _ = vae_decode.to_images(vae, given, 0, 0)
+            same.append(torch.equal(images, vae.decode(given["samples"])[0]))
+    return {"dtype": kind, "clips": len(same), "equal": sum(same)}
+
+
+def own_memory() -> int:
+    """RssAnon of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def decode(tree: str, who: str, frames: str) -> dict:
+    """Decode one clip in this process."""
+    enter(tree)
+    import folder_paths
+    import torch
+
+    from frugal.nodes.wan import vae_decode
+
+    vae = tiny_vae(torch.float32)
+    highest, done = [0], threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        folder_paths.set_output_directory(folder)
+        folder_paths.set_input_directory(folder)
+
+        def run(given: dict):
+            if who == "core":
+                return vae.decode(given["samples"])
+            if who == "images":
+                return vae_decode.to_images(vae, given, 0, 0)
+            return vae_decode.to_files(vae, given, "a", 16.0, "MP4 (H.264)", "good", 0, 0, {})
+
+        def watch() -> None:
+            while not done.wait(0.005):
+                highest[0] = max(highest[0], own_memory())
+
+        with torch.inference_mode():
+            run(latent(5, SIDE))
+            given = latent(int(frames), SIDE)
+            before = own_memory()
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            try:
+                started, used = time.perf_counter(), time.process_time()
+                made = run(given)
+                seconds, cpu = time.perf_counter() - started, time.process_time() - used
+            finally:
+                done.set()
+                watcher.join()
+            del made
+    count = 4 * int(frames) - 3
+    return {
+        "who": who,
+        "frames": count,
+        "added_peak": highest[0] - before,
+        "image_bytes": count * (8 * SIDE) ** 2 * 3 * 4,
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),
+    }
+
+
+def child(*arguments: str) -> dict:
+    command = [sys.executable, "-P", __file__, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    if run.returncode:
+        raise SystemExit(run.stderr[-2000:])
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def measure(out: Path, trees: list[str]) -> None:
+    same, rows = [], []
+    for tree in trees:
+        for frames in LATENTS:
+            for who in ("file", "images", "core"):
+                rows.append({"tree": Path(tree).name, **child("--decode", tree, who, str(frames))})
+                print(rows[-1], flush=True)
+        for kind in ("float32", "bfloat16"):
+            same.append({"tree": Path(tree).name, **child("--equal", tree, kind)})
+            print(same[-1], flush=True)
+        write(out, same, rows)
+
+
+def write(out: Path, same: list[dict], rows: list[dict]) -> None:
+    import torch
+
+    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    result = {
+        "commit": subprocess.run(head, capture_output=True, text=True).stdout.strip(),
+        "torch": torch.__version__,
+        "device": "cpu",
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "equal": same,
+        "rows": rows,
+    }
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    os.replace(part, out)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--equal":
+        print(json.dumps(equal(*sys.argv[2:])))
+    elif sys.argv[1] == "--decode":
+        print(json.dumps(decode(*sys.argv[2:])))
+    else:
+        measure(Path(sys.argv[1]), sys.argv[2:])
