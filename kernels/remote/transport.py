@@ -1,7 +1,7 @@
 """One HTTP exchange with a named server: time-out, size limit, no redirects, errors with a remedy.
 
-Replies that say "later" (429, 502, 503, 504) and connections that fail before a byte was answered
-are tried again a few times; everything else is the caller's to judge.
+Where a request may be repeated, replies that say "later" (429, 502, 503, 504), connections that
+fail and answers that break off are tried again a few times; all else is the caller's to judge.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import aiohttp
 
 from ..errors import FrugalError
 from .server import Server
+from .waiting import within
 
 LATER = (429, 502, 503, 504)
 TRIES = 3
@@ -82,7 +83,7 @@ async def exchange(
             pause = PAUSE
             try:
                 reply, pause = await _once(session, server, method, path, limit, body())
-            except (aiohttp.ClientConnectionError, ConnectionError):
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError):
                 if not left:
                     raise
             else:
@@ -92,7 +93,8 @@ async def exchange(
         raise AssertionError("the last attempt returns or raises")
 
     try:
-        return await asyncio.wait_for(attempts(), timeout)
+        async with within(timeout):
+            return await attempts()
     # A name of its own before Python 3.11.
     except asyncio.TimeoutError:
         raise FrugalError(

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
+
+# `async with within(seconds)` raises asyncio.TimeoutError. asyncio.wait_for would do the same, but
+# up to Python 3.11 loses a cancel that comes as its work ends.
+_MAKER = asyncio if hasattr(asyncio, "timeout") else importlib.import_module("async_timeout")
+within: Callable[[float], Any] = getattr(_MAKER, "timeout")  # noqa: B009
 
 T = TypeVar("T")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import comfy.model_management
 import folder_paths
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ...kernels.remote.waiting import run
 
@@ -21,9 +21,14 @@ FOLDER = "frugal_prompts"
 CLIP_SETTINGS = {"top_k": 20, "top_p": 0.8, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; ComfyUI's cancel button ends it."""
-    return run(work, comfy.model_management.throw_exception_if_processing_interrupted)
+def wait_for(work: Coroutine[Any, Any, T], tick: Callable[[], None] = lambda: None) -> T:
+    """The result of `work`; ComfyUI's cancel button ends it. `tick` is called while it lasts."""
+
+    def check() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        tick()
+
+    return run(work, check)
 
 
 def prompts_folder() -> Path:
@@ -41,9 +46,24 @@ def png(images: torch.Tensor | None) -> bytes:
     """The first of the images [B, H, W, C] as PNG, its longer side at most LONGEST_SIDE."""
     if images is None:
         return b""
-    pixels = images[0, ..., :3].detach().float().clamp(0, 1).mul(255).round().byte().cpu()
-    picture = Image.fromarray(pixels.numpy())
+    picture = _picture(images)
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return _as_png(picture)
+
+
+def fitted_png(images: torch.Tensor | None, width: int, height: int) -> bytes:
+    """The first of the images [B, H, W, C] as PNG of width x height: its middle, scaled."""
+    if images is None:
+        return b""
+    return _as_png(ImageOps.fit(_picture(images), (width, height), Image.Resampling.LANCZOS))
+
+
+def _picture(images: torch.Tensor) -> Image.Image:
+    pixels = images[0, ..., :3].detach().float().clamp(0, 1).mul(255).round().byte().cpu()
+    return Image.fromarray(pixels.numpy())
+
+
+def _as_png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()

@@ -29,7 +29,7 @@ def node(comfy_tree, tmp_path, monkeypatch):
     """The node class, with a user folder of its own and no server around it."""
     import folder_paths
 
-    from frugal.nodes.remote.nodes import FrugalPromptExtend
+    from frugal.nodes.remote.prompt_node import FrugalPromptExtend
 
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     hidden = SimpleNamespace(unique_id=None, prompt=None)
