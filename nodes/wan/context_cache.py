@@ -28,6 +28,8 @@ from ...kernels.wan.contexts import Context, Contexts
 from ...kernels.wan.kept_rows import keep
 
 KEY = "frugal.constant_context"
+# Tensors that a call holds on to, so that it knows them again; a stock model has 2.
+HELD = 8
 TEXT, IMAGE = ("k", "v"), ("k_img", "v_img")
 
 
@@ -251,6 +253,8 @@ class _Cache:
         version = 0 if x.is_inference() else x._version
         place = (kind, x.data_ptr(), x.shape, x.stride(), x.dtype, version)
         if place not in self._seen:
+            while len(self._seen) >= HELD:
+                del self._seen[next(iter(self._seen))]
             # The tensor is kept with its place, so that no other can come to lie there.
             self._seen[place] = (x, self.tables[kind].of(x, self._state))
         return self._seen[place][1]
