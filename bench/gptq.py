@@ -32,7 +32,7 @@ if "frugal" not in sys.modules:
     sys.modules["frugal"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["frugal"])
 
-from frugal.kernels.quant import formats, gptq, grids  # noqa: E402
+from frugal.kernels.quant import formats, gptq, grids, shrink  # noqa: E402
 from frugal.kernels.quant.calibration import from_hessian, statistics_of  # noqa: E402
 from frugal.kernels.quant.moments import Gatherer  # noqa: E402
 from frugal.tests.quant_bed import Layer, layer, output_error  # noqa: E402
@@ -170,7 +170,7 @@ def table_few() -> dict:
             seen = bed.seen[:rows]
             hessian = seen.t() @ seen / rows
             ways = {"as it is": 0, "shrunk": rows}
-            entry = {"shrinkage": round(gptq.shrinkage(hessian, rows), 3)}
+            entry = {"shrinkage": round(shrink.shrinkage(hessian, rows), 3)}
             for name, count in ways.items():
                 weight = held(bed, target, from_hessian(f"{kind}{rows}{name}", hessian, count))
                 entry[name] = round(error(bed, weight) / nearest, 3)

@@ -2,9 +2,9 @@
 
 A safetensors file. Metadata `frugal_calibration` is JSON: version, the layers by their canonical
 names with the number of the input they saw (layers with one input share a number), the rows counted
-per input, `meta`, what it was made from, `shares`, where measured, and `calls` of the model to make
-again, see reference_calls. Input i has tensors `i.diagonal` and either `i.correlation` or
-`i.factor`, see moments.Moment.
+per input, how many of them are independent, `meta`, what it was made from, `shares`, where
+measured, and `calls` of the model to make again, see reference_calls. Input i has tensors
+`i.diagonal` and either `i.correlation` or `i.factor`, see moments.Moment.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ class Memo:
 class LayerStatistics:
     """What a layer's inputs looked like.
 
-    name: canonical name of the layer. rows: inputs counted, 0 if unknown. width: inputs of the
-    layer. key: equal for layers with the same input. load: reads the moment. memo: what solvers
-    made of it.
+    name: canonical name of the layer. rows: inputs counted. independent: how many of them say
+    something of their own, 0 for enough. width: inputs of the layer. key: equal for layers with the
+    same input. load: reads the moment. memo: what solvers made of it.
     """
 
     name: str
     rows: int
+    independent: int
     width: int
     key: str
     load: Callable[[], Moment]
@@ -97,6 +98,7 @@ class Calibration:
     meta: Mapping[str, Any]
     inputs: Mapping[str, int]
     rows: tuple[int, ...]
+    independent: tuple[int, ...]
     widths: tuple[int, ...]
     shares: Shares = field(default_factory=Shares)
     entries: tuple[Mapping[str, Any], ...] = ()
@@ -114,7 +116,13 @@ class Calibration:
             return None
         key = f"{self.path}:{index}"
         return LayerStatistics(
-            name, self.rows[index], self.widths[index], key, lambda: self.moment(index), self.memo
+            name,
+            self.rows[index],
+            self.independent[index],
+            self.widths[index],
+            key,
+            lambda: self.moment(index),
+            self.memo,
         )
 
     def moment(self, index: int) -> Moment:
@@ -126,7 +134,7 @@ class Calibration:
                 for part in ("diagonal", "correlation", "factor")
                 if f"{index}.{part}" in held
             }
-        return Moment(self.rows[index], **parts)
+        return Moment(self.rows[index], **parts, independent=self.independent[index])
 
 
 def statistics_of(name: str, inputs: torch.Tensor) -> LayerStatistics:
@@ -137,7 +145,9 @@ def statistics_of(name: str, inputs: torch.Tensor) -> LayerStatistics:
 
 
 def from_hessian(name: str, hessian: torch.Tensor, rows: int = 0) -> LayerStatistics:
-    """Statistics of a layer whose H, float32 [in, in], is known."""
+    """Statistics of a layer whose H, float32 [in, in], is known as the mean over `rows` independent
+    inputs, 0 for enough.
+    """
 
     @dataclass(frozen=True)
     class Whole(LayerStatistics):
@@ -147,7 +157,7 @@ def from_hessian(name: str, hessian: torch.Tensor, rows: int = 0) -> LayerStatis
     def load() -> Moment:
         raise FrugalError("statistics in memory", "the matrix itself", "call hessian()")
 
-    return Whole(name, rows, hessian.shape[0], f"{name}:{id(hessian)}", load)
+    return Whole(name, rows, rows, hessian.shape[0], f"{name}:{id(hessian)}", load)
 
 
 def write_calibration(
@@ -179,6 +189,9 @@ def write_calibration(
         "version": VERSION,
         "layers": dict(inputs),
         "rows": [moments[index].rows for index in range(len(moments))],
+        "independent": [
+            moments[index].independent or moments[index].rows for index in range(len(moments))
+        ],
         "meta": dict(meta),
     }
     if shares is not None and shares.runs:
@@ -210,6 +223,10 @@ def read_calibration(path: Path | str) -> Calibration:
         version, meta = content["version"], dict(content["meta"])
         inputs = {str(name): int(index) for name, index in content["layers"].items()}
         rows = tuple(int(count) for count in content["rows"])
+        # Files from before this was counted have none.
+        alone = tuple(int(count) for count in content.get("independent", rows))
+        if len(alone) != len(rows) or min(*alone, 1) < 1:
+            raise ValueError("independent")
         held = content.get("shares", {"layers": {}, "runs": 0})
         shares = Shares({k: float(share) for k, share in held["layers"].items()}, int(held["runs"]))
         if not all(math.isfinite(share) and share >= 0 for share in shares.layers.values()):
@@ -230,7 +247,7 @@ def read_calibration(path: Path | str) -> Calibration:
         raise FrugalError(
             f"{path.name} lists inputs it does not hold", "whole statistics", "calibrate again"
         )
-    return Calibration(path, meta, inputs, rows, widths, shares, entries)
+    return Calibration(path, meta, inputs, rows, alone, widths, shares, entries)
 
 
 def _width(name: str, tensors: Mapping[str, Any], index: int) -> int:

@@ -2,7 +2,8 @@
 
 A linear layer y = W x that runs with a stored weight What errs by E x, E = What - W. Over inputs
 with the mean H = E[x x^T] the energy of that error is tr(E H E^T), that of the output tr(W H W^T).
-Without statistics H is the identity: the errors are then those of the weight alone.
+Without statistics H is the identity: the errors are then those of the weight alone. H of few inputs
+is shrunk first (shrink.py): the error is then what other inputs of their kind must expect.
 
 The quantisation of activations, which some formats do while they run, is not part of these numbers.
 """
@@ -18,6 +19,7 @@ import torch
 
 from ..errors import FrugalError
 from . import formats
+from .shrink import shrink_
 
 # Values turned to float32 at a time: bounds the working memory beside the weight and its H.
 PIECE = 1 << 22
@@ -27,10 +29,14 @@ class Statistics(Protocol):
     """Calibration statistics of one layer."""
 
     @property
-    def rows(self) -> int: ...
+    def independent(self) -> int:
+        """How many inputs H stands on, 0 for enough of them."""
+        ...
 
     def hessian(self) -> torch.Tensor:
-        """Float32 [in, in]: the mean of x x^T over the recorded inputs, ordinary basis."""
+        """Float32 [in, in]: the mean of x x^T over the recorded inputs, ordinary basis; a new
+        tensor.
+        """
         ...
 
 
@@ -165,7 +171,9 @@ def _hessian(
             "statistics recorded from this model",
             "choose the calibration file of this model, or none",
         )
-    return hessian.to(device=device, dtype=torch.float32)
+    made = hessian.to(device=device, dtype=torch.float32)
+    shrink_(made, statistics.independent)
+    return made
 
 
 def _error(

@@ -11,9 +11,7 @@ which measures better on the test layers of bench/gptq.py:
 - the scale of a run is chosen when it is reached, among neighbours on the stored scale's own grid,
   as the one with the least error after the run;
 - at the end each code is chosen anew against all others (coordinate descent on e H e^T);
-- H is drawn towards its diagonal the more, the fewer inputs were counted. `shrinkage` is that of
-  Chen et al. (Shrinkage algorithms for MMSE covariance estimation, arXiv 0907.4698), squared: as it
-  stands it is meant for H itself, not for what is solved with it, and takes too much.
+- H is drawn towards its diagonal the more, the fewer inputs were counted (shrink.py).
 
 Rows are independent, so they are solved in parts of bounded size. Nothing is random: the same
 inputs on the same device give the same bytes.
@@ -32,6 +30,7 @@ from ..errors import FrugalError
 from . import formats
 from .grids import AffineGrid, CodebookGrid, Grid
 from .rotation import rotate
+from .shrink import shrink_
 
 if TYPE_CHECKING:
     from .calibration import LayerStatistics
@@ -94,7 +93,7 @@ def curvature(
     return statistics.memo.get(
         key,
         lambda: prepare(
-            statistics.hessian(), rotation, run, device, statistics.name, statistics.rows
+            statistics.hessian(), rotation, run, device, statistics.name, statistics.independent
         ),
     )
 
@@ -119,10 +118,7 @@ def prepare(
         raise FrugalError(
             f"the calibration of {name} is not finite", "finite statistics", "calibrate again"
         )
-    shrunk = shrinkage(made, rows) ** 2 if rows else 0.0
-    if shrunk:
-        diagonal = made.diagonal().clone()
-        made.mul_(1 - shrunk).diagonal().copy_(diagonal)
+    shrunk = shrink_(made, rows)
     if rotation:
         made = rotate(rotate(made, rotation).t().contiguous(), rotation)
     order = _order(made.diagonal(), run)
@@ -146,25 +142,6 @@ def prepare(
             )
         logging.warning("[Frugal] %s: damping raised to %g of the mean diagonal", name, damping)
     return Curvature(made, upper, order, added, shrunk)
-
-
-def shrinkage(hessian: torch.Tensor, rows: int) -> float:
-    """How much of the correlations in H, float32 [in, in], to give up for its diagonal if H is the
-    mean over `rows` inputs, 0 to 1: equation 23 of arXiv 0907.4698 for the matrix of correlations.
-    """
-    root = hessian.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
-    size = int((root > 0).sum())
-    square = 0.0
-    for start in range(0, len(hessian), BLOCK):
-        piece = hessian[start : start + BLOCK] * inverse[start : start + BLOCK, None]
-        square += float((piece * inverse).square().sum(dtype=torch.float64))
-    # Without any correlation there is nothing to keep.
-    apart = square - size
-    if size < 2 or apart <= 0:
-        return 1.0
-    part = ((1 - 2 / size) * square + size**2) / ((rows + 1 - 2 / size) * apart)
-    return min(1.0, max(0.0, part))
 
 
 def _order(diagonal: torch.Tensor, run: int) -> torch.Tensor:

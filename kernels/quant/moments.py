@@ -33,13 +33,15 @@ class Moment:
 
     rows: how many x were seen. diagonal: float32 [in], exact. One of: correlation, float16 [in *
     (in + 1) / 2], the upper triangle of H over the square roots of its diagonal, row by row;
-    factor, float16 [in, directions], with factor factor^T close to that same matrix.
+    factor, float16 [in, directions], with factor factor^T close to that same matrix. independent:
+    how many of the rows say something of their own; 0 stands for all.
     """
 
     rows: int
     diagonal: torch.Tensor
     correlation: torch.Tensor | None = None
     factor: torch.Tensor | None = None
+    independent: int = 0
 
     @property
     def width(self) -> int:
@@ -221,6 +223,7 @@ def merged(one: Moment, other: Moment) -> Moment:
             f"statistics of {one.width} and {other.width} inputs", "one width", "start a new file"
         )
     rows = one.rows + other.rows
+    alone = sum(moment.independent or moment.rows for moment in (one, other))
     shares = [one.rows / rows, other.rows / rows]
     diagonal = one.diagonal * shares[0] + other.diagonal * shares[1]
     root = diagonal.clamp(min=0).sqrt()
@@ -230,7 +233,8 @@ def merged(one: Moment, other: Moment) -> Moment:
         total = one.dense() * shares[0] + other.dense() * shares[1]
         gatherer = Gatherer(one.width, one.width)
         gatherer.rows, gatherer._total = 1, total
-        return Moment(rows, diagonal, correlation=gatherer._correlation(inverse))
+        found = gatherer._correlation(inverse)
+        return Moment(rows, diagonal, correlation=found, independent=alone)
     pieces = [
         moment.factor.float() * scale[:, None] * share**0.5
         for moment, scale, share in zip((one, other), roots, shares, strict=True)
@@ -239,4 +243,5 @@ def merged(one: Moment, other: Moment) -> Moment:
     both = torch.cat(pieces, dim=1).double()
     kept = max(piece.shape[1] for piece in pieces)
     _, vectors = torch.linalg.eigh(both.t() @ both)
-    return Moment(rows, diagonal, factor=(both @ vectors[:, -kept:]).half())
+    factor = (both @ vectors[:, -kept:]).half()
+    return Moment(rows, diagonal, factor=factor, independent=alone)

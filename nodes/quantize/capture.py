@@ -17,7 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY
 from . import shares
 from .reference import Keeper, joined
-from .rows import Seen, distinct, mark_of
+from .rows import Places, Seen, distinct, mark_of
 from .side_branch import KEY as SIDE_KEY
 from .side_branch import fuses
 from .small_calls import options_of
@@ -136,6 +136,8 @@ class Recording:
         self.gatherers: dict[int, Gatherer] = {}
         self.owners: dict[int, str] = {}
         self.calls = self.parted = 0
+        self.places = Places()
+        self._lengths: dict[int, int] = {}
         self._began: dict[int, int] = {}
         self._known: dict[int, set[Any]] = {}
         self._lock = threading.Lock()
@@ -158,7 +160,8 @@ class Recording:
         """Hooks on the linear layers of `model`, for one call of it."""
         with self._lock:
             number, self.calls = self.calls, self.calls + 1
-        seen, handles = Seen(number, self.settings.rows, self.settings.seed), []
+        seen = Seen(number, self.settings.rows, self.settings.seed, self.places)
+        handles = []
         layers = linear_layers(model)
         inside = _computed_inside(model, layers)
         try:
@@ -175,24 +178,26 @@ class Recording:
 
     def _before(self, seen: Seen, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            self._record(seen, name, seen.rows(arguments[0]))
+            self._record(seen, name, *seen.rows(arguments[0]))
 
         return hook
 
     def _after(self, seen: Seen, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, arguments: tuple[Any, ...], out: torch.Tensor) -> None:
-            rows = torch.nn.functional.gelu(seen.rows(out), approximate="tanh")
-            self._record(seen, name, rows)
+            rows, length = seen.rows(out)
+            rows = torch.nn.functional.gelu(rows, approximate="tanh")
+            self._record(seen, name, rows, length)
 
         return hook
 
     @torch.no_grad()
-    def _record(self, seen: Seen, name: str, rows: torch.Tensor) -> None:
+    def _record(self, seen: Seen, name: str, rows: torch.Tensor, length: int) -> None:
         rows = distinct(rows)
         mark = mark_of(rows)
         with self._lock:
             index = self._input_of(seen, name, mark, rows.shape[1])
             seen.counted.setdefault(index, set()).add(mark)
+            self._lengths[index] = max(length, self._lengths.get(index, 0))
             known = self._known[index]
             if mark not in known:
                 known.add(mark)
@@ -230,7 +235,9 @@ class Recording:
         device = self.device if self.device.type == "cuda" else torch.device("cpu")
         moments = {}
         for index in used:
-            moments[place[index]] = self.gatherers.pop(index).moment(self.owners[index], device)
+            found = self.gatherers.pop(index).moment(self.owners[index], device)
+            alone = self.places.independent(self._lengths[index], found.rows)
+            moments[place[index]] = replace(found, independent=alone)
             progress.update(1)
         inputs = {name: place[index] for name, index in self.inputs.items()}
         meta = {
@@ -264,10 +271,10 @@ class Recording:
             f"{len(moments) - whole} as {int(self.columns / 2)} directions",
             f"{meta['calls']} calls of the model in {meta['runs']} runs",
         ]
-        fewest = min(moments.items(), key=lambda item: item[1].rows / item[1].width)[1]
-        if fewest.rows < fewest.width:
+        fewest = min(moments.values(), key=lambda moment: moment.independent / moment.width)
+        if fewest.independent < fewest.width:
             lines.append(
-                f"note: some layers saw fewer rows ({fewest.rows}) than they have inputs "
+                f"note: some layers saw fewer rows ({fewest.independent}) than they have inputs "
                 f"({fewest.width}); those are solved with more caution"
             )
         if self.shares:

@@ -10,33 +10,59 @@ import torch
 CLOSE = 1e5
 
 
+class Places:
+    """Which places of sequences were counted in a run, by the length of the sequence.
+
+    A token of the latent comes again at every step, changed but akin, and in each item of the
+    batch: such rows are different, and yet tell little more than one of them.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, torch.Tensor] = {}
+
+    def add(self, length: int, places: torch.Tensor | None) -> None:
+        """Count places int64 [n] of a sequence, None for all."""
+        seen = self._seen.setdefault(length, torch.zeros(length, dtype=torch.bool))
+        seen[slice(None) if places is None else places] = True
+
+    def independent(self, length: int, rows: int) -> int:
+        """How many of the rows counted in sequences of this length say something of their own. A
+        single row of a call, as times are, has no place; all of those count.
+        """
+        return rows if length < 2 else min(rows, int(self._seen[length].sum()))
+
+
 class Seen:
     """What was counted during one call of the model: marks of rows by input, names of layers.
 
-    number: that of the call. limit: largest number of rows counted. seed: which those are.
+    number: that of the call. limit: largest number of rows counted. seed: which those are. places:
+    those of the run.
     """
 
-    def __init__(self, number: int, limit: int, seed: int):
-        self.number, self.limit, self.seed = number, limit, seed
+    def __init__(self, number: int, limit: int, seed: int, places: Places):
+        self.number, self.limit, self.seed, self.places = number, limit, seed, places
         self.counted: dict[int, set[Any]] = {}
         self.called: set[str] = set()
         self._picks: dict[int, torch.Tensor] = {}
 
-    def rows(self, given: torch.Tensor) -> torch.Tensor:
-        """At most `limit` of the rows of given [..., in], float32 [rows, in]; of inputs
-        with as many rows the same ones.
+    def rows(self, given: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(at most `limit` of the rows of given [..., in], float32 [rows, in], length of the
+        sequences in it); of inputs with as many rows the same ones.
         """
         if hasattr(given, "dequantize") and hasattr(given, "_qdata"):
             given = given.dequantize()
         flat = given.detach().reshape(-1, given.shape[-1])
         count, limit = flat.shape[0], self.limit
+        length = count // given.shape[0] if given.ndim > 2 else 1
         if count <= limit:
-            return flat.float()
+            self.places.add(length, None)
+            return flat.float(), length
         if count not in self._picks:
             make = torch.Generator().manual_seed(self.seed * 1_000_003 + self.number)
             pick = torch.randperm(count, generator=make)[:limit].sort().values
             self._picks[count] = pick.to(flat.device)
-        return flat[self._picks[count]].float()
+            self.places.add(length, pick % length)
+        return flat[self._picks[count]].float(), length
 
 
 def distinct(rows: torch.Tensor) -> torch.Tensor:

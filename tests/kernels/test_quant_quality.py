@@ -25,14 +25,15 @@ SHAPE = (48, 128)
 
 
 class Recorded:
-    """The second moments of given inputs, as calibration keeps them."""
+    """The second moments of given inputs, which stand for all that there are."""
+
+    independent = 0
 
     def __init__(self, inputs: torch.Tensor):
-        self.rows = len(inputs)
         self.inputs = inputs
 
     def hessian(self) -> torch.Tensor:
-        return self.inputs.T @ self.inputs / self.rows
+        return self.inputs.T @ self.inputs / len(self.inputs)
 
 
 def layer(seed: int, shape=SHAPE) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,6 +113,13 @@ def test_statistics_are_those_of_what_the_layers_get(model, prompts, witnessed, 
     assert text in groups.values()
     assert {f"blocks.1.self_attn.{part}" for part in "qkv"} in groups.values()
     assert len(groups) == 26 - 2 * 2 - 3
+    # Tokens of the latent (3 frames of 4 x 4) come again at each step; times are different ones.
+    assert found.layer("blocks.1.ffn.0").rows == 2 * STEPS * 48
+    assert found.layer("blocks.1.ffn.0").independent == 48
+    assert found.layer("head.head").independent == 48
+    for name in ("time_embedding.0", "time_projection.1"):
+        assert found.layer(name).rows == found.layer(name).independent == STEPS
+    assert found.layer("text_embedding.2").independent == 12
     # The text comes at every call and counts once: 12 tokens of each of two prompts.
     assert found.layer("blocks.0.cross_attn.k").rows == 24
     assert "26 layers with 19 different inputs, 19 kept whole" in said[0]
@@ -134,6 +141,8 @@ def test_the_picture_stays_the_same_and_clones_see_nothing(model, prompts, tmp_p
     assert capture.KEY not in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {})
     counted = read_calibration(path)
     calls = counted.meta["calls"]
+    # 40 of the 48 tokens at each call, others at the next: more than 40 in all, never above 48.
+    assert 40 < counted.layer("blocks.0.ffn.0").independent <= 48
     assert counted.layer("blocks.0.ffn.0").rows == 40 * calls
 
 
@@ -204,6 +213,7 @@ def test_runs_add_up(model, prompts, tmp_path):
         rows = [each.rows for each in counted]
         meant = sum(r * each.hessian() for r, each in zip(rows, counted, strict=True)) / sum(rows)
         assert whole.layer(name).rows == sum(rows)
+        assert whole.layer(name).independent == sum(each.independent for each in counted)
         assert bed.relative(whole.layer(name).hessian(), meant) < 2e-3, name
     sample(recorded(model, both, add=False), prompts, seed=2)
     assert both.read_bytes() == two.read_bytes()

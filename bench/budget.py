@@ -1,0 +1,127 @@
+"""What the converter predicts of a model's error, and what it is on prompts that it never saw.
+
+    python bench/budget.py            writes bench/results/budget.json
+
+Tiny random Wan models inside ComfyUI (FRUGAL_COMFYUI_TREE, as for the tests), which needs
+comfy-kitchen. Each is recorded while it samples from one or more prompts, as FrugalCalibrate does
+with measure_layers; every layer is encoded with these statistics; and the error of whole models in
+one format or in a mix is predicted as the budget does. `as recorded` predicts with the second
+moments as they are, `shrunk` with those of kernels/quant/shrink.py. The truth is the rel-L2 of the
+model's output at the kept calls of other runs: other prompts, other noise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "budget.json"
+# (seed of the model, prompts recorded, steps)
+CASES = [(6, 1, 4), (6, 1, 20), (16, 1, 8), (16, 4, 8)]
+OTHERS = (501, 502, 503)
+
+
+def enter() -> None:
+    """Import the pack and ComfyUI as the tests do."""
+    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
+    from frugal.kernels.quant import formats
+    from frugal.kernels.quant.budget import frontier
+    from frugal.kernels.quant.calibration import from_hessian, read_calibration
+    from frugal.kernels.quant.curves import LayerCurve, stored_error
+    from frugal.kernels.quant.importance import for_outputs
+    from frugal.tests.budget_bed import TARGETS, Bench
+
+    bench = Bench(seed)
+    mine, other = folder / "mine.safetensors", folder / "other.safetensors"
+    bench.run(mine, range(100, 100 + prompts), 1, steps, shares=True)
+    bench.run(other, OTHERS, 2, 8, shares=False)
+    known = read_calibration(mine)
+    bench.statistics = known.layer
+    judged = {"as recorded": {}, "shrunk": {}}
+    for name in bench.layers:
+        statistics, weight = known.layer(name), bench.weights[name]
+        made = {target: bench.tensors(name, target) for target in TARGETS}
+        options = {target: formats.options(target, tuple(weight.shape)) for target in TARGETS}
+        for target in TARGETS:
+            bench.decoded[name, target] = formats.decode(
+                target, made[target], options[target], tuple(weight.shape)
+            )
+        hessian = statistics.hessian()
+        for way, rows in (("as recorded", 0), ("shrunk", statistics.independent)):
+            held = from_hessian(name, hessian, rows)
+            found = {
+                target: stored_error(name, target, weight, made[target], options[target], held)
+                for target in TARGETS
+            }
+            energy = float(weight.double().square().sum())
+            signal = next(iter(found.values())).signal
+            white = energy * float(hessian.diagonal().double().mean()) / signal
+            judged[way][name] = LayerCurve(name, tuple(weight.shape), found, {}, True, white)
+    shares = {way: for_outputs(known.shares.layers, curves) for way, curves in judged.items()}
+    swept = frontier(judged["shrunk"], 0, importance=shares["shrunk"])
+    choices = {target: dict.fromkeys(bench.layers, target) for target in TARGETS[1:]}
+    size = (bench.bytes(choices[formats.INT8]) + bench.bytes(choices[formats.W4A8])) // 2
+    choices["by the budget"] = dict(swept.at(size).choice)
+
+    def predicted(way: str, choice: dict[str, str]) -> float:
+        errors = (
+            shares[way][name] * judged[way][name].formats[target].relative ** 2
+            for name, target in choice.items()
+        )
+        return math.sqrt(math.fsum(errors))
+
+    calls = {"own": known.calls(), "other": read_calibration(other).calls()}
+    rows = []
+    for label, choice in choices.items():
+        row: dict = {"model": seed, "prompts": prompts, "steps": steps, "formats": label}
+        for which, held in calls.items():
+            bench.use(held)
+            row[which] = round(bench.error(choice), 5)
+        for way in judged:
+            row[way] = round(predicted(way, choice), 5)
+            row[f"other / {way}"] = round(row["other"] / row[way], 2)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def main() -> None:
+    enter()
+    import torch
+
+    rows = []
+    for given in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += case(*given, Path(folder))
+    spread = {
+        way: [min(ratios), max(ratios)]
+        for way in ("as recorded", "shrunk")
+        for ratios in [[row[f"other / {way}"] for row in rows]]
+    }
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    about = {"device": "cpu", "torch": torch.__version__, "commit": commit}
+    part = RESULTS.with_suffix(".part")
+    part.write_text(
+        json.dumps({**about, "other / predicted": spread, "rows": rows}, indent=1) + "\n"
+    )
+    os.replace(part, RESULTS)
+    print(json.dumps(spread))
+
+
+if __name__ == "__main__":
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT / "bench"]
+    main()
