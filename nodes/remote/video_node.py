@@ -48,7 +48,7 @@ class FrugalRemoteVideo(io.ComfyNode):
                 io.Int.Input(
                     "width",
                     default=832,
-                    min=64,
+                    min=16,
                     max=4096,
                     step=16,
                     tooltip="Pixels, a multiple of 16.",
@@ -56,7 +56,7 @@ class FrugalRemoteVideo(io.ComfyNode):
                 io.Int.Input(
                     "height",
                     default=480,
-                    min=64,
+                    min=16,
                     max=4096,
                     step=16,
                     tooltip="Pixels, a multiple of 16.",
