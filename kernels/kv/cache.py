@@ -199,8 +199,14 @@ class VideoCache:
         self.next_frame = max(self.next_frame, self._block[-1].frame + 1)
 
     def _check_complete(self, pending: dict[int, Stream]) -> None:
+        if not pending:
+            raise FrugalError(
+                "the call on clean frames did not reach the model's attention",
+                "every such call to run, for it makes the cache",
+                "remove the step cache (EasyCache, TeaCache and the like) from this model",
+            )
         known = set(self.streams) if self.kept else set(pending)
-        if not pending or set(pending) != known:
+        if set(pending) != known:
             raise FrugalError(
                 f"conditions {sorted(pending)} ran on clean frames, {sorted(known)} before",
                 "the same conditions for every block and every noise level",
@@ -314,7 +320,10 @@ class VideoCache:
         return other
 
     def park(self) -> None:
-        """Move all pages of the pool, those of other branches too, to main memory."""
+        """Move all pages of the pool, those of other branches too, and the clean latents to main
+        memory.
+        """
+        self.clean = {frame: latent.to(HOST) for frame, latent in self.clean.items()}
         if not self.options.on_host:
             self.pool.send_away(lambda page: to_host(page, self.device))
 

@@ -133,7 +133,7 @@ def _noised(clean: torch.Tensor, sigma: torch.Tensor, seed: int) -> torch.Tensor
     """
     if sigma == 0:
         return clean
-    make = torch.Generator(device=clean.device).manual_seed(seed)
+    make = torch.Generator(device=clean.device).manual_seed(seed % 2**64)
     noise = torch.randn(clean.shape, generator=make, device=clean.device, dtype=clean.dtype)
     return (1.0 - sigma) * clean + sigma * noise
 
@@ -184,8 +184,8 @@ def text(job: Job) -> str:
     lines = [
         f"{job.frames} latent frames in {job.calls} model calls",
         f"{len(cache.kept)} of {cache.next_frame} frames in the cache",
-        f"cache: {megabytes(pool.peak_bytes)} at most, {len(cache.streams)} conditions, "
-        f"{options.kind} pages of {megabytes(pool.page_bytes)}",
+        f"cache: {megabytes(pool.peak_bytes)} at most, {len(cache.streams)} side(s) of the "
+        f"guidance, {options.kind} pages of {megabytes(pool.page_bytes)}",
         f"attention over pages: {options.way}"
         + (f", {MERGED_FRAMES} frames at a time" if options.way == MERGE else ""),
     ]

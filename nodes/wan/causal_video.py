@@ -19,6 +19,7 @@ from . import causal_model, causal_sampler
 from .causal_sampler import Job
 
 FRAMES_PER_SECOND = 4  # latent frames: Wan's 16 pictures a second, 4 in each
+FRAME_SEEDS = 1 << 40
 Schedule = tuple[tuple[float, Any], ...]  # (second of this run, conditioning)
 
 
@@ -177,10 +178,12 @@ def _first(job: Job) -> int:
 
 
 def _noise(samples: torch.Tensor, seed: int, first: int) -> torch.Tensor:
-    """Noise of a frame by its number, so that a video is the same in one run or several."""
+    """Noise of a frame by its number, so that a video is the same in one run or several; from other
+    seeds than the fresh noise between steps, which would else repeat it.
+    """
     frame = samples[:, :, :1]
     each = [
-        comfy.sample.prepare_noise(frame, (seed + 7919 * (first + i)) % 2**63)
+        comfy.sample.prepare_noise(frame, (seed + FRAME_SEEDS + first + i) % 2**63)
         for i in range(samples.shape[2])
     ]
     return torch.cat(each, dim=2)

@@ -193,6 +193,29 @@ def test_what_cannot_be_causal_is_refused(plain, tmp_path):
         videos.make(videos.causal(half, window=2), 2, job=Job(cache=far.cache))
 
 
+def test_a_step_cache_may_not_skip_the_clean_pass(plain):
+    from comfy.patcher_extension import WrappersMP
+
+    def skip(executor, x, t, *args, **kwargs):
+        return torch.zeros_like(x) if float(t[0]) == 0 else executor(x, t, *args, **kwargs)
+
+    model = videos.causal(plain)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", skip)
+    with pytest.raises(FrugalError, match="remove the step cache"):
+        videos.make(model, 4)
+
+
+def test_with_the_constant_context_kept(plain):
+    """Cross-attention's own cache serves all blocks of a run, and changes nothing."""
+    from frugal.nodes.wan import context_cache
+
+    reports = []
+    wanted = videos.make(videos.causal(plain, window=4), 6, cfg=3.0)
+    kept = context_cache.apply(plain, context_cache.Options(), reports.append)[0]
+    assert torch.equal(videos.make(videos.causal(kept, window=4), 6, cfg=3.0), wanted)
+    assert (reports[0].computed, reports[0].reused) == (4, 4 * (8 - 1))
+
+
 def test_two_prompts_on_one_side_are_refused(plain):
     import comfy.sample
     import comfy.samplers

@@ -40,7 +40,7 @@ def made(model, frames, settings=DROP, positive=5, **more):
 def test_a_session_goes_on_as_one_run_and_stays_as_it_is(model):
     whole, empty, report = made(model, 8)
     assert not empty.kept
-    assert "8 latent frames in 11 model calls\n5 of 6 frames in the cache" in report
+    assert "8 latent frames in 11 model calls\n3 of 6 frames in the cache" in report
     first, session, report = made(model, 4, KEEP)
     assert "4 latent frames in 6 model calls\n4 of 4 frames in the cache" in report
     # Parked: nothing of it is where attention runs, all of it in main memory.
@@ -148,12 +148,12 @@ def test_what_cannot_be_made_is_refused_and_leaves_the_session(model):
     for words, more in (
         ("an empty session", {"session": empty}),
         ("a session and start frames", {"session": session, "start": start}),
-        ("start frames", {"start": {"samples": torch.zeros(1, 16, 4, 8, 8)}}),
+        ("start frames", {"start": {"samples": torch.zeros(1, 16, 6, 8, 8)}}),
         ("condition 1 appears", {"session": session, "settings": Settings(9, 2, 3.0, "simple", 2)}),
         ("block of 5 frames", {"session": session, "settings": Settings(9, 2, 1.0, "simple", 5)}),
     ):
         with pytest.raises(FrugalError, match=words):
-            made(model, 4, **more)
+            made(model, 6, **more)
         assert (session.pool.used_bytes, session.pool.away_bytes) == (0, before)
     with pytest.raises(FrugalError, match="kind fp8 for a video"):
         other = videos.causal(model, window=4, relative=True, kind="fp8")
