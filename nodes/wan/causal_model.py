@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.ldm.wan.model as wan
@@ -23,9 +24,20 @@ from ...kernels.kv.cache import CacheOptions
 from ...kernels.kv.storage import PageFormat
 from ...kernels.report import megabytes
 
-OPTIONS, RUN, BLOCK = "frugal.causal", "frugal.causal.run", "frugal.causal.block"
+OPTIONS, RUN, NEEDS = "frugal.causal", "frugal.causal.run", "frugal.causal.needs"
 OVERRIDE = "optimized_attention_override"
 PATCH_SIZE = 2  # pixels of a latent frame that make one token, along each side
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a sampler knows of a run before it starts: frames per block, frames that a session
+    brings, sides of the guidance that run.
+    """
+
+    block: int
+    known: int
+    sides: int
 
 
 class CausalForward:
@@ -129,18 +141,21 @@ def count_cache(executor, model, noise_shape, conds, model_options=None, *args, 
     if options is None or len(noise_shape) != 5:
         return executor(model, noise_shape, conds, model_options, *args, **kwargs)
     frames = noise_shape[2]
-    block = transformer_options.get(BLOCK) or min(frames, options.window or frames)
+    needs = transformer_options.get(NEEDS) or Needs(
+        min(frames, options.window or frames), 0, sum(1 for side in conds.values() if side)
+    )
     network = model.model.diffusion_model
     fmt = page_format(network, noise_shape, compute_dtype(model), options.kind)
-    kept = min(frames, options.window + options.sink) if options.window else frames
+    kept = needs.known + frames
+    if options.window:
+        kept = min(kept, options.window + options.sink)
     # One layer's keys and values are gathered at a time; pages in main memory need that room only.
     layers = (0 if options.on_host else len(network.blocks)) + (options.way == GATHER)
-    streams = sum(1 for side in conds.values() if side)
-    size = streams * layers * kept * fmt.page_bytes
+    size = needs.sides * layers * kept * fmt.page_bytes
     shape = list(noise_shape)
     shape[2] = 1
     worth = math.ceil(size / max(1, model.memory_required(shape)))
-    shape[2] = block + worth
+    shape[2] = needs.block + worth
     return executor(model, shape, conds, model_options, *args, **kwargs)
 
 

@@ -62,6 +62,8 @@ def sample_causal(
             "start a new video, or take the size of the session",
         )
     try:
+        # Only now has ComfyUI made room on the device.
+        job.cache.unpark()
         return _make(model, x, sigmas, extra_args, callback, frames_per_block, job)
     finally:
         if own:

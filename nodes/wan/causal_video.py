@@ -78,7 +78,10 @@ def make_video(
     before = None if start is None else start["samples"]
     samples = _without_start(samples, before, session)
     model = model.clone()
-    model.model_options["transformer_options"][causal_model.BLOCK] = settings.frames_per_block
+    guided = settings.cfg != 1.0 or model.model_options.get("disable_cfg1_optimization", False)
+    model.model_options["transformer_options"][causal_model.NEEDS] = causal_model.Needs(
+        settings.frames_per_block, len(session.kept) if session else 0, 2 if guided else 1
+    )
     sigmas = comfy.samplers.calculate_sigmas(
         model.get_model_object("model_sampling"), settings.scheduler, settings.steps
     )
@@ -86,7 +89,6 @@ def make_video(
     try:
         if session is not None:
             job.cache = session.fork(options)
-            job.cache.unpark()
         if before is not None:
             job.prefix = model.model.process_latent_in(before)
         parts = segments(positive, prompts, samples.shape[2], settings.frames_per_block)

@@ -117,30 +117,45 @@ def test_start_images_go_with_their_block(tmp_path):
     assert videos.far(videos.make(causal, 4, extra=other), made) > 1e-4
 
 
-def test_room_is_made_for_one_block_and_the_cache(plain):
+def test_room_is_made_for_one_block_and_the_cache(plain, monkeypatch):
     """ComfyUI is told the frames of a block, and the cache as the frames it is worth."""
+    import comfy.model_management
+
     asked = []
+    load = comfy.model_management.load_models_gpu
 
-    def executor(model, shape, conds, options):
-        asked.append(shape)
+    def spy(models, memory_required=0, **more):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required, **more)
 
-    conds = {"positive": [1], "negative": [1]}
-
-    def frames(model, total, block=2):
-        options = model.clone().model_options
-        options["transformer_options"][causal_model.BLOCK] = block
+    def room(model, frames):
         asked.clear()
-        causal_model.count_cache(executor, model, [1, 16, total, 8, 8], conds, options)
-        return asked[0][2]
+        model = model.clone()
+        needs = causal_model.Needs(block=2, known=0, sides=2)
+        model.model_options["transformer_options"][causal_model.NEEDS] = needs
+        videos.make(model, frames, cfg=3.0, sigmas=torch.tensor([1.0, 0.0]))
+        return asked[0]
 
-    each = plain.memory_required([1, 16, 1, 8, 8])
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", spy)
     windowed = videos.causal(plain, window=4, sink=1)
-    # 2 conditions, 2 layers and one being gathered, 5 frames of 16 tokens of 256 wide fp32 K and V.
+    assert room(windowed, 6) == room(windowed, 12) > 0
+    assert room(videos.causal(plain), 12) > room(videos.causal(plain), 6)
+
+    def frames(model, total):
+        shapes = []
+        causal_model.count_cache(
+            lambda model, shape, *more: shapes.append(shape),
+            model, [1, 16, total, 8, 8], {"positive": [1], "negative": [1]}, model.model_options,
+        )  # fmt: skip
+        return shapes[0][2]
+
+    # 2 conditions, 2 layers and one being gathered, 5 frames of 16 tokens of 256 wide fp32 K and V;
+    # what the sampler does not say is taken as the window.
+    each = plain.memory_required([1, 16, 1, 8, 8])
     size = 2 * (2 + 1) * 5 * 2 * 16 * 256 * 4
-    assert frames(windowed, 100) == frames(windowed, 1000) == 2 + -(-size // each)
-    assert frames(videos.causal(plain), 1000) > frames(videos.causal(plain), 100)
+    assert frames(windowed, 100) == 4 + -(-size // each)
     hosted = videos.causal(plain, window=4, sink=1, on_host=True)
-    assert frames(hosted, 100) == 2 + -(-size // 3 // each)
+    assert frames(hosted, 100) == 4 + -(-size // 3 // each)
 
 
 @pytest.mark.parametrize("at", range(5))
