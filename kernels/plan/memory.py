@@ -294,7 +294,7 @@ def _decoding(found: Decoding, work: int) -> Phase:
 def _fitting_decode(found: Decoding, budget: int) -> tuple[Phase, list[str]]:
     ways = (
         (found.whole, None),
-        (found.stream, "decode in a stream, frame by frame: the same frames"),
+        (found.stream, "decode in a stream (Decode Wan Video (Frugal)): the same frames"),
         (found.tiled, "decode in tiles (VAE Decode (Tiled), 256 px): seams may show"),
     )
     work, how = next((way for way in ways if found.weights + way[0] <= budget), ways[-1])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
+from comfy.patcher_extension import WrappersMP
 
 from ...kernels.checkpoints.wan_shapes import detect_config
 from ...kernels.errors import FrugalError
 from ...kernels.plan import fit
 from ...kernels.plan.doctor import SLOW_ATTENTION
 from ...kernels.plan.memory import (
+    CROSS_KV,
     TEXT,
     WEIGHTS,
     WORK,
@@ -19,16 +21,20 @@ from ...kernels.plan.memory import (
     MemoryPlan,
     Phase,
     Weights,
+    kv_bytes,
     make_plan,
 )
 from ...kernels.report import LoadReport
 from .._comfy import show_text
 from . import facts, glue
 from .chunking import InForce, forwards
-from .meta import ForwardPeaks, compute_dtype, decoded
+from .meta import IMAGE_TOKENS, TEXT_TOKENS, ForwardPeaks, compute_dtype, decoded
 from .policy import Policy
 
 GB = 10**9
+PROMPTS = 2  # the wanted and the unwanted one
+# The name under which Constant Context follows a run.
+CONTEXT = "frugal.constant_context"
 
 
 def job_of(latent: dict | None, width: int, height: int, frames: int, batch: int, guided: bool):
@@ -127,7 +133,15 @@ def weights_of(model: Any) -> Weights:
         w4a8 = fit.wan_bytes(detect_config("the MODEL", shapes), "W4A8")
     except FrugalError:
         w4a8 = None
-    return Weights(int(model.model_size()), found.formats, max(stored), max(multiplied), w4a8)
+    caches = {}
+    if model.wrappers.get(WrappersMP.SAMPLER_SAMPLE, {}).get(CONTEXT):
+        image = IMAGE_TOKENS if diffusion.img_emb is not None else 0
+        caches[CROSS_KV] = PROMPTS * kv_bytes(
+            len(diffusion.blocks), TEXT_TOKENS + image, diffusion.dim, dtype.itemsize
+        )
+    return Weights(
+        int(model.model_size()), found.formats, max(stored), max(multiplied), w4a8, caches
+    )
 
 
 def encoder_of(clip: Any) -> Phase:

@@ -13,9 +13,10 @@ import torch
 from frugal.demo.tiny_wan import fill, vae_shapes
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.plan import fit, pieces
-from frugal.kernels.plan.memory import DECODE, SAMPLE, Job, Switches, latent_bytes
+from frugal.kernels.plan.memory import CROSS_KV, DECODE, SAMPLE, Job, Switches, latent_bytes
 from frugal.nodes.plan import meta, planning
 from frugal.nodes.plan.memory_plan import FrugalMemoryPlan
+from frugal.nodes.wan import context_cache
 from frugal.tests import sampling_bed as bed
 
 STEPS = 2
@@ -162,6 +163,16 @@ def test_report_data_and_chart(model, vae):
     assert chart.shape == (1, 560, 1024, 3) and 0 <= chart.min() < chart.max() <= 1
     # 12 MB is less than the weights.
     assert found["streamed"] > 0 and found["switches"]["sequential"]
+
+
+def test_kept_text_is_counted_and_changes_no_bit(model, prompts):
+    kept, _ = context_cache.apply(model, context_cache.Options(), lambda _: None)
+    # Two prompts, two layers, keys and values of 512 tokens, 256 wide, 4 bytes.
+    assert planning.weights_of(kept).caches == {CROSS_KV: 2 * 2 * 2 * 512 * 256 * 4}
+    assert planning.weights_of(model).caches == {}
+    switches = Switches(True, 2, 2)
+    out = bed.sample(planned(kept, switches), prompts, STEPS)
+    assert torch.equal(out, bed.sample(planned(model, switches), prompts, STEPS))
 
 
 def test_other_models_are_refused(model, vae):

@@ -1,0 +1,241 @@
+"""Is a traced plan what a run takes: predicted against counted memory, and the trace's own seconds.
+
+`python bench/plan.py RESULTS.json TREE [TREE ...]` runs, per ComfyUI tree and in a process of its
+own: a grid of tiny models with the proportions of the 1.3B and the 14B, sizes, frames and batches,
+whole and in pieces, each forward predicted without memory, counted on real tensors by the same
+counter, and counted by torch's CPU allocator, which knows nothing of ours; whole sampling runs by
+the allocator, for the latents around a forward; and the trace of models of real size, whose peaks
+are predictions that no run here has checked. All in fp32 on a CPU, the real sizes in bf16.
+
+`python bench/plan.py --example PICTURE.png TREE` prints the plan of a 14B I2V in int8 and in W4A8,
+832 x 480, 81 frames, in 12 GB, and draws the first: traced in bf16, weights by arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+# Width, feed-forward width: 35/6 and 27/10 of the width, as in the 1.3B and the 14B.
+MODELS = {"1.3B": (384, 2240, False), "14B": (640, 1728, True)}
+GRID = (((3, 40, 40), 1), ((5, 40, 40), 1), ((3, 64, 48), 1), ((3, 40, 40), 2))
+PIECES = 4
+REAL = {
+    "1.3B T2V": (1536, 8960, 12, 30, False),
+    "14B T2V": (5120, 13824, 40, 40, False),
+    "14B I2V": (5120, 13824, 40, 40, True),
+}
+SIZES = {"480p": (832, 480), "720p": (1280, 720)}
+
+
+def enter(tree: str) -> None:
+    """Import the pack and ComfyUI as the tests do."""
+    os.environ["FRUGAL_COMFYUI_TREE"] = tree
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def shape_of(dim: int, ffn: int, heads: int, layers: int, image: bool, dtype):
+    """What a MODEL of this shape shows to the planner; its weights are nowhere."""
+    import comfy.ldm.wan.model
+    import comfy.ops
+
+    config = dict(
+        image_model="wan2.1", model_type="i2v" if image else "t2v", dim=dim, ffn_dim=ffn,
+        num_heads=heads, num_layers=layers, in_dim=36 if image else 16, out_dim=16,
+    )  # fmt: skip
+    kind, operations = comfy.ldm.wan.model.WanModel, comfy.ops.disable_weight_init
+    return SimpleNamespace(
+        model_config=SimpleNamespace(unet_config=config),
+        manual_cast_dtype=dtype,
+        diffusion_model=kind(**config, device="meta", operations=operations),
+    )
+
+
+def grid() -> list[dict]:
+    import torch
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    from frugal.kernels.plan import pieces
+    from frugal.kernels.plan.memory import Switches
+    from frugal.kernels.plan.trace import trace
+    from frugal.nodes.plan import meta
+    from frugal.tests.memory_bed import allocator_peak
+
+    # Tiny sequences have few tiles of the usual size.
+    pieces.ROWS = 32
+    cpu, rows = torch.device("cpu"), []
+    override = {"optimized_attention_override": lambda _, *a, **k: attention_pytorch(*a, **k)}
+    for name, (dim, ffn, image) in MODELS.items():
+        peaks = meta.ForwardPeaks(
+            shape_of(dim, ffn, dim // 128, 2, image, torch.float32), torch.device("cpu")
+        )
+        for switches in (Switches(), Switches(False, PIECES, PIECES)):
+            model = peaks.model(2, switches).to_empty(device=cpu)
+            for parameter in model.parameters():
+                parameter.data.normal_(0, 0.02)
+            for latent, batch in GRID:
+                make = meta.inputs(model, batch, latent, torch.float32, cpu)
+
+                def call(model=model, make=make):
+                    return model(**make() | {"transformer_options": dict(override)})
+
+                predicted = peaks.of(batch, latent, switches)
+                counted = trace(call, decomposed=meta.kernels(cpu)[0]).peak
+                rows.append(
+                    {
+                        "model": name, "latent": latent, "batch": batch,
+                        "pieces": switches.pieces, "predicted": predicted, "counted": counted,
+                        "allocator": allocator_peak(call),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def whole_runs() -> list[dict]:
+    """Latents of a run: what the allocator has out during sampling beyond the forward's peak."""
+    import comfy.sample
+    import comfy.sd
+    import torch
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    from frugal.kernels.plan.memory import Switches, latent_bytes
+    from frugal.nodes.plan import meta
+    from frugal.tests import wan_bed as bed
+    from frugal.tests.memory_bed import allocator_peak
+
+    state = {name: value.float() for name, value in bed.weights().items()}
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state, model_options={"dtype": torch.float32}
+    )
+    options = patcher.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda _, *a, **k: attention_pytorch(*a, **k)
+    peaks = meta.ForwardPeaks(patcher.model, torch.device("cpu"))
+    prompt = [[torch.zeros(1, 512, 4096), {}]]
+    rows = []
+    for latent in ((3, 48, 48), (5, 64, 64)):
+        start = torch.zeros(1, 16, *latent)
+
+        def call(start=start):
+            noise = comfy.sample.prepare_noise(start, 1)
+            return comfy.sample.sample(
+                patcher, noise, 2, 5.0, "euler", "simple", prompt, prompt, start,
+                disable_pbar=True, seed=1,
+            )  # fmt: skip
+
+        forward = peaks.of(2, latent, Switches())
+        run = allocator_peak(call)
+        one = latent_bytes(1, latent) // 12
+        rows.append({"latent": latent, "forward": forward, "run": run, "one_latent": one})
+    return rows
+
+
+def real_sizes() -> list[dict]:
+    import torch
+
+    from frugal.kernels.plan.memory import Job, Switches
+    from frugal.nodes.plan import meta
+
+    rows = []
+    for name, shape in REAL.items():
+        model = shape_of(*shape, torch.bfloat16)
+        for label, size in SIZES.items():
+            peaks = meta.ForwardPeaks(model, torch.device("cpu"))
+            row = {"model": name, "size": label, "peaks": {}, "seconds": []}
+            for text, switches in (
+                ("both conditions", Switches()),
+                ("one condition", Switches(True)),
+                ("in 4 pieces", Switches(True, 4, 4)),
+                ("in 8 pieces", Switches(True, 8, 8)),
+            ):
+                started = time.perf_counter()
+                row["peaks"][text] = peaks.of_job(Job(*size, 81), switches)
+                row["seconds"].append(round(time.perf_counter() - started, 3))
+            rows.append(row)
+    return rows
+
+
+def example(picture: str, tree: str) -> None:
+    enter(tree)
+    import comfy.ldm.wan.vae
+    import torch
+    from PIL import Image
+
+    from frugal.kernels.plan import fit, memory, memory_picture
+    from frugal.nodes.plan import meta
+
+    job = memory.Job(*SIZES["480p"], 81)
+    peaks = meta.ForwardPeaks(shape_of(*REAL["14B I2V"], torch.bfloat16), torch.device("cpu"))
+    with torch.device("meta"):
+        model = comfy.ldm.wan.vae.WanVAE(
+            dim=96, z_dim=16, temperal_downsample=[False, True, True]
+        ).to(torch.bfloat16)
+    vae = SimpleNamespace(first_stage_model=model, latent_channels=16, vae_dtype=torch.bfloat16)
+    *works, how = meta.decoded(vae, job.latent)
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    encoder = memory.Phase(
+        memory.TEXT,
+        {memory.WEIGHTS: fit.ENCODER_BYTES["fp8"], memory.WORK: fit.ENCODER_WORK[1]},
+    )
+    config = fit.WAN["Wan 14B I2V"]
+    for form in ("int8", "W4A8"):
+        size = fit.wan_bytes(config, form)
+        layer = int(fit.FORMATS[form][0] * config.dim * config.ffn_dim)
+        weights = memory.Weights(
+            size,
+            {form: size},
+            layer,
+            2 * config.dim * config.ffn_dim,
+            fit.wan_bytes(config, "W4A8"),
+        )
+        plan = memory.make_plan(
+            f"Wan 14B I2V {form}", job, weights, lambda s: peaks.of_job(job, s), 12 * 10**9,
+            "typed in", encoder, memory.Decoding(held, *works, how),
+        )  # fmt: skip
+        print(plan.text(), end="\n\n")
+        if form == "int8":
+            Image.fromarray(memory_picture.picture(plan)).save(picture)
+
+
+def measure(tree: str) -> dict:
+    enter(tree)
+    import torch
+
+    torch.set_num_threads(1)
+    return {"grid": grid(), "runs": whole_runs(), "real": real_sizes(), "torch": torch.__version__}
+
+
+def main() -> None:
+    results, *trees = sys.argv[1:]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    found = {"device": "cpu", "commit": commit, "load_average": os.getloadavg()}
+    for tree in trees:
+        command = [sys.executable, "-P", __file__, "--one", tree]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[Path(tree).name] = json.loads(done.stdout.splitlines()[-1])
+    Path(results).write_text(json.dumps(found, indent=1) + "\n")
+    for tree in trees:
+        for row in found[Path(tree).name]["grid"]:
+            print(Path(tree).name, row["model"], row["latent"], row["pieces"],
+                  f"{row['predicted'] / row['counted'] - 1:+.2%}",
+                  f"{row['predicted'] / row['allocator'] - 1:+.2%}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--one":
+        print(json.dumps(measure(sys.argv[2])))
+    elif sys.argv[1] == "--example":
+        example(*sys.argv[2:])
+    else:
+        main()
