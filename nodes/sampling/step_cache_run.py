@@ -23,6 +23,8 @@ from ...kernels.sampling.step_report import StepCacheReport, advice
 
 KEY = "frugal.step_cache"
 OTHER_CACHES = ("easycache", "lazycache")
+# The causal Wan of this pack keeps its settings under this name in the model's options.
+CAUSAL = "frugal.causal"
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _reason_to_stand_aside(guider: Any, model_options: dict) -> str | None:
     present = {name for table in wrappers.values() for name in table} | set(options)
     if found := sorted(present & set(OTHER_CACHES)):
         return f"{found[0]} is on this model too: it decides, this cache stands aside"
-    if hasattr(guider.inner_model.diffusion_model, "init_kv_caches"):
+    if CAUSAL in options or hasattr(guider.inner_model.diffusion_model, "init_kv_caches"):
         return "a causal model writes its own cache in every pass: nothing may be skipped"
     hooks = [
         hook

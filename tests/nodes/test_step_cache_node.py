@@ -206,11 +206,28 @@ def test_stands_aside_for_another_cache(wan, prompts, name):
     assert "stands aside" in report.text()
 
 
-def test_a_causal_model_is_left_alone(wan, prompts, monkeypatch):
-    monkeypatch.setattr(wan.model.diffusion_model, "init_kv_caches", lambda: None, raising=False)
-    _, report, calls = run(wan, prompts)
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_causal_model_is_left_alone(wan, prompts, monkeypatch, ours):
+    causal, network = wan.clone(), wan.model.diffusion_model
+    if ours:
+        causal.model_options["transformer_options"]["frugal.causal"] = object()
+    else:
+        monkeypatch.setattr(network, "init_kv_caches", lambda: None, raising=False)
+    _, report, calls = run(causal, prompts)
     assert (report.skipped, calls) == (0, 2 * STEPS)
     assert "causal" in report.notes[0]
+
+
+def test_works_around_a_compiled_model(wan, prompts):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    compiled = wan.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    result, report, calls = run(compiled, prompts)
+    want, plain, _ = run(wan, prompts)
+    assert report.skipped == plain.skipped > 0
+    assert calls == 2 * report.computed
+    assert flow_bed.relative(result, want) < 1e-5
 
 
 def test_says_when_it_cannot_help(wan, prompts):
