@@ -8,6 +8,7 @@ from ._jit import leaf
 from .bits import assign
 
 NONE, PART, ALL = 0, 1, 2
+BLOCK = 64
 
 
 @leaf
@@ -28,10 +29,17 @@ def coverage(mask):
 def repeat_channels(mask, channels, out):
     """Every mask value `channels` times, NaN as 0."""
     zero = np.float32(0)
-    for x in range(mask.shape[0]):
-        value = mask[x] if mask[x] == mask[x] else zero
-        for c in range(channels):
-            out[channels * x + c] = value
+    if channels == 3:  # written out, LLVM turns it into SIMD
+        for x in range(mask.shape[0]):
+            value = mask[x] if mask[x] == mask[x] else zero
+            out[3 * x] = value
+            out[3 * x + 1] = value
+            out[3 * x + 2] = value
+    else:
+        for x in range(mask.shape[0]):
+            value = mask[x] if mask[x] == mask[x] else zero
+            for c in range(channels):
+                out[channels * x + c] = value
 
 
 @leaf
@@ -59,11 +67,18 @@ def blend(destination, source, mask, channels, oy, ox, weight, out):
     for y in range(destination.shape[0]):
         below, target = destination[y], out[y]
         inside = oy <= y < oy + mask.shape[0] and x0 < x1
-        kind = coverage(mask[y - oy, x0 - ox : x1 - ox]) if inside else NONE
+        xa, xb = x0, x1
+        if inside:
+            row = mask[y - oy]
+            while xa + BLOCK <= xb and coverage(row[xa - ox : xa + BLOCK - ox]) == NONE:
+                xa += BLOCK
+            while xa + BLOCK <= xb and coverage(row[xb - BLOCK - ox : xb - ox]) == NONE:
+                xb -= BLOCK
+        kind = coverage(mask[y - oy, xa - ox : xb - ox]) if inside else NONE
         if kind == NONE:
             assign(below, target)
             continue
-        a, b = channels * x0, channels * x1
+        a, b = channels * xa, channels * xb
         over = source[y - oy, a - channels * ox : b - channels * ox]
         assign(below[:a], target[:a])
         assign(below[b:], target[b:])
@@ -71,5 +86,5 @@ def blend(destination, source, mask, channels, oy, ox, weight, out):
             assign(over, target[a:b])
         else:
             part = weight[: b - a]
-            repeat_channels(mask[y - oy, x0 - ox : x1 - ox], channels, part)
+            repeat_channels(mask[y - oy, xa - ox : xb - ox], channels, part)
             mix(below[a:b], over, part, target[a:b])

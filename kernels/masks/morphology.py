@@ -131,10 +131,10 @@ def raise_to_four(a, b, c, d, out):
 
 
 @leaf
-def window_maxima(row, flip, level, radius, spare):
+def window_maxima(row, flip, level, radius):
     """Keys of `row` and their maxima over windows of 1, 2, 4, .. columns into int32 `level`.
 
-    level: [levels, W + 2 R]; columns past the picture count as lowest. spare: int32 [W + 2 R].
+    level: [levels, W + 2 R]; columns past the picture count as lowest.
     """
     width = row.shape[0]
     base = level[0]
@@ -147,20 +147,19 @@ def window_maxima(row, flip, level, radius, spare):
     for p in range(1, level.shape[0]):
         finer, coarser = level[p - 1], level[p]
         length = base.shape[0] - 2 * span + 1
-        larger(finer[:length], finer[span : span + length], spare[:length])
-        assign(spare[:length], coarser[:length])
+        larger(finer[:length], finer[span : span + length], coarser[:length])
         span *= 2
 
 
 @leaf
-def dilate_grey(image, heights, flip, ring, spare, out):
+def dilate_grey(image, heights, flip, ring, out):
     """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by `heights`; exact.
 
     image and out are float32 values seen as int32: integers in the same order take the same
     maxima, and LLVM turns a float maximum that updates its own row into branches.
     ring: scratch, int32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the
     rows in reach. Each output row takes, for every row offset, the maximum of two overlapping
-    power-of-two windows, of the rows above and below in one pass. spare: int32 [W + 2 R].
+    power-of-two windows, of the rows above and below in one pass.
     """
     height, width = image.shape
     radius = heights.shape[0] - 1
@@ -168,7 +167,7 @@ def dilate_grey(image, heights, flip, ring, spare, out):
     ready = 0
     for y in range(height):
         while ready < min(height, y + radius + 1):
-            window_maxima(image[ready], flip, ring[ready % slots], radius, spare)
+            window_maxima(image[ready], flip, ring[ready % slots], radius)
             ready += 1
         row = out[y]
         row[:] = LOWEST

@@ -235,10 +235,9 @@ def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch
         radius = len(plan.heights) - 1
         levels = (2 * radius + 1).bit_length()
         ring = scratch.plane("ring", (2 * radius + 1, levels, width + 2 * radius), np.int32)
-        spare = scratch.flat("spare", width + 2 * radius, np.int32)
         flip = np.int32(0 if s.grow > 0 else -1)
         source, target = value.view(np.int32), out.view(np.int32)
-        morphology.dilate_grey(source, plan.heights, flip, ring, spare, target)
+        morphology.dilate_grey(source, plan.heights, flip, ring, target)
     else:
         out[:] = value
     if s.feather:

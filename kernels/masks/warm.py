@@ -26,7 +26,7 @@ def rehearsals() -> list[Rehearsal]:
     """
     mask = np.zeros((1, 72, 80), np.float32)
     mask[:, 10:60, 10:60], mask[:, 30:40, 30:40] = 1, 0
-    soft, clip = mask * np.float32(0.5), np.repeat(mask, 2, axis=0)
+    soft, clip = mask * np.float32(0.75), np.repeat(mask, 2, axis=0)
     picture = np.zeros((1, 72, 80, 3), np.float32)
     labels = np.zeros((1, 72, 80), np.uint8)
     chains: list[dict] = [
