@@ -36,11 +36,15 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
     caches: list[StepCacheReport] = []
     model, cfg, notes = _prepared(model, job, caches)
     kernels = model.get_attachment(attention.KEY)
+    by_hand = model.get_attachment(step_cache_run.KEY)
+    earlier = None if by_hand is None else by_hand.report
     started = time.perf_counter()
     (result,) = comfy_nodes.common_ksampler(
         model, job.seed, job.steps, cfg, job.sampler, job.scheduler, positive, negative, latent,
         denoise=job.denoise,
     )  # fmt: skip
+    if not caches and by_hand is not None and by_hand.report is not earlier:
+        caches.append(by_hand.report)
     report = SamplerReport(
         job.preset,
         job.sampler,

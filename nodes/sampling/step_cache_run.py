@@ -39,9 +39,16 @@ class Options:
     max_skips: int = 3
 
 
+class LastRun:
+    """Hands the report of the latest run to whoever has the model; None before the first."""
+
+    def __init__(self) -> None:
+        self.report: StepCacheReport | None = None
+
+
 def apply(model: Any, options: Options, show: Callable[[StepCacheReport], None]) -> Any:
-    """A clone of the ModelPatcher `model` with the cache; `show` gets each run's report. A step
-    cache of this pack that is there already is replaced.
+    """A clone of the ModelPatcher `model` with the cache and, attached under KEY, a `LastRun`;
+    `show` gets each run's report. A step cache of this pack that is there already is replaced.
     """
     if options.start >= options.end:
         raise FrugalError(
@@ -50,8 +57,15 @@ def apply(model: Any, options: Options, show: Callable[[StepCacheReport], None])
             "lower the start or raise the end",
         )
     model = model.clone()
+    last = LastRun()
+
+    def report(found: StepCacheReport) -> None:
+        last.report = found
+        show(found)
+
+    model.set_attachments(KEY, last)
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _each_run(options, show))
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _each_run(options, report))
     return model
 
 
@@ -96,7 +110,7 @@ def _each_run(options: Options, show: Callable[[StepCacheReport], None]) -> Call
 def _conditions(cache: StepCache, executor, model, conds, x, timestep, model_options):
     """A CALC_COND_BATCH wrapper. x [B, C, ...]; timestep [B], sigmas."""
     options = model_options.get("transformer_options", {})
-    low, high = (float(value) for value in timestep.aminmax())
+    low, high = torch.stack(timestep.aminmax()).tolist()
     # A pass that writes keys and values into a cache of the model is no mere estimate; gradients
     # need the graph of every step; and one line cannot serve several noise levels.
     whole = "ar_state" in options or torch.is_grad_enabled() or low != high
