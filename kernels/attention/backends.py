@@ -31,7 +31,8 @@ class Backend:
     a head: up to max_width (0: any), a multiple of `multiple`, one of `widths` if given. gqa: takes
     fewer key heads than heads; else they are repeated first. package: import name that must be
     there. missing: a further question, answered with the reason. automatic: False is for kernels
-    that only a person should ask for. compiles: may stand in a graph of torch.compile.
+    that only a person should ask for. spare: tried where no other serves. compiles: may stand in a
+    graph of torch.compile.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Backend:
     distribution: str | None = None
     missing: Callable[[], str | None] | None = None
     automatic: bool = True
+    spare: bool = False
     compiles: bool = True
 
     def absent(self, device: str) -> str | None:
@@ -151,6 +153,7 @@ TORCH = Backend(
 CHUNKED = Backend(
     "chunked",
     eager.chunked,
+    spare=True,
     devices=(),
     dtypes=(),
     masks=ANY_MASK,
@@ -191,6 +194,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "torch-math",
         torch_sdpa.forced("MATH"),
+        spare=True,
         devices=(),
         dtypes=(),
         masks=ANY_MASK,

@@ -64,6 +64,7 @@ class Chooser:
         self.fresh: dict[str, Decision] = {}
         self.routes: dict[tuple[Call, bool], Route] = {}
         self.broken: dict[str, str] = {}
+        self.handed_on = 0
 
     def attend(
         self,
@@ -82,9 +83,10 @@ class Chooser:
         q (B, H, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv); mask of 2, 3 or 4 axes, bool (True:
         attend) or additive; scale: 1/sqrt(D) if None. lossy: this call bears 8-bit kernels.
         default: the caller's attention, a candidate of "auto" like the others. chained: another
-        override waits for what the named backend declines; else the fastest exact one takes it.
+        override is there. It may do more than attention, so only a kernel that was named goes
+        before it, and what that declines is handed on; else the fastest exact one takes it.
         """
-        if not belong(q, k, v):
+        if not belong(q, k, v) or (chained and self.choice == AUTO):
             return None
         call = describe(q, k, v, mask, lossy and self.allow_lossy, self.capability)
         scale = default_scale(call) if scale is None else float(scale)
@@ -104,6 +106,7 @@ class Chooser:
         last: Exception | None = None
         for name in route.names:
             if name in (DEFAULT, HANDED_ON):
+                self.handed_on += name == HANDED_ON
                 return None
             if name in self.broken:
                 continue
@@ -135,7 +138,12 @@ class Chooser:
         candidates = [c for c in self._candidates(exact, reasons) if c.name not in reasons]
         if default is not None and not chained:
             candidates.append(_as_backend(default))
-        decision, source = self._decide(exact, candidates, q, k, v, mask, scale)
+        first = [each for each in candidates if not each.spare]
+        decision, source = self._decide(exact, first, q, k, v, mask, scale)
+        if not decision.ranking:
+            reasons |= decision.refused
+            spare = [each for each in candidates if each.spare]
+            decision, source = self._decide(exact, spare, q, k, v, mask, scale, "spare")
         names = [name for name, _ in decision.ranking]
         # The rest has not been turned down for this call; it is there if the measured ones fail.
         names += [each.name for each in candidates if each.name not in (*names, *decision.refused)]

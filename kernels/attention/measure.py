@@ -22,6 +22,7 @@ HOPELESS = 1.5
 TRIAL_BYTES = 256 * 2**20
 # On a CPU a whole call may take minutes: work of one trial there.
 TRIAL_FLOPS = 4e9
+OUT_OF_MEMORY = torch.OutOfMemoryError.__name__
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Decision:
     ranking: tuple[tuple[str, float], ...]
     refused: dict[str, str] = field(default_factory=dict)
     scaled: bool = False
+
+    @property
+    def lasting(self) -> bool:
+        """False where memory ran out: there may be more of it next time."""
+        return not any(OUT_OF_MEMORY in why for why in self.refused.values())
 
 
 def measure(

@@ -40,8 +40,8 @@ def load(path: Path) -> dict[str, Decision]:
 
 
 def save(path: Path, fresh: dict[str, Decision]) -> None:
-    """Add `fresh` to the file. Raises OSError where the folder cannot be written."""
-    every = {**load(path), **fresh}
+    """Add what lasts of `fresh` to the file. Raises OSError where the folder cannot be written."""
+    every = {**load(path), **{key: each for key, each in fresh.items() if each.lasting}}
     entries = {
         key: {"ranking": list(map(list, d.ranking)), "refused": d.refused, "scaled": d.scaled}
         for key, d in sorted(every.items())

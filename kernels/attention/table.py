@@ -31,11 +31,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a run, busiest first. broken: kernels that failed in the middle of it."""
+    """The rows of a run, busiest first. broken: kernels that failed in the middle of it. handed_on:
+    calls that a named kernel left to an attention node before it.
+    """
 
     device: str
     rows: tuple[Row, ...]
     broken: dict[str, str]
+    handed_on: int = 0
 
     def json(self) -> str:
         return json.dumps(asdict(self))
@@ -43,7 +46,7 @@ class Table:
     def text(self) -> str:
         """One line per row, then the kernels that were turned down and why."""
         if not self.rows:
-            return "attention: no calls"
+            return "attention: no calls reached this node"
         lines = [f"attention on {self.device}"]
         lines += [_line(row) for row in self.rows]
         lines += [f"failed during the run: {name} {why}" for name, why in self.broken.items()]
@@ -61,7 +64,8 @@ def table(chooser: Chooser) -> Table:
     """What `chooser` saw and chose so far."""
     rows = [_row(chooser, route) for route in chooser.routes.values()]
     rows.sort(key=lambda row: -(row.ms or 0.0) * row.calls)
-    return Table(chooser.place.split(" | ")[0], tuple(rows), dict(chooser.broken))
+    device = chooser.place.split(" | ")[0]
+    return Table(device, tuple(rows), dict(chooser.broken), chooser.handed_on)
 
 
 def _row(chooser: Chooser, route: Route) -> Row:

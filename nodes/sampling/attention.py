@@ -6,6 +6,7 @@ the options of that run and goes with it. Choices that were measured are kept in
 
 from __future__ import annotations
 
+import functools
 import logging
 import uuid
 from collections.abc import Callable
@@ -60,8 +61,11 @@ def apply(
 
     choice: "auto" measures on the first call of a shape, or the name of a backend. allow_8bit: let
     8-bit kernels take part in long self-attention, from `start` to `end` of the schedule (0..1).
-    node_id: where the table is shown after a run. An override already on the model gets the calls
-    that a named kernel declines. Raises FrugalError if there is no such kernel on this machine.
+    node_id: where the table is shown after a run. Raises FrugalError if there is no such kernel on
+    this machine.
+
+    An override already on the model stays: it gets what a named kernel declines, and with "auto"
+    every call, each time with our attention in the place of ComfyUI's own.
     """
     kind = device_kind(torch.device(model.load_device))
     if choice != AUTO:
@@ -161,9 +165,9 @@ def allowed_steps(patcher: Any, sigmas: torch.Tensor, span: tuple[float, float])
 def make_override(token: str, earlier: Callable[..., Any] | None) -> Callable[..., Any]:
     """The override of one node; `earlier` is the one that was there before it."""
 
-    def override(
+    def ours(
         func, q, k, v, heads, mask=None, attn_precision=None,
-        skip_reshape=False, skip_output_reshape=False, **more,
+        skip_reshape=False, skip_output_reshape=False, chained=False, **more,
     ):  # fmt: skip
         out = None
         split = (q, k, v) if skip_reshape else split_heads(q, k, v, heads, more)
@@ -171,10 +175,7 @@ def make_override(token: str, earlier: Callable[..., Any] | None) -> Callable[..
             exact = attn_precision == torch.float32 or not more.get("low_precision_attention", True)
             options = more.get("transformer_options") or {}
             run = options.get(KEY, {}).get(token)
-            if run is None:
-                # Called outside a sampling run: nothing is measured, nothing is kept.
-                out = attention(*split, mask, more.get("scale"))
-            else:
+            if run is not None:
                 same = split[0].shape[2] == split[1].shape[2]
                 out = run.chooser.attend(
                     *split,
@@ -182,8 +183,11 @@ def make_override(token: str, earlier: Callable[..., Any] | None) -> Callable[..
                     more.get("scale"),
                     lossy=run.lossy and same and not exact,
                     default=as_run(func, attn_precision, more),
-                    chained=earlier is not None,
+                    chained=chained,
                 )
+            elif not chained:
+                # Called outside a sampling run: nothing is measured, nothing is kept.
+                out = attention(*split, mask, more.get("scale"))
         if out is not None:
             return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
         given = {
@@ -192,11 +196,11 @@ def make_override(token: str, earlier: Callable[..., Any] | None) -> Callable[..
             "skip_reshape": skip_reshape,
             "skip_output_reshape": skip_output_reshape,
         }
-        if earlier is not None:
-            return earlier(func, q, k, v, heads, **given, **more)
+        if chained:
+            return earlier(functools.partial(ours, func), q, k, v, heads, **given, **more)
         return func(q, k, v, heads, **given, **more)
 
-    return override
+    return ours if earlier is None else functools.partial(ours, chained=True)
 
 
 def split_heads(q, k, v, heads: int, more: dict[str, Any]):

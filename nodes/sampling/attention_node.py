@@ -28,8 +28,8 @@ class FrugalAttention(io.ComfyNode):
                     default=attention.AUTO,
                     tooltip=(
                         "auto: the fastest one that is right, by measurement. A named kernel "
-                        "computes what it can; the rest goes to an attention node before this one, "
-                        "else to the fastest exact kernel."
+                        "computes what it can, the fastest exact one the rest. An attention node "
+                        "before this one stays in force, see the help page."
                     ),
                 ),
                 io.Boolean.Input(

@@ -124,7 +124,7 @@ def test_an_exact_kernel_is_held_to_more():
 
 def test_what_the_named_kernel_declines_is_handed_on():
     chooser = Chooser(CPU, "eight", True, backends=(eight_bits(), TORCH))
-    assert chooser.attend(*tensors(), chained=True) is None
+    assert chooser.attend(*tensors(), chained=True) is None and chooser.handed_on == 1
     assert table(chooser).rows[0].backend == "handed on"
 
 
@@ -203,3 +203,42 @@ def test_unknown_or_absent_kernels_are_named():
     absent = Backend("none", TORCH.run, devices=(), package="no_such_package")
     with pytest.raises(FrugalError, match="none is not installed; expected"):
         Chooser(CPU, "none", backends=(absent, TORCH))
+
+
+def test_spare_kernels_wait():
+    spare, first = fake("spare", spare=True), fake("first")
+    chooser = Chooser(CPU, backends=(spare, first))
+    chooser.attend(*tensors())
+    assert spare.run.calls == 0 and table(chooser).rows[0].backend == "first"
+    bad = fake("bad", raises)
+    chooser = Chooser(CPU, backends=(spare, bad))
+    chooser.attend(*tensors())
+    row = table(chooser).rows[0]
+    assert row.backend == "spare" and "no kernel image" in row.refused["bad"]
+
+
+def no_memory(out):
+    raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+
+def test_want_of_memory_is_not_remembered(tmp_path):
+    path = tmp_path / "attention.json"
+    chooser = Chooser(CPU, backends=(fake("large", no_memory), TORCH))
+    chooser.attend(*tensors())
+    assert "tried to allocate" in table(chooser).rows[0].refused["large"]
+    remember.save(path, chooser.fresh)
+    assert remember.load(path) == {}
+
+
+def test_want_of_memory_in_a_run_is_no_verdict():
+    short = []
+    large = fake("large", lambda out: no_memory(out) if short else out)
+    chooser = Chooser(CPU, "large", backends=(large, TORCH))
+    q, k, v = tensors()
+    chooser.attend(q, k, v)
+    short.append(True)
+    assert off(chooser.attend(q, k, v), by_rows(q, k, v, None, 40**-0.5)) < 1e-6
+    short.clear()
+    calls = large.run.calls
+    chooser.attend(q, k, v)
+    assert large.run.calls == calls + 1 and not table(chooser).broken

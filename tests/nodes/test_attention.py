@@ -147,22 +147,41 @@ def test_two_stacked_overrides_both_run(backends):
     assert off(long, 1.02 * plain.double()) < 1e-5
     assert off(marked, plain.double()) < 1e-5 and torch.equal(marked, precise)
     assert off(short, core.optimized_attention(q, k[:, :257], v[:, :257], heads=2).double()) < 1e-6
-    assert {(r.call.k_len, tuple(r.names)) for r in run.chooser.routes.values()} == {
-        (1024, ("eight", "handed on")), (1024, ("handed on",)), (257, ("handed on",)),
-    }  # fmt: skip
+    handed = {(r.call.k_len, r.names[0]) for (_, c), r in run.chooser.routes.items() if c}
+    assert handed == {(1024, "eight"), (1024, "handed on"), (257, "handed on")}
+    # The first one's own call of ComfyUI's function comes back to our exact kernels.
+    rest = {r.call.k_len: r.calls for (_, c), r in run.chooser.routes.items() if not c}
+    assert rest == {1024: 2, 257: 1} and run.chooser.handed_on == 3
 
 
-def test_an_override_of_another_node_stays(tmp_path):
+def test_auto_does_not_drop_an_override_that_does_more(tmp_path):
+    """It gets every call and our kernels in the place of ComfyUI's; one with a kernel of its own
+    keeps it.
+    """
     model = wan(tmp_path)
-    other = model.clone()
+    other, seen = model.clone(), []
 
-    def theirs(func, *args, **kwargs):
-        raise AssertionError("auto serves every call of this model")
+    def halved(func, q, k, v, *args, **kwargs):
+        seen.append(q.shape)
+        return func(q, k, 0.5 * v, *args, **kwargs)
 
-    other.model_options["transformer_options"][attention.OVERRIDE] = theirs
+    other.model_options["transformer_options"][attention.OVERRIDE] = halved
+    want = sampled(other)
+    calls = len(seen)
+    patched = attention.apply(other)
+    assert off(sampled(patched), want.double()) < 1e-4 < off(sampled(model), want.double())
+    assert len(seen) >= 2 * calls and sum(row.calls for row in rows(patched)) == calls
+    assert other.model_options["transformer_options"][attention.OVERRIDE] is halved
+
+    def own_kernel(func, q, k, v, heads, **kwargs):
+        return core.attention_pytorch(q, k, v, heads, _inside_attn_wrapper=True)
+
+    other.model_options["transformer_options"][attention.OVERRIDE] = own_kernel
     patched = attention.apply(other)
     assert off(sampled(patched), sampled(model).double()) < 1e-4
-    assert other.model_options["transformer_options"][attention.OVERRIDE] is theirs
+    assert rows(patched) == ()
+    table = patched.get_attachment(attention.KEY).table
+    assert table.text() == "attention: no calls reached this node"
 
 
 # Whole models.
