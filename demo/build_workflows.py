@@ -22,6 +22,14 @@ from .layout import MODELS, WORKFLOWS
 from .mask_graph import GROUPS as MASK_GROUPS
 from .mask_graph import NOTE as MASK_NOTE
 from .mask_graph import masks_graph, write_inputs
+from .quantize_graph import (
+    CALIBRATE_GROUPS,
+    CALIBRATE_NOTE,
+    QUANTIZE_GROUPS,
+    QUANTIZE_NOTE,
+    calibrate_wan,
+    quantize_wan,
+)
 from .tiny_wan import build_demo_wan
 
 HUB = "https://huggingface.co"
@@ -343,6 +351,8 @@ def main() -> None:
         ("tryon_to_video_12gb", tryon_to_video(REAL, True), REAL_NOTE, GROUPS),
         ("tryon_batch", tryon_batch(DEMO), BATCH_NOTE, BATCH_GROUPS),
         ("masks", masks_graph(), MASK_NOTE, MASK_GROUPS),
+        ("quantize_wan", quantize_wan(), QUANTIZE_NOTE, QUANTIZE_GROUPS),
+        ("calibrate_wan", calibrate_wan(), CALIBRATE_NOTE, CALIBRATE_GROUPS),
     ):
         graph = build(info, nodes, [note], groups)
         path = WORKFLOWS / f"{name}.json"

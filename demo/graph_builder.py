@@ -13,6 +13,7 @@ WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 WIDTH = 340
 ROW, HEAD = 26, 46
 GAP, TITLE, MARGIN = 40, 30, 20
+MUTED = 2
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Node:
 
     column: nodes of a column stand under each other in the order given. size: [width, height] of
     the node in canvas units, for nodes that show a picture or text; else as its widgets need.
+    muted: the node does not run until its user wants it.
     """
 
     type: str
@@ -30,6 +32,7 @@ class Node:
     title: str = ""
     models: list[dict[str, str]] = field(default_factory=list)
     size: tuple[int, int] | None = None
+    muted: bool = False
 
 
 @dataclass
@@ -170,7 +173,7 @@ def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str,
         "size": list(node.size or (WIDTH, height)),
         "flags": {},
         "order": number - 1,
-        "mode": 0,
+        "mode": MUTED if node.muted else 0,
         "inputs": inputs,
         "outputs": outputs,
         **({"title": node.title} if node.title else {}),
