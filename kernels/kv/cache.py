@@ -94,7 +94,7 @@ class VideoCache:
         self._block: list[Kept] = []
         self._pending: dict[int, Stream] | None = None
         self._written: set[tuple[int, int]] = set()
-        weakref.finalize(self, _drop_all, self.pool, self.streams).atexit = False
+        weakref.finalize(self, _let_go, self.pool, self.streams).atexit = False
 
     @property
     def _make(self):
@@ -343,3 +343,7 @@ def _drop_all(pool: PagePool[Page], streams: dict[int, Stream]) -> None:
         for pages in stream.values():
             pool.drop(pages)
     streams.clear()
+
+
+def _let_go(pool: PagePool[Page], streams: dict[int, Stream]) -> None:
+    pool.drop_later(page for s in streams.values() for pages in s.values() for page in pages)

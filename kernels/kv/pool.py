@@ -7,7 +7,9 @@ given back serves the next that asks: there is no fragmentation to manage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Generic, TypeVar
 
@@ -32,6 +34,8 @@ class PagePool(Generic[T]):
         self._away: set[int] = set()
         self._free: list[T] = []
         self._next = 0
+        self._later: deque[list[int]] = deque()
+        self._busy = 0
         self._lock = RLock()
 
     def require(self, count: int) -> None:
@@ -51,8 +55,8 @@ class PagePool(Generic[T]):
         """Numbers of `count` pages with one holder each; all or, on FrugalError (budget) or a
         failing `make`, none.
         """
-        with self._lock:
-            self.require(len(self._contents) - len(self._away) + count)
+        with self._exclusive():
+            self.require(self._here() + count)
             found: list[T] = []
             try:
                 for _ in range(count):
@@ -71,10 +75,11 @@ class PagePool(Generic[T]):
         """Numbers of written pages with these contents, one holder each. away: as after
         `send_away`. Raises FrugalError if they are not and the budget has no room.
         """
-        with self._lock:
+        with self._exclusive():
             found = list(contents)
             if not away:
-                self.require(len(self._contents) - len(self._away) + len(found))
+                self.require(self._here() + len(found))
+                self.trim()
             pages = tuple(range(self._next, self._next + len(found)))
             self._next += len(found)
             self._contents.update(zip(pages, found, strict=True))
@@ -86,7 +91,7 @@ class PagePool(Generic[T]):
 
     def share(self, pages: Iterable[int]) -> None:
         """One holder more for each page. Raises KeyError, changing nothing, for one not in use."""
-        with self._lock:
+        with self._exclusive():
             pages = self._known(pages)
             for page in pages:
                 self._holders[page] += 1
@@ -95,27 +100,26 @@ class PagePool(Generic[T]):
         """One holder less; without any a page is free. Raises KeyError, changing nothing, for a
         page given back more often than it was taken and shared.
         """
-        with self._lock:
-            pages = self._known(pages)
-            for page in set(pages):
-                if pages.count(page) > self._holders[page]:
-                    raise KeyError(f"page {page} is given back twice")
-            for page in pages:
-                self._holders[page] -= 1
-                if not self._holders[page]:
-                    del self._holders[page]
-                    self._sealed.discard(page)
-                    content = self._contents.pop(page)
-                    if page in self._away:
-                        self._away.remove(page)
-                    else:
-                        self._free.append(content)
+        with self._exclusive():
+            self._drop(self._known(pages))
+
+    def drop_later(self, pages: Iterable[int]) -> None:
+        """`drop`, at once or as soon as the pool's work of the moment is done: for finalizers,
+        which may run in the middle of it.
+        """
+        self._later.append(list(pages))
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._busy:
+                    self._settle()
+            finally:
+                self._lock.release()
 
     def write(self, page: int, put: Callable[[T], None]) -> None:
         """Fill a page by `put(content)`, once. Raises KeyError for a page that is written or
         shared.
         """
-        with self._lock:
+        with self._exclusive():
             self._known([page])
             if page in self._sealed or self._holders[page] > 1:
                 raise KeyError(f"page {page} is written already")
@@ -123,12 +127,12 @@ class PagePool(Generic[T]):
             self._sealed.add(page)
 
     def read(self, page: int) -> T:
-        with self._lock:
+        with self._exclusive():
             return self._contents[page]
 
     def trim(self) -> int:
         """Let go of the free pages; returns bytes."""
-        with self._lock:
+        with self._exclusive():
             size = len(self._free) * self.page_bytes
             self._free.clear()
             return size
@@ -137,7 +141,7 @@ class PagePool(Generic[T]):
         """Replace the content of every page by `move(content)`, all or (on an exception) none. Such
         pages count against no budget and serve nobody else when they are dropped.
         """
-        with self._lock:
+        with self._exclusive():
             moved = {
                 page: move(self._contents[page]) for page in self._contents.keys() - self._away
             }
@@ -149,32 +153,72 @@ class PagePool(Generic[T]):
         """The way back for those of `pages` that are away, all or none. Raises FrugalError if the
         budget has no room for them.
         """
-        with self._lock:
+        with self._exclusive():
             wanted = self._away.intersection(self._known(pages))
-            self.require(len(self._contents) - len(self._away) + len(wanted))
+            self.require(self._here() + len(wanted))
+            self.trim()
             moved = {page: move(self._contents[page]) for page in wanted}
             self._contents.update(moved)
             self._away -= wanted
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def holders(self, page: int) -> int:
-        with self._lock:
+        with self._exclusive():
             return self._holders.get(page, 0)
 
     @property
     def used_bytes(self) -> int:
         """Pages in use that are not away."""
-        return (len(self._contents) - len(self._away)) * self.page_bytes
+        with self._exclusive():
+            return self._here() * self.page_bytes
 
     @property
     def away_bytes(self) -> int:
-        return len(self._away) * self.page_bytes
+        with self._exclusive():
+            return len(self._away) * self.page_bytes
 
     @property
     def held_bytes(self) -> int:
         """Used and free pages."""
-        with self._lock:
+        with self._exclusive():
             return self.used_bytes + len(self._free) * self.page_bytes
+
+    def _here(self) -> int:
+        return len(self._contents) - len(self._away)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._lock:
+            if not self._busy:
+                self._settle()
+            self._busy += 1
+            try:
+                yield
+            finally:
+                self._busy -= 1
+
+    def _settle(self) -> None:
+        self._busy += 1
+        try:
+            while self._later:
+                self._drop(self._known(self._later.popleft()))
+        finally:
+            self._busy -= 1
+
+    def _drop(self, pages: list[int]) -> None:
+        for page, count in Counter(pages).items():
+            if count > self._holders[page]:
+                raise KeyError(f"page {page} is given back twice")
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                del self._holders[page]
+                self._sealed.discard(page)
+                content = self._contents.pop(page)
+                if page in self._away:
+                    self._away.remove(page)
+                else:
+                    self._free.append(content)
 
     def _known(self, pages: Iterable[int]) -> list[int]:
         pages = list(pages)

@@ -210,11 +210,13 @@ def test_away_pages_are_another_memory():
     with pytest.raises(FrugalError):
         pool.fetch(first, lambda content: content)
     assert (pool.used_bytes, pool.away_bytes) == (2 * SIZE, 3 * SIZE)
+    pool.drop(third[:1])
     pool.fetch(second, lambda content: before[second[0]])
+    assert pool.held_bytes == pool.used_bytes == 2 * SIZE
     assert pool.read(second[0]) is before[second[0]]
-    pool.drop(first + second + third)
-    # What was away serves nobody: only the three pages that were here are free.
-    assert (pool.used_bytes, pool.away_bytes, pool.held_bytes) == (0, 0, 3 * SIZE)
+    pool.drop(first + second + third[1:])
+    # What was away serves nobody: only the two pages that were here are free.
+    assert (pool.used_bytes, pool.away_bytes, pool.held_bytes) == (0, 0, 2 * SIZE)
 
 
 def test_a_failing_move_changes_no_page():
@@ -233,3 +235,24 @@ def test_a_failing_move_changes_no_page():
         pool.send_away(move)
     assert [pool.read(page) for page in pages] == before
     assert (pool.used_bytes, pool.away_bytes) == (3 * SIZE, 0)
+
+
+def test_a_finalizer_in_the_middle_of_the_pools_work():
+    pool = PagePool(SIZE, Content)
+    lost, kept = pool.take(2), pool.take(1)
+    pool.drop_later(lost[:1])
+    assert pool.used_bytes == 2 * SIZE
+
+    done = []
+
+    def move(content):
+        if not done:
+            pool.drop_later(lost[1:])
+            done.append(pool.holders(lost[1]))
+        return Content()
+
+    pool.send_away(move)
+    # Not in the middle, where pages were being counted, but as soon as it was over.
+    assert done == [1]
+    assert [pool.holders(page) for page in (*lost, *kept)] == [0, 0, 1]
+    assert pool.away_bytes == SIZE
