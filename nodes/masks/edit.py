@@ -50,6 +50,8 @@ class FrugalMaskGrow(io.ComfyNode):
             ),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(cls, mask, grow, grow_shape) -> io.NodeOutput:
         chosen = RefineSettings(threshold=0, grow=grow, grow_shape=grow_shape)
@@ -83,6 +85,8 @@ class FrugalMaskFeather(io.ComfyNode):
             **known(io.Schema, search_aliases=["blur mask", "soft edge", "mask blur"]),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(cls, mask, feather, feather_mode, threshold) -> io.NodeOutput:
         chosen = RefineSettings(threshold=threshold, feather=feather, feather_mode=feather_mode)
@@ -102,7 +106,14 @@ class FrugalMaskClean(io.ComfyNode):
                 io.Mask.Input("mask", tooltip=ports.MASK),
                 *ports.regions(fill_holes=-1, drop_islands=64),
             ],
-            outputs=[io.Mask.Output("cleaned", display_name="mask", tooltip="The clean mask.")],
+            outputs=[
+                io.Mask.Output("cleaned", display_name="mask", tooltip="The clean mask."),
+                io.Int.Output(
+                    "regions",
+                    display_name="regions",
+                    tooltip="Number of regions left, of all frames together.",
+                ),
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             **known(
@@ -111,10 +122,14 @@ class FrugalMaskClean(io.ComfyNode):
             ),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(cls, mask, **changes) -> io.NodeOutput:
-        chosen = RefineSettings(threshold=0, **changes)
-        return edited(cls, mask, lambda array, step: refine(array, chosen, step))
+        show_text(cls.hidden.unique_id, glue.PREPARING)
+        made, count, text = glue.clean_mask(mask, RefineSettings(threshold=0, **changes))
+        show_text(cls.hidden.unique_id, text)
+        return io.NodeOutput(made, count, ui=ports.preview(made))
 
 
 class FrugalMaskHull(io.ComfyNode):
@@ -152,6 +167,8 @@ class FrugalMaskHull(io.ComfyNode):
             **known(io.Schema, search_aliases=["convex hull", "close mask", "closing"]),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(cls, mask, mode, radius, threshold) -> io.NodeOutput:
         return edited(
@@ -187,6 +204,8 @@ class FrugalMaskTemporal(io.ComfyNode):
             is_output_node=True,
             **known(io.Schema, search_aliases=["mask flicker", "stabilize mask", "temporal"]),
         )
+
+    validate_inputs = classmethod(ports.warmed)
 
     @classmethod
     def execute(cls, mask, mode, strength) -> io.NodeOutput:

@@ -12,7 +12,7 @@ import torch
 from ...kernels.errors import FrugalError
 from ...kernels.masks import agnostic, driver
 from ...kernels.masks import labels as label_maps
-from ...kernels.masks.refine import RefineSettings, bbox, invert, refine
+from ...kernels.masks.refine import RefineSettings, bbox, invert, refine, regions
 
 PREVIEWS = 4
 PREPARING = "preparing: the first use after an install compiles for some seconds"
@@ -61,6 +61,17 @@ def edit_mask(
     array = to_array(mask)
     made, line = measured(lambda progress: work(array, progress))
     return to_tensor(made, mask), line
+
+
+def clean_mask(mask: torch.Tensor, settings: RefineSettings) -> tuple[torch.Tensor, int, str]:
+    """Cleaned mask (float32 [B, H, W] on the device of `mask`), number of regions left in all its
+    frames, a text line with that number frame by frame.
+    """
+    array = to_array(mask)
+    made, line = measured(lambda progress: refine(array, settings, progress))
+    found = regions(made)
+    shown = " ".join(str(count) for count in found[:16]) + (" ..." if len(found) > 16 else "")
+    return to_tensor(made, mask), int(found.sum()), f"{line}\nregions: {shown}"
 
 
 def refine_mask(

@@ -97,6 +97,8 @@ class FrugalMaskRefine(io.ComfyNode):
             ),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(cls, mask, **settings) -> io.NodeOutput:
         chosen = RefineSettings(**settings)

@@ -130,6 +130,8 @@ class FrugalClothMask(io.ComfyNode):
             ),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(
         cls, part, hull, radius, dilate, blur, densepose=None, lip=None, atr=None

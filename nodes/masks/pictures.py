@@ -59,6 +59,8 @@ class FrugalMaskComposite(io.ComfyNode):
             **known(io.Schema, search_aliases=["blend", "paste", "overlay", "image composite"]),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(cls, destination, source, mask, x, y) -> io.NodeOutput:
         under, over = glue.to_array(destination, "image"), glue.to_array(source, "image")
@@ -131,6 +133,8 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
             **known(io.Schema, search_aliases=["crop and stitch", "bbox crop", "inpaint crop"]),
         )
 
+    validate_inputs = classmethod(ports.warmed)
+
     @classmethod
     def execute(cls, image, mask, context, multiple_of, mode, smoothing) -> io.NodeOutput:
         show_text(cls.hidden.unique_id, glue.PREPARING)
@@ -172,6 +176,8 @@ class FrugalMaskBBoxUncrop(io.ComfyNode):
             is_output_node=True,
             **known(io.Schema, search_aliases=["stitch", "paste back", "bbox uncrop"]),
         )
+
+    validate_inputs = classmethod(ports.warmed)
 
     @classmethod
     def execute(cls, destination, cropped, window, mask=None) -> io.NodeOutput:

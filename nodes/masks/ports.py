@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
+from ...kernels.masks import warm
 from ...kernels.masks.settings import FEATHERS, MAX_FEATHER, MAX_RADIUS, MAX_REGIONS, SHAPES
 from .._comfy import CATEGORY
 from . import glue
@@ -11,6 +12,14 @@ from . import glue
 FAMILY = f"{CATEGORY}/masks"
 MAX_AREA = 2**31 - 1
 MASK = "One mask or a clip of masks; it is not changed."
+
+
+def warmed(cls) -> bool:
+    """For a node's `validate_inputs`: refuses nothing, but a graph with the node has been queued,
+    so the kernels may begin to compile while the nodes before it run.
+    """
+    warm.start()
+    return True
 
 
 def preview(mask):

@@ -122,6 +122,17 @@ def test_keep_largest_keeps_the_largest(backend, picture, keep):
 
 @backends
 @few
+@given(picture=pictures(), level=st.sampled_from([0.0, 0.5, 0.9]))
+def test_regions_are_counted_as_scipy_labels_them(backend, picture, level):
+    frames = np.stack([picture, np.zeros_like(picture), np.ones_like(picture)])
+    expected = [ndimage.label(frame > level, np.ones((3, 3)))[1] for frame in frames]
+    assert expected[1:] == [0, 1]
+    found = driver.run_count(frames, level, use_numba=backend == "numba")
+    assert found.tolist() == expected
+
+
+@backends
+@few
 @given(picture=pictures(), radius=st.sampled_from([1, 2, 5, 16, 63, 64, 65, 130]))
 def test_disk_is_the_exact_euclidean_distance(backend, picture, radius):
     bits = picture > 0.5

@@ -86,6 +86,26 @@ def test_grow_keeps_grey_and_equals_core():
             assert torch.equal(ours[1], 1 - core)
 
 
+def test_clean_counts_what_is_left(shown):
+    mask = torch.zeros(2, 40, 40)
+    mask[0, 2:12, 2:12], mask[0, 20:30, 20:30], mask[0, 35, 5] = 1, 0.5, 1
+    mask[1, 5:15, 5:15] = 1
+    cleaned, count = run("FrugalMaskClean", mask=mask).args
+    assert count == 3 and "regions: 2 1" in shown[-1]
+    assert cleaned[0, 35, 5] == 0 and cleaned[0, 25, 25] == 0.5
+    assert run("FrugalMaskClean", mask=mask, drop_islands=0).args[1] == 4
+
+
+def test_queueing_a_mask_node_starts_the_warm_up(monkeypatch):
+    started = []
+    monkeypatch.setattr("frugal.kernels.masks.warm.start", lambda: started.append(1))
+    without = [i for i, node in BY_ID.items() if "validate_inputs" not in vars(node)]
+    assert without == ["FrugalMaskFromLabels"], "it runs no kernel"
+    for node_id in BY_ID.keys() - set(without):
+        assert BY_ID[node_id].validate_inputs() is True
+    assert len(started) == len(BY_ID) - 1
+
+
 def test_temporal_offers_no_off_and_smooths():
     modes = BY_ID["FrugalMaskTemporal"].define_schema().inputs[1].options
     assert "off" not in modes and len(modes) == 5
