@@ -9,13 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from frugal.kernels.masks import _jit, driver
-from frugal.kernels.masks.refine import RefineSettings, refine
+from frugal.kernels.masks.agnostic import AgnosticSettings, agnostic_mask
+from frugal.kernels.masks.pictures import composite, crop, uncrop, window
+from frugal.kernels.masks.refine import RefineSettings, hull, refine
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = dict(fill_holes=30, drop_islands=5, grow=4, feather=6.0, feather_mode="ramp_center")
@@ -168,21 +173,44 @@ def test_bits_past_the_picture_stay_clear(height, grow):
     assert not past.any()
 
 
-def test_four_callers_at_once_for_some_seconds():
-    clip = np.random.default_rng(1).random((3, 200, 150), np.float32)
+def operations() -> list[Callable[[], np.ndarray]]:
+    """One call of every kind, each on its own inputs and on two threads of its own."""
+    rng = np.random.default_rng(1)
+    clip = ndimage.gaussian_filter(rng.random((3, 200, 150), np.float32), (0, 5, 5))
+    clip = (clip - clip.min()) / np.float32(np.ptp(clip))
     kinds = [
         CHOSEN,
         dict(grow=-3, feather=9.0, feather_mode="gaussian", temporal="ema"),
         dict(threshold=0.0, grow=2, feather=3.0, feather_mode="gaussian"),
         dict(fill_holes=-1, keep_largest=2, feather=30.0),
     ]
-    want = [refine(clip, RefineSettings(**kind), threads=1) for kind in kinds]
-    failures, rounds, stop = [], [0] * 4, time.monotonic() + 4
+    below, above = rng.random((2, 3, 200, 150, 3), np.float32)
+    maps = rng.integers(0, 18, (3, 3, 50, 40), np.uint8).repeat(4, 2).repeat(4, 3)
+    where = window((clip > 0.95).astype(np.float32), context=1.1, smoothing=2.0)
+    return [
+        *(partial(refine, clip, RefineSettings(**kind), threads=2) for kind in kinds),
+        partial(composite, below, above, clip, 3, 5, threads=2),
+        lambda: uncrop(below, crop(above, where, "edge"), where, threads=2),
+        partial(agnostic_mask, *maps, AgnosticSettings("upper"), threads=2),
+        partial(hull, clip, "per_region", threshold=0.9, threads=2),
+    ]
+
+
+def test_four_callers_at_once():
+    """For a few seconds, or as many as FRUGAL_CALLERS_SECONDS says."""
+    calls = operations()
+    want = [call() for call in calls]
+    assert all(made.std() > 0 for made in want)
+    failures, rounds = [], [0] * 4
+    stop = time.monotonic() + float(os.environ.get("FRUGAL_CALLERS_SECONDS", "4"))
 
     def caller(n: int) -> None:
-        while time.monotonic() < stop and not failures:
-            if not np.array_equal(refine(clip, RefineSettings(**kinds[n]), threads=2), want[n]):
-                failures.append(n)
+        """Starts at another operation than the others, so that all kinds meet all kinds."""
+        while (time.monotonic() < stop or rounds[n] < 2) and not failures:
+            for k in range(len(calls)):
+                at = (2 * n + k) % len(calls)
+                if not np.array_equal(calls[at](), want[at]):
+                    failures.append((n, at))
             rounds[n] += 1
 
     callers = [threading.Thread(target=caller, args=(n,)) for n in range(4)]
@@ -191,4 +219,4 @@ def test_four_callers_at_once_for_some_seconds():
     for thread in callers:
         thread.join()
     assert not failures
-    assert min(rounds) > 3
+    assert min(rounds) >= 2
