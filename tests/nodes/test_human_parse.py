@@ -18,30 +18,10 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.masks.labels import ATR, decode
 from frugal.kernels.tryon.parsing import FASHN
 from frugal.nodes.tryon import parse, parser_glue
+from frugal.tests.bed.parsers import save_parser
 
-TINY = {
-    "num_encoder_blocks": 4, "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16],
-    "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16, "sr_ratios": [8, 4, 2, 1],
-}  # fmt: skip
 # Not ATR's own order, so that a node which trusted numbers would be found out.
 NAMES = [ATR[(7 * i + 2) % len(ATR)] for i in range(len(ATR))]
-
-
-def save_parser(folder, names):
-    """A tiny network with random weights, as transformers saves it."""
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-    torch.manual_seed(0)
-    config = SegformerConfig(**TINY, id2label=dict(enumerate(names)))
-    network = SegformerForSemanticSegmentation(config).eval()
-    network.save_pretrained(folder)
-    settings = {
-        "size": {"height": 64, "width": 48},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.2] * 3,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return network
 
 
 @pytest.fixture
@@ -113,9 +93,7 @@ def fashn_class(request, monkeypatch):
 
 
 @torch.no_grad()
-def test_fashn_models_are_read_by_the_package_where_there_is_one(
-    parsers, fashn_class, monkeypatch
-):
+def test_fashn_models_are_read_by_the_package_where_there_is_one(parsers, fashn_class, monkeypatch):
     folder, _ = parsers
     names = list(FASHN)[::-1]
     save_parser(folder / "fashn", names)
