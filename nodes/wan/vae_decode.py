@@ -17,7 +17,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.video.latent_file import SUFFIX, write_latent
 from ...kernels.video.writer import FORMATS, VideoWriter
-from .vae_halves import decoder_of, on_device, output_dtype, wan_decoder
+from .vae_halves import decoder_of, on_device, wan_decoder
 from .vae_stream import VaeStream
 
 KEPT = "frugal_undecoded"
@@ -57,15 +57,13 @@ class Decoding:
         for call in half.cadence.calls:
             comfy.model_management.throw_exception_if_processing_interrupted()
             made = stream.feed(inner[:, :, call.start : call.stop], call)
-            # In the order of ComfyUI's own decode: type first, then the range.
-            pixels = vae.process_output(made.to(output_dtype(vae)))[0].movedim(0, -1)
+            pixels = half.seen(made)[0].movedim(0, -1)
             self.done += pixels.shape[0]
             yield pixels
             self.bar.update_absolute(self.done, None, ("JPEG", _picture(pixels[-1]), PREVIEW_SIDE))
         self.state = stream.state_bytes()
         self.notes += stream.notes
-        if len(stream.tiles) > 1:
-            self.notes.append(_seams(stream))
+        self.notes += stream.seams("the first frame", "of a range of 1")
 
     def images(self) -> torch.Tensor:
         """All frames of all clips, [B * T, H, W, 3], in one tensor made once."""
@@ -187,14 +185,3 @@ def _bytes(pixels: torch.Tensor) -> np.ndarray:
 
 def _picture(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(_bytes(pixels))
-
-
-def _seams(stream: VaeStream) -> str:
-    if stream.difference is None:
-        return "tiles: the first frame does not fit in one piece, so the seams are not measured"
-    # The decoder's range is -1 to 1, a picture's 0 to 1.
-    largest, mean = (value / 2 for value in stream.difference)
-    return (
-        f"{len(stream.tiles)} tiles change the first frame by at most {largest:.4f}, on average "
-        f"{mean:.5f}, of a range of 1"
-    )

@@ -13,7 +13,7 @@ from comfy_api.v0_0_2 import InputImpl
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.video import reader
-from .vae_halves import encoder_of, on_device, output_dtype, wan_encoder
+from .vae_halves import encoder_of, wan_encoder
 from .vae_stream import VaeStream
 
 
@@ -56,9 +56,7 @@ def encode(
         if made is not None:
             parts.append(made)
         bar.update_absolute(call.stop)
-    with on_device(vae):
-        inner = torch.cat(parts, 2).to(vae.device)
-        samples = half.around(inner).to(vae.output_device).to(output_dtype(vae))
+    samples = half.seen(torch.cat(parts, 2))
     lines = [
         f"encoded {half.cadence.used} frames {columns * scale} x {rows * scale} to "
         f"{samples.shape[2]} latents, in {len(half.cadence.calls)} pieces",
@@ -77,13 +75,7 @@ def _notes(stream: VaeStream, count: int, height: int, width: int) -> list[str]:
     kept = stream.width * half.scale, stream.height * half.scale
     if kept != (width, height):
         notes.append(f"frames {width} x {height} are cropped at the centre")
-    if len(stream.tiles) > 1 and stream.difference:
-        largest, mean = stream.difference
-        notes.append(
-            f"{len(stream.tiles)} tiles change the first latent by at most {largest:.4f}, on "
-            f"average {mean:.5f}"
-        )
-    return notes
+    return notes + stream.seams("the first latent", "where latents are about 1")
 
 
 def _of_file(video: Any) -> tuple[int, int, int]:

@@ -27,13 +27,14 @@ class Half:
     run(piece [1, C, t, H, W] on the device, state, call) -> a tensor of the same kind, or None
     where the network waits for more; it replaces the entries of `state` and changes no tensor.
     around: the pointwise convolution before (decoder) or behind (encoder) the network, for all
-    frames at once. memory: bytes that ComfyUI reckons for this size. scale: pixels per latent
-    pixel.
+    frames at once. seen: what the user gets of a piece that `run` returned, as pixels from 0 to 1
+    or as latents. memory: bytes that ComfyUI reckons for this size. scale: pixels per latent pixel.
     """
 
     cadence: Cadence
     run: Callable[[torch.Tensor, Any, Call], torch.Tensor | None]
     around: Callable[[torch.Tensor], torch.Tensor]
+    seen: Callable[[torch.Tensor], torch.Tensor]
     memory: int
     scale: int
 
@@ -53,9 +54,14 @@ def decoder_of(vae: Any, frames: int, height: int, width: int) -> Half:
         made = model.decoder(piece, feat_cache=state, feat_idx=[0], **call.flags)
         return unfold(torch.cat(made, 2) if isinstance(made, list) else made)
 
+    def seen(piece: torch.Tensor) -> torch.Tensor:
+        # Newer ComfyUI changes the range in place, in the type of its result.
+        return vae.process_output(piece.to(output_dtype(vae), copy=True))
+
     shape = (1, vae.latent_channels, min(frames, ENOUGH_FRAMES), height, width)
     memory = vae.memory_used_decode(shape, vae.vae_dtype)
-    return Half(cadence, run, model.conv2, int(memory), vae.spacial_compression_decode())
+    scale = vae.spacial_compression_decode()
+    return Half(cadence, run, model.conv2, seen, int(memory), scale)
 
 
 def encoder_of(vae: Any, frames: int, height: int, width: int) -> Half:
@@ -71,9 +77,14 @@ def encoder_of(vae: Any, frames: int, height: int, width: int) -> Half:
     def around(x: torch.Tensor) -> torch.Tensor:
         return model.conv1(x).chunk(2, dim=1)[0]
 
+    def seen(piece: torch.Tensor) -> torch.Tensor:
+        with on_device(vae):
+            latents = around(piece.to(vae.device)).to(vae.output_device)
+        return latents.to(output_dtype(vae))
+
     shape = (1, 3, min(frames, ENOUGH_FRAMES), height * scale, width * scale)
     memory = vae.memory_used_encode(shape, vae.vae_dtype)
-    return Half(cadence, run, around, int(memory), scale)
+    return Half(cadence, run, around, seen, int(memory), scale)
 
 
 def wan_decoder(vae: Any) -> Any:

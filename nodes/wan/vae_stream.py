@@ -28,9 +28,7 @@ class VaeStream:
     """The state of one clip. height, width: of the whole, in latent pixels. tile: side of the tiles
     in latent pixels, 0 for none; overlap: what neighbours share at least.
 
-    notes: what was done about memory, in words. difference: largest and mean absolute difference of
-    the first piece in tiles from the first piece in one, None if there are no tiles or it did not
-    fit.
+    notes: what was done about memory, in words.
     """
 
     def __init__(
@@ -42,6 +40,7 @@ class VaeStream:
         self.states = [half.fresh_state() for _ in self.tiles]
         self.parked = len(self.tiles) > 1
         self.notes: list[str] = []
+        self.asked = len(self.tiles)
         self.difference: tuple[float, float] | None = None
 
     def load(self) -> None:
@@ -79,6 +78,16 @@ class VaeStream:
         kept = [entry for state in self.states for entry in state or ()]
         return sum(entry.nbytes for entry in kept if isinstance(entry, torch.Tensor))
 
+    def seams(self, what: str, unit: str) -> list[str]:
+        """A note on what the tiles that were asked for change in the first piece, called `what`."""
+        if self.asked == 1:
+            return []
+        if self.difference is None:
+            return [f"{self.asked} tiles: {what} does not fit in one, the seams are not measured"]
+        largest, mean = self.difference
+        change = f"by at most {largest:.4f}, on average {mean:.5f}"
+        return [f"{self.asked} tiles change {what} {change}, {unit}"]
+
     def _run(
         self, piece: torch.Tensor, call: Call, tiles: list[Tile], states: list[Any]
     ) -> tuple[torch.Tensor | None, list[Any]]:
@@ -109,7 +118,7 @@ class VaeStream:
         if exact is None:
             comfy.model_management.soft_empty_cache()
             return
-        off = (made.float() - exact.float()).abs()
+        off = (self.half.seen(made).float() - self.half.seen(exact).float()).abs()
         self.difference = float(off.max()), float(off.mean())
 
     def _make_room(self, call: Call) -> None:
@@ -141,16 +150,11 @@ class VaeStream:
                 f"{megabytes(self.half.memory)} for a whole piece, by ComfyUI's estimate",
                 "close other programs that use the card",
             )
-        states = self.states
-        if states[0] is not None:
-            whole = [
-                self._joined([state[slot] for state in states])
-                for slot in range(self.half.cadence.slots)
-            ]
-            finer = grid(self.height, self.width, tile, shared)
+        finer = grid(self.height, self.width, tile, shared)
+        if self.half.cadence.slots:
+            whole = [self._joined(list(slot)) for slot in zip(*self.states, strict=True)]
             self.states = [[self._cut(entry, each) for entry in whole] for each in finer]
         else:
-            finer = grid(self.height, self.width, tile, shared)
             self.states = [None for _ in finer]
         self.tiles, self.tile, self.overlap = finer, tile, shared
 

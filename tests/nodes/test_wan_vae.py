@@ -203,7 +203,7 @@ def test_out_of_memory_twice_goes_on_in_tiles(vae, monkeypatch):
         # The second piece fails whole, then whole with the state parked.
         Failing(patch, vae.first_stage_model.decoder, [2, 3])
         images, report = decode(vae, given)
-    assert "went on in 2 tiles of 64 x 32 pixels" in report
+    assert "went on in 3 tiles of 64 x 32 pixels" in report and report.count("note:") == 2
     assert torch.equal(images[:1], expected[:1])
     off = (images - expected).abs()
     # Not the same, but the same picture: a state lost or put in the wrong place would show.
@@ -237,11 +237,11 @@ def test_two_tiles_are_two_whole_decodes_blended(vae):
         blended = torch.cat([left[..., :32], middle, right[..., 32:]], -1)
         expected = vae.process_output(blended)[0].movedim(0, -1)
     assert (images - expected).abs().max() < 1e-5
-    # What the report says is what can be seen in the first frame, before it is clamped to 0..1.
+    # What the report says is what can be seen in the first frame.
     off = (images[0] - whole(vae, given)[0]).abs()
     [largest, mean] = re.search(r"at most ([\d.]+), on average ([\d.]+), of", report).groups()
-    assert 0.01 < float(off.max()) <= float(largest) + 1e-4
-    assert 0.5 * float(mean) < float(off.mean()) <= float(mean) + 1e-5
+    assert off.max() > 0.01 and float(off.max()) == pytest.approx(float(largest), abs=1e-4)
+    assert float(off.mean()) == pytest.approx(float(mean), abs=1e-5)
 
 
 def test_tiles_of_encode_report_their_difference(vae):
@@ -250,7 +250,7 @@ def test_tiles_of_encode_report_their_difference(vae):
     with torch.inference_mode():
         off = (samples - vae.encode(images))[:, :, :1].abs().max()
     largest = re.search(r"2 tiles change the first latent by at most ([\d.]+)", report)[1]
-    assert 0 < off == pytest.approx(float(largest), abs=1e-4)
+    assert off > 1e-3 and float(off) == pytest.approx(float(largest), abs=1e-4)
 
 
 def test_a_tile_that_covers_all_is_exact(vae):
