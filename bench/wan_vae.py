@@ -3,12 +3,12 @@
 `python bench/wan_vae.py RESULTS.json TREE [TREE ...]`. The VAE has the structure of Wan 2.1's and
 few channels, with seeded weights; it runs on the CPU.
 
-equal: of clips of one latent pixel (8 x 8), 1 to 41 latents long in fp32 and eleven lengths of these in
-bf16, how many are ComfyUI's own to the bit. rows: one fresh process each, 32 x 32 pixels, fp32.
-Memory is RssAnon, pages that belong to the process, seen every 5 ms, above what it was after a clip
-of 5 latents; the allocator is told to return freed memory at once. who: 'core' is VAE.decode,
-'images' FrugalWanDecode, 'file' FrugalWanDecodeToFile (H.264). image_bytes: the IMAGE, which 'core'
-and 'images' return.
+equal: of clips of one latent pixel (8 x 8), 1 to 41 latents long in fp32 and eleven of these
+lengths in bf16, how many are ComfyUI's own to the bit. rows: one fresh process each, 32 x 32
+pixels, fp32. Memory is RssAnon, pages that belong to the process, seen every 5 ms, above what it
+was after a clip of 5 latents; the allocator is told to return freed memory at once. who: 'core' is
+VAE.decode, 'images' FrugalWanDecode, 'file' FrugalWanDecodeToFile (H.264). image_bytes: the IMAGE,
+which 'core' and 'images' return.
 """
 
 from __future__ import annotations
