@@ -32,10 +32,8 @@ META = torch.device("meta")
 TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 KNOWN = ("WanModel", "VaceWanModel", "CameraWanModel")
 ROTATION = "comfy_kitchen::apply_rope1"
-TILE, STREAM = (
-    32,
-    5,
-)  # latent pixels of a 256 px tile; latent frames until the VAE's caches are full
+# Latent pixels of a 256 px tile; latent frames until a VAE's caches are full; those traced at most.
+TILE, STREAM, LONGEST = 32, 5, 21
 
 
 def check(model: Any) -> None:
@@ -144,7 +142,7 @@ def kernels(device: torch.device) -> tuple[Decomposed, Fused]:
     fused: dict[Any, Any] = {torch.nn.functional.scaled_dot_product_attention: fused_attention}
     # From torch 2.9 on a kernel on NVIDIA and AMD cards; elsewhere made of smaller operations.
     if device.type == "cuda" and hasattr(torch.ops.aten, "_fused_rms_norm"):
-        fused[torch.rms_norm] = fused_norm
+        fused[torch.nn.functional.rms_norm] = fused_norm
     eager = facts.eager_rotation(device)
     return ({} if eager is None else {ROTATION: eager}), fused
 
@@ -158,16 +156,17 @@ def decoded(vae: Any, latent: tuple[int, ...]) -> tuple[int, int, int, str]:
     tile = frames, min(TILE, height), min(TILE, width)
     channels = vae.latent_channels
     if isinstance(model, comfy.ldm.wan.vae.WanVAE):
-        light = without_memory(model)
-        for module in light.modules():
-            # Its attention asks a device how much it may take, which this one cannot say.
-            if hasattr(module, "optimized_attention"):
-                module.optimized_attention = _attention_of_vae
-        whole, stream, tiled = (
-            _decode_peak(light, channels, shape, vae.vae_dtype)
-            for shape in (latent, (min(frames, STREAM), height, width), tile)
+        light = light_vae(model)
+        short = min(frames, LONGEST)
+        whole, stream = (
+            decode_peak(light, channels, (count, height, width), vae.vae_dtype)
+            for count in (short, min(frames, STREAM))
         )
-        return whole, stream, tiled, "traced"
+        # Frames are there twice while they are joined to a video, latents before and after a layer.
+        each = 2 * (4 * 3 * 64 + channels) * height * width * vae.vae_dtype.itemsize
+        whole += (frames - short) * each
+        # Everything in a decode is in proportion to the picture.
+        return whole, stream, whole * tile[1] * tile[2] // (height * width), "traced"
     whole, tiled = (
         int(vae.memory_used_decode((1, channels, *shape), vae.vae_dtype))
         for shape in (latent, tile)
@@ -175,11 +174,23 @@ def decoded(vae: Any, latent: tuple[int, ...]) -> tuple[int, int, int, str]:
     return whole, whole, tiled, "ComfyUI's estimate"
 
 
+def light_vae(model: torch.nn.Module) -> Any:
+    """A copy of a Wan VAE without memory."""
+    light = without_memory(model)
+    for module in light.modules():
+        # Its attention asks a device how much it may take, which this one cannot say.
+        if hasattr(module, "optimized_attention"):
+            module.optimized_attention = _attention_of_vae
+    return light
+
+
 def _attention_of_vae(q: torch.Tensor, k: Any, v: Any) -> torch.Tensor:
     return torch.empty_like(q)
 
 
-def _decode_peak(model: Any, channels: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def decode_peak(model: Any, channels: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes alive in a decode of T, H, W latents by a VAE without memory."""
+
     def call() -> Any:
         return model.decode(torch.zeros((1, channels, *shape), dtype=dtype, device=META))
 

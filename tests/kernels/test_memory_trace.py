@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from frugal.kernels.plan.pieces import ROWS, in_pieces, piece_rows
-from frugal.kernels.plan.trace import BLOCK, fused_attention, of_layers, trace
+from frugal.kernels.plan.trace import BLOCK, fused_attention, fused_norm, of_layers, trace
 from frugal.tests.memory_bed import allocator_peak
 
 META = torch.device("meta")
@@ -101,6 +101,18 @@ def test_a_decomposed_operation_counts_what_it_makes_inside():
         lambda: torch.relu(torch.zeros(100, 100, device=META)), decomposed={"aten::relu": twice}
     )
     assert (whole.peak, inside.peak) == (2 * x, 3 * x)
+
+
+def test_a_fused_function_counts_its_result_alone():
+    norm = nn.RMSNorm(64, dtype=torch.bfloat16, device=META)
+
+    def call():
+        return norm(torch.zeros(1000, 64, dtype=torch.bfloat16, device=META))
+
+    x = 1000 * 64 * 2
+    assert trace(call, fused={F.rms_norm: fused_norm}).peak == 2 * x
+    # In smaller operations it is done in fp32.
+    assert trace(call).peak >= x + 2 * x
 
 
 @pytest.mark.parametrize("tokens", [1, 256, 257, 1000, 2048, 2049])

@@ -125,6 +125,15 @@ def test_predicted_memory_is_counted_memory(config, switches):
     assert predicted == pytest.approx(allocator_peak(call), rel=0.1)
 
 
+def test_fused_kernels_of_a_card_need_less(monkeypatch):
+    patcher = patcher_of(bed.T2V, torch.float32)
+    patcher.model.manual_cast_dtype = torch.bfloat16
+    here = meta.ForwardPeaks(patcher.model, CPU).trace(3, 1, LONGER, Switches())
+    monkeypatch.setattr(meta.facts, "eager_rotation", lambda _: None)
+    card = meta.ForwardPeaks(patcher.model, torch.device("cuda")).trace(3, 1, LONGER, Switches())
+    assert card.phases["self_attn 1"] < here.phases["self_attn 1"]
+
+
 def test_pieces_lower_the_prediction_and_layers_do_not_change_it():
     patcher = patcher_of(bed.I2V, torch.float32)
     peaks = meta.ForwardPeaks(patcher.model, CPU)

@@ -18,6 +18,7 @@ from frugal.nodes.plan import meta, planning
 from frugal.nodes.plan.memory_plan import FrugalMemoryPlan
 from frugal.nodes.wan import context_cache
 from frugal.tests import sampling_bed as bed
+from frugal.tests.memory_bed import allocator_peak
 
 STEPS = 2
 JOB = Job(64, 64, 5)
@@ -188,17 +189,29 @@ def test_other_models_are_refused(model, vae):
 
 
 def test_a_decode_takes_what_is_predicted(vae):
-    from frugal.tests.memory_bed import allocator_peak
-
-    latent = (4, 12, 12)
+    latent = (3, 12, 12)
     whole, stream, tiled, how = meta.decoded(vae, latent)
-    assert how == "traced" and tiled <= stream <= whole
+    assert how == "traced" and tiled == stream == whole
     model = vae.first_stage_model
     counted = allocator_peak(lambda: model.decode(torch.zeros(1, 16, *latent)))
     # Convolutions on a CPU pack their input; nothing else is missing.
     assert whole <= counted * 1.02
     held = next(model.parameters())
     assert held.device.type == "cpu" and not held.is_meta
+
+
+def test_tiles_and_long_videos_follow_from_a_short_trace(vae, monkeypatch):
+    monkeypatch.setattr(meta, "LONGEST", 5)
+    whole, stream, tiled, _ = meta.decoded(vae, (9, 40, 64))
+    light = meta.light_vae(vae.first_stage_model)
+
+    def peak(*shape):
+        return meta.decode_peak(light, 16, shape, torch.float32)
+
+    assert tiled == whole * 32 * 32 // (40 * 64)
+    assert peak(5, 32, 32) == pytest.approx(stream * 32 * 32 / (40 * 64), rel=1e-3)
+    longer = peak(9, 40, 64)
+    assert longer <= whole <= longer + 4 * 4 * 3 * 320 * 512 * 4
 
 
 def test_the_plan_agrees_with_the_table_of_known_models():
