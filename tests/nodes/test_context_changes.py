@@ -180,17 +180,19 @@ def test_attention_with_a_second_text(t2v):
 
 
 def test_block_that_writes_to_the_text(t2v):
-    """A block replacement may hand the next block another text in the same memory."""
+    """A block replacement may hand the next block another text in the same memory, and another in
+    each step.
+    """
 
     def replace(args, extra):
-        args["txt"].mul_(1.5)
+        args["txt"].mul_(1 + args["transformer_options"]["sigmas"][0])
         return extra["original_block"](args)
 
     model = t2v.clone()
     model.set_model_patch_replace(replace, "dit", "double_block", 1)
     report, wanted = check(model)
     assert differs(wanted, runs.sample(t2v))
-    assert (report.computed, report.contexts) == (LAYERS, 2)
+    assert (report.computed, report.contexts) == (2 + 2 * runs.STEPS, 1 + runs.STEPS)
 
 
 def test_attention_override_sees_the_same_tensors(t2v):
