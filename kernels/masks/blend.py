@@ -43,48 +43,42 @@ def repeat_channels(mask, channels, out):
 
 
 @leaf
-def mix(destination, source, weight, out):
-    """weight source + (1 - weight) destination; where weight is 0 the destination, whatever the
+def mix(source, weight, out):
+    """weight source + (1 - weight) out, in place; where weight is 0 nothing changes, whatever the
     source holds.
     """
     zero, one = np.float32(0), np.float32(1)
     for i in range(out.shape[0]):
         w = weight[i]
-        value = np.float32(w * source[i]) + np.float32(np.float32(one - w) * destination[i])
-        out[i] = destination[i] if w == zero else value
+        value = np.float32(w * source[i]) + np.float32(np.float32(one - w) * out[i])
+        out[i] = out[i] if w == zero else value
 
 
 @leaf
-def blend(destination, source, mask, channels, oy, ox, weight, out):
-    """`source` blended into `destination` with its corner at row oy, column ox; what sticks out is
-    cut off.
+def blend(source, mask, channels, oy, ox, weight, out):
+    """`source` blended into the picture in `out` with its corner at row oy, column ox; what sticks
+    out is cut off.
 
-    destination and out: float32 [H, W C]; source: float32 [h, w C]; mask: float32 [h, w]; weight:
-    float32 [w C] scratch.
+    out: float32 [H, W C], holds the destination; source: float32 [h, w C]; mask: float32 [h, w];
+    weight: float32 [w C] scratch.
     """
-    width = destination.shape[1] // channels
+    width = out.shape[1] // channels
     x0, x1 = max(0, ox), min(width, ox + mask.shape[1])
-    for y in range(destination.shape[0]):
-        below, target = destination[y], out[y]
-        inside = oy <= y < oy + mask.shape[0] and x0 < x1
+    for y in range(max(0, oy), min(out.shape[0], oy + mask.shape[0])):
+        row = mask[y - oy]
         xa, xb = x0, x1
-        if inside:
-            row = mask[y - oy]
-            while xa + BLOCK <= xb and coverage(row[xa - ox : xa + BLOCK - ox]) == NONE:
-                xa += BLOCK
-            while xa + BLOCK <= xb and coverage(row[xb - BLOCK - ox : xb - ox]) == NONE:
-                xb -= BLOCK
-        kind = coverage(mask[y - oy, xa - ox : xb - ox]) if inside else NONE
-        if kind == NONE:
-            assign(below, target)
+        while xa + BLOCK <= xb and coverage(row[xa - ox : xa + BLOCK - ox]) == NONE:
+            xa += BLOCK
+        while xa + BLOCK <= xb and coverage(row[xb - BLOCK - ox : xb - ox]) == NONE:
+            xb -= BLOCK
+        if xa >= xb:
             continue
+        kind = coverage(row[xa - ox : xb - ox])
         a, b = channels * xa, channels * xb
-        over = source[y - oy, a - channels * ox : b - channels * ox]
-        assign(below[:a], target[:a])
-        assign(below[b:], target[b:])
+        over, target = source[y - oy, a - channels * ox : b - channels * ox], out[y, a:b]
         if kind == ALL:
-            assign(over, target[a:b])
-        else:
+            assign(over, target)
+        elif kind == PART:
             part = weight[: b - a]
-            repeat_channels(mask[y - oy, xa - ox : xb - ox], channels, part)
-            mix(below[a:b], over, part, target[a:b])
+            repeat_channels(row[xa - ox : xb - ox], channels, part)
+            mix(over, part, target)

@@ -42,6 +42,32 @@ def or_shifted(out, v, d, radius, x0, x1):
 
 
 @leaf
+def or_two_shifted(out, v, d, radius, x0, x1):
+    """`or_shifted` by d and by d - 1 columns in one pass."""
+    left = v[radius - d + x0 : radius - d + x1]
+    left2 = v[radius - d + 1 + x0 : radius - d + 1 + x1]
+    right = v[radius + d + x0 : radius + d + x1]
+    right2 = v[radius + d - 1 + x0 : radius + d - 1 + x1]
+    target = out[x0:x1]
+    for x in range(target.shape[0]):
+        target[x] |= (left[x] | left2[x]) | (right[x] | right2[x])
+
+
+@leaf
+def widen_by_two(v, source, k, n, radius, x0, x1):
+    """`widen` by n and by n + 1 rows in one pass; neither is a whole number of words."""
+    q, s = n >> 6, np.uint64(n & 63)
+    target = v[radius + x0 : radius + x1]
+    above, below = source[k - q, x0:x1], source[k + q, x0:x1]
+    above2, below2 = source[k - q - 1, x0:x1], source[k + q + 1, x0:x1]
+    more, back, less = s + np.uint64(1), np.uint64(64) - s, np.uint64(63) - s
+    for x in range(target.shape[0]):
+        near = (above[x] << s) | (above2[x] >> back) | (below[x] >> s) | (below2[x] << back)
+        far = (above[x] << more) | (above2[x] >> less) | (below[x] >> more) | (below2[x] << less)
+        target[x] |= near | far
+
+
+@leaf
 def widen(v, source, k, n, radius, x0, x1):
     """OR word row k of `source` moved by n rows up and down into `v`: a funnel shift over
     neighbouring words.
@@ -90,12 +116,21 @@ def dilate_bits(source, heights, ends, v, out, height, k0, k1):
         h = 0
         while True:
             while d >= 0 and heights[d] == h:
-                or_shifted(row, v, d, radius, max(0, xa - d), min(width, xb + d))
-                d -= 1
+                x0, x1 = max(0, xa - d), min(width, xb + d)
+                if d >= 1 and heights[d - 1] == h:
+                    or_two_shifted(row, v, d, radius, x0, x1)
+                    d -= 2
+                else:
+                    or_shifted(row, v, d, radius, x0, x1)
+                    d -= 1
             if d < 0:
                 break
-            h += 1
-            widen(v, source, centre, h, radius, xa, xb)
+            if heights[d] >= h + 2 and 1 <= (h + 1) & 63 <= 62:
+                widen_by_two(v, source, centre, h + 1, radius, xa, xb)
+                h += 2
+            else:
+                h += 1
+                widen(v, source, centre, h, radius, xa, xb)
     if k1 == out.shape[0]:
         keep = valid_bits(k1 - 1, height)
         row = out[k1 - 1]

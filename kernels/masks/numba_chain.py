@@ -133,6 +133,9 @@ def _feather(
     is computed.
     """
     height, width = out.shape
+    if not plan.settings.feather:
+        run([_band(words, plan, out, 0, 0, a, b) for a, b in ranges(height, parts)])
+        return
     ends = scratch.plane("ends", (len(words), 2), np.int64)
     bits.extent(words, ends)
     filled = np.flatnonzero(ends[:, 1])
@@ -151,7 +154,7 @@ def _feather(
     out[y0:y1, :x0] = 0
     out[y0:y1, x1:] = 0
     # The ramp's planes stay in the cache by bands; the blur keeps only the rows in reach anyway.
-    rings = plan.settings.feather and plan.settings.feather_mode == "gaussian"
+    rings = plan.settings.feather_mode == "gaussian"
     most = y1 - y0 if parts == 1 and rings else BAND
     step = min(most, -(-(y1 - y0) // parts))
     run([_band(box, plan, out, y0, x0, a, min(a + step, y1 - y0)) for a in range(0, y1 - y0, step)])
@@ -291,8 +294,9 @@ def blend_frame(
     """float32 [h, w, C] `source` blended into [H, W, C] `destination` at (y, x), into `out`."""
     height, _, channels = destination.shape
     weight = scratch.flat("weight", mask.shape[1] * channels, np.float32)
+    # NumPy copies a whole frame past the caches, which saves reading what is overwritten.
+    np.copyto(out, destination)
     blend.blend(
-        destination.reshape(height, -1),
         source.reshape(len(source), -1),
         mask,
         channels,
