@@ -31,6 +31,16 @@ from .quantize_graph import (
     quantize_wan,
 )
 from .tiny_wan import build_demo_wan
+from .wan_graph import (
+    CAUSAL_GROUPS,
+    CAUSAL_NOTE,
+    I2V_NOTE,
+    T2V_NOTE,
+    causal_video,
+    wan_i2v,
+    wan_t2v,
+)
+from .wan_graph import GROUPS as WAN_GROUPS
 
 HUB = "https://huggingface.co"
 WAN = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
@@ -353,6 +363,9 @@ def main() -> None:
         ("masks", masks_graph(), MASK_NOTE, MASK_GROUPS),
         ("quantize_wan", quantize_wan(), QUANTIZE_NOTE, QUANTIZE_GROUPS),
         ("calibrate_wan", calibrate_wan(), CALIBRATE_NOTE, CALIBRATE_GROUPS),
+        ("wan_t2v_1.3b", wan_t2v(), T2V_NOTE, WAN_GROUPS),
+        ("wan_i2v_14b_12gb", wan_i2v(), I2V_NOTE, WAN_GROUPS),
+        ("causal_video", causal_video(), CAUSAL_NOTE, CAUSAL_GROUPS),
     ):
         graph = build(info, nodes, [note], groups)
         path = WORKFLOWS / f"{name}.json"

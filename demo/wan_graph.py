@@ -1,0 +1,269 @@
+"""The graphs that make a video with Wan 2.1: from text, from a picture, block by block."""
+
+from __future__ import annotations
+
+from .graph_builder import Group, Node, Note
+
+WAN = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+SMALL, LARGE = "wan2.1_t2v_1.3B_fp16.safetensors", "wan2.1_i2v_480p_14B_fp8_scaled.safetensors"
+ENCODER, VAE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan_2.1_vae.safetensors"
+VISION = "clip_vision_h.safetensors"
+NEGATIVE = "blurry, distorted, static, worst quality"
+TALL = 420
+
+
+def _model(name: str, folder: str) -> list[dict[str, str]]:
+    return [{"name": name, "url": f"{WAN}/{folder}/{name}", "directory": folder}]
+
+
+def _loaders(model: str) -> dict[str, Node]:
+    return {
+        "wan": Node(
+            "FrugalLoadWan",
+            0,
+            {"model_name": model},
+            size=(380, 220),
+            models=_model(model, "diffusion_models"),
+        ),
+        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=_model(VAE, "vae")),
+    }
+
+
+def _text(key: str, column: int, text: str, title: str = "") -> dict[str, Node]:
+    """One prompt through the cache: the encoder is loaded for new words only."""
+    return {
+        key: Node(
+            "FrugalCachedTextEncode",
+            column,
+            {"encoder_name": ENCODER, "positive_text": text, "negative_text": NEGATIVE},
+            title=title,
+            size=(380, 300),
+            models=_model(ENCODER, "text_encoders"),
+        )
+    }
+
+
+def _planned(latent: tuple[str, int]) -> dict[str, Node]:
+    """shift -> constant context -> memory plan -> attention, with the plan's picture."""
+    return {
+        "shift": Node("ModelSamplingSD3", 2, {"shift": 8.0}, {"model": ("wan", 0)}),
+        "context": Node(
+            "FrugalWanConstantContext", 2, {}, {"wan_model": ("shift", 0)}, size=(380, 240)
+        ),
+        "plan": Node(
+            "FrugalMemoryPlan",
+            2,
+            {"budget_gb": 12.0},
+            {"model": ("context", 0), "vae": ("vae", 0), "latent": latent},
+            size=(380, TALL),
+        ),
+        "chart": Node(
+            "PreviewImage",
+            3,
+            {},
+            {"images": ("plan", 3)},
+            title="Memory by phase",
+            size=(560, TALL),
+        ),
+        "attention": Node("FrugalAttention", 3, {}, {"base_model": ("plan", 0)}, size=(380, 280)),
+    }
+
+
+def wan_t2v() -> dict[str, Node]:
+    """Text to video with the 1.3B model."""
+    settings = {"seed": 7, "steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
+    return (
+        _loaders(SMALL)
+        | _text(
+            "text",
+            1,
+            "a red fox walks through fresh snow, soft morning light, the camera follows",
+            "Your prompt",
+        )
+        | {
+            "latent": Node(
+                "EmptyHunyuanLatentVideo", 1, {"width": 832, "height": 480, "length": 81}
+            )
+        }
+        | _planned(("latent", 0))
+        | _made(settings, ("text", 0), ("text", 1), ("latent", 0), "frugal/t2v")
+    )
+
+
+def wan_i2v() -> dict[str, Node]:
+    """A picture to video with the 14B model on a card of 12 GB."""
+    settings = {"seed": 7, "steps": 20, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
+    return (
+        _loaders(LARGE)
+        | {
+            "vision": Node(
+                "CLIPVisionLoader", 0, {"clip_name": VISION}, models=_model(VISION, "clip_vision")
+            ),
+            "picture": Node(
+                "LoadImage", 0, {"image": "person.png"}, title="First frame", size=(340, 340)
+            ),
+            "look": Node(
+                "CLIPVisionEncode",
+                1,
+                {"crop": "none"},
+                {"clip_vision": ("vision", 0), "image": ("picture", 0)},
+            ),
+        }
+        | _text("text", 1, "the person turns slowly and smiles, soft daylight", "What moves")
+        | {
+            "i2v": Node(
+                "WanImageToVideo",
+                1,
+                {"width": 480, "height": 832, "length": 81},
+                {
+                    "positive": ("text", 0),
+                    "negative": ("text", 1),
+                    "vae": ("vae", 0),
+                    "clip_vision_output": ("look", 0),
+                    "start_image": ("picture", 0),
+                },
+            )
+        }
+        | _planned(("i2v", 2))
+        | _made(settings, ("i2v", 0), ("i2v", 1), ("i2v", 2), "frugal/i2v")
+    )
+
+
+def _made(settings: dict, positive, negative, latent, prefix: str) -> dict[str, Node]:
+    return {
+        "sample": Node(
+            "FrugalSampler",
+            4,
+            {"preset": "quality", **settings},
+            {
+                "model": ("attention", 0),
+                "positive": positive,
+                "negative": negative,
+                "latent_image": latent,
+            },
+            size=(380, 460),
+        ),
+        "decode": Node(
+            "FrugalWanDecodeToFile",
+            5,
+            {"filename_prefix": prefix, "fps": 16.0},
+            {"samples": ("sample", 0), "vae": ("vae", 0)},
+            title="The video",
+            size=(480, 620),
+        ),
+    }
+
+
+def causal_video() -> dict[str, Node]:
+    """A long video block by block, and two ways on from the same frames."""
+    prompts = {
+        "first": ("a sailing boat leaves the harbour at dawn, calm sea, wide shot", "At first"),
+        "storm": ("the same boat in a rising storm, high waves, dark clouds", "On: a storm"),
+        "calm": ("the same boat glides into a quiet bay, evening sun", "On: a quiet bay"),
+    }
+    nodes = _loaders(SMALL)
+    for key, (text, title) in prompts.items():
+        nodes |= _text(key, 1, text, title)
+    nodes |= {
+        "latent": Node("EmptyHunyuanLatentVideo", 0, {"width": 832, "height": 480, "length": 81}),
+        "causal": Node(
+            "FrugalCausalModel",
+            2,
+            {"window": 9, "sink": 3, "shift": 5.0},
+            {"wan_model": ("wan", 0)},
+            size=(380, 330),
+        ),
+    }
+    for column, (key, before) in enumerate((("first", ""), ("storm", "first"), ("calm", "first"))):
+        links = {
+            "causal_model": ("causal", 0),
+            "positive": (key, 0),
+            "negative": (key, 1),
+            "latent": ("latent", 0),
+        }
+        if before:
+            links["session"] = (f"{before}_made", 1)
+        place = 2 if not before else 3
+        nodes[f"{key}_made"] = Node(
+            "FrugalCausalSampler",
+            place,
+            {"seed": 7 + column, "steps": 4, "cfg": 1.0, "keep_session": not before},
+            links,
+            title=prompts[key][1],
+            size=(380, 380),
+        )
+        nodes[f"{key}_file"] = Node(
+            "FrugalWanDecodeToFile",
+            place + 1,
+            {"filename_prefix": f"frugal/causal_{key}", "fps": 16.0},
+            {"samples": (f"{key}_made", 0), "vae": ("vae", 0)},
+            title=prompts[key][1],
+            size=(420, 480),
+        )
+    return nodes
+
+
+GROUPS = [
+    Group("1. Files", 0, 0),
+    Group("2. What it shows", 1, 1),
+    Group("3. Memory and kernels", 2, 3, "#6b3f9e"),
+    Group("4. Sample and decode", 4, 5, "#3f9e6b"),
+]
+CAUSAL_GROUPS = [
+    Group("1. Files and length", 0, 0),
+    Group("2. Prompts", 1, 1),
+    Group("3. Block by block", 2, 4, "#3f9e6b"),
+]
+T2V_NOTE = Note(
+    f"""## Wan 2.1 1.3B: text to video
+
+- `models/diffusion_models/{SMALL}`
+- `models/text_encoders/{ENCODER}`
+- `models/vae/{VAE}`
+
+**Memory Plan** says before the run what it will take, and works in pieces only if your budget
+needs it: set **budget_gb** to your card. **Constant Context** and **Attention** do not change the
+picture.
+The sampler's preset decides how much work is skipped: *off* is ComfyUI's own sampler to the bit.
+
+The text encoder is loaded only when the words change.""",
+    6,
+    (400, 420),
+)
+I2V_NOTE = Note(
+    f"""## Wan 2.1 14B: a picture comes alive, on 12 GB
+
+- `models/diffusion_models/{LARGE}`
+- `models/text_encoders/{ENCODER}`
+- `models/vae/{VAE}`
+- `models/clip_vision/{VISION}`
+
+The fp8 file has 16 GB of weights, so part of it stays in main memory: have 32 GB. To hold more of
+it on the card, make a smaller file of the fp16 one with the graph `quantize_wan` or `calibrate_wan`
+(int8 keeps most, W4A8 is about half the size) and choose that here.
+
+**Memory Plan** shows what each phase takes and sets what your budget needs. Its figures are counted
+without a run; on a 12 GB card itself nothing has been measured yet.
+
+The video goes straight into a file; if decoding is cut off, the latent is kept.""",
+    6,
+    (420, 480),
+)
+CAUSAL_NOTE = Note(
+    f"""## Longer than five seconds, and more than one way on
+
+A causal Wan makes a few frames at a time and looks back at those it keeps (**window** and
+**sink**), so memory does not grow with the length. The first sampler keeps its **session**; two
+others go on from it, sharing its frames. Save a session with *Save Causal Session* to go on
+another day.
+
+It needs weights that were trained for it, in the size of Wan 2.1 1.3B: Self Forcing, CausVid,
+Causal Forcing or LongLive as safetensors. They are not among the public files this graph can offer;
+choose yours in **Load Wan Model**. The stock `{SMALL}` runs too, but was never taught to go on, and
+what it makes falls apart.
+
+- `models/text_encoders/{ENCODER}`
+- `models/vae/{VAE}`""",
+    5,
+    (420, 460),
+)
