@@ -34,6 +34,7 @@ if "frugal" not in sys.modules:
 
 from frugal.kernels.quant import formats, gptq, grids, shrink  # noqa: E402
 from frugal.kernels.quant.calibration import from_hessian, statistics_of  # noqa: E402
+from frugal.kernels.quant.curves import stored_error  # noqa: E402
 from frugal.kernels.quant.moments import Gatherer  # noqa: E402
 from frugal.tests.quant_bed import Layer, layer, output_error  # noqa: E402
 
@@ -154,7 +155,8 @@ def table_steps() -> dict:
 
 def table_few() -> dict:
     """Errors over those of rounding when few inputs were seen, by rows / inputs; white inputs have
-    nothing to be learnt.
+    nothing to be learnt. And the error over what is predicted of it: judged by the inputs as they
+    are, and by what was solved with.
     """
     target, found = formats.W4A8_G64, {}
     for kind in ("correlated", "white"):
@@ -166,7 +168,7 @@ def table_few() -> dict:
                 held_out=torch.randn(1024, 512, generator=make),
             )
         nearest = error(bed, held(bed, target))
-        for rows in (16, 64, 256, 1024, 2048):
+        for rows in (4, 16, 64, 256, 1024, 2048):
             seen = bed.seen[:rows]
             hessian = seen.t() @ seen / rows
             ways = {"as it is": 0, "shrunk": rows}
@@ -174,6 +176,11 @@ def table_few() -> dict:
             for name, count in ways.items():
                 weight = held(bed, target, from_hessian(f"{kind}{rows}{name}", hessian, count))
                 entry[name] = round(error(bed, weight) / nearest, 3)
+            for name, count in (("over seen", 0), ("over solved with", rows)):
+                judged = from_hessian(f"{kind}{rows}{name}", hessian, count)
+                tensors = {"weight": weight}
+                told = stored_error("layer", formats.BF16, bed.weight, tensors, {}, judged)
+                entry[name] = round(error(bed, weight) / told.relative, 3)
             found[f"{kind}, {rows / 512:g}"] = entry
     return found
 

@@ -79,8 +79,7 @@ def main(arguments: Sequence[str] | None = None, loras: LoraReader | None = None
         return 1
     except KeyboardInterrupt:
         print(  # noqa: T201
-            "stopped; the same command goes on from here, or delete "
-            f"{given.target.name}.part and {given.target.name}.part.json",
+            f"stopped; the same command goes on from here, or delete {given.target.name}.part*",
             file=sys.stderr,
         )
         return 130

@@ -228,7 +228,7 @@ def convert(
     metadata = _metadata(source, plan, merge, facts)
     # Another device rounds a few values differently.
     files = [*source.source.files, *([calibration.path] if calibration is not None else [])]
-    mark = [_states(files), merge.identity if merge else "", device.type, measure is None]
+    mark = [states(files), merge.identity if merge else "", device.type, measure is None]
     with Writer(target, groups, metadata, json.dumps(mark), overwrite) as out:
         total, state = out.size, [out.size - payload(plan[out.written :])]
 
@@ -382,6 +382,7 @@ def _metadata(
     return {"format": "pt", **kept, "frugal": json.dumps(own)}
 
 
-def _states(files: Iterable[Path]) -> list[Any]:
-    states = [(path.name, path.stat()) for path in files]
-    return [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+def states(files: Iterable[Path]) -> list[Any]:
+    """Name, size and time of files: differs where one was replaced."""
+    found = [(path.name, path.stat()) for path in files]
+    return [[name, state.st_size, state.st_mtime_ns] for name, state in found]

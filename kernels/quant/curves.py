@@ -144,17 +144,18 @@ def measure(
     *,
     statistics: Callable[[str], Statistics | None] = lambda name: None,
     device: torch.device | str = "cpu",
-    step: Callable[[str], None] = lambda name: None,
+    step: Callable[[LayerCurve], None] = lambda curve: None,
 ) -> dict[str, LayerCurve]:
     """The curves of many layers, given as (name, function that reads the float weight): one weight
-    at a time is held. `statistics` finds a layer's; `step` is called after each layer.
+    at a time is held. `statistics` finds a layer's; `step` gets each curve when
+    it is made.
     """
     curves = {}
     for name, read in layers:
         curves[name] = layer_curve(
             name, read(), targets, statistics=statistics(name), device=device
         )
-        step(name)
+        step(curves[name])
     return curves
 
 

@@ -15,7 +15,8 @@ from ..errors import FrugalError
 from . import formats
 from .budget import GB, Allocation, allocate
 from .calibration import Calibration, read_calibration
-from .convert import ConvertReport, Merge, convert, merged, payload, steps, uniform
+from .convert import VERSION, ConvertReport, Merge, convert, merged, payload, states, steps, uniform
+from .curve_file import CurveFile
 from .curves import LayerCurve, measure
 from .importance import for_outputs, wiring
 from .quality import QualityReport, json_path, measured, plan_text, report_of, write_json
@@ -116,6 +117,8 @@ def run(
         progress=lambda done, total: progress("write", done, total),
         overwrite=job.overwrite,
     )
+    if job.target is None:
+        _kept_curves(source, job, merge).remove()
     if not report.measured:
         return Outcome(report, plan)
     quality = report_of(
@@ -136,21 +139,28 @@ def choose(
     Raises FrugalError if no choice fits.
     """
     layers = list(source.shapes)
-    done = iter(range(1, len(layers) + 1))
+    kept = _kept_curves(source, job, merge)
+    left = [layer for layer in layers if layer not in kept.held]
+    done = iter(range(len(layers) - len(left) + 1, len(layers) + 1))
 
     def readers() -> Iterable[tuple[str, Callable[[], torch.Tensor]]]:
-        for layer in layers:
+        for layer in left:
             yield layer, lambda layer=layer: merged(source, layer, merge, torch.device(job.device))
             source.release(layer)
 
-    progress("measure", 0, len(layers))
-    curves = measure(
+    def step(curve: LayerCurve) -> None:
+        kept.keep(curve)
+        progress("measure", next(done), len(layers))
+
+    progress("measure", len(layers) - len(left), len(layers))
+    measure(
         readers(),
         job.allowed,
         statistics=known.layer if known is not None else lambda name: None,
         device=job.device,
-        step=lambda name: progress("measure", next(done), len(layers)),
+        step=step,
     )
+    curves = {layer: kept.held[layer] for layer in layers}
     rest = [step for step in steps(source, {}, merge) if step.unit not in source.shapes]
     weights, note = shares_of(layers, known, curves)
     found = allocate(curves, payload(rest), job.budget, job.allowed, weights)
@@ -169,6 +179,14 @@ def choose(
             "report the file to ComfyUI-Frugal",
         )
     return found, curves
+
+
+def _kept_curves(source: Weights, job: Job, merge: Merge | None) -> CurveFile:
+    """What an interrupted run of this job has measured already."""
+    files = [*source.source.files, *([job.calibration] if job.calibration is not None else [])]
+    device = torch.device(job.device).type
+    identity = [VERSION, states(files), merge.identity if merge else "", device, job.allowed]
+    return CurveFile(job.output, identity)
 
 
 def shares_of(

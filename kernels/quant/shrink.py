@@ -2,7 +2,7 @@
 
 Few inputs leave most directions unseen, and chance fills the rest. What is solved on such an H is
 exact on these inputs and nowhere else, so the same H, taken as it is, finds the error too small: by
-2 to 4 times on the synthetic layers of bench/gptq.py. Solving and judging both use the shrunk one.
+up to 4 times on the synthetic layers of bench/gptq.py. Solving and judging both use the shrunk one.
 
 The part taken is that of Chen et al. (Shrinkage algorithms for MMSE covariance estimation, arXiv
 0907.4698), squared: as it stands it is meant for the matrix itself, and takes too much for what is

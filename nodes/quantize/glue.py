@@ -13,6 +13,7 @@ import folder_paths
 
 from ...kernels.errors import FrugalError
 from ...kernels.quant.convert import Merge
+from ...kernels.quant.curve_file import SUFFIX as CURVES
 from ...kernels.quant.job import Job, Outcome, run
 from ...kernels.quant.quality import SUFFIX as QUALITY
 from ...kernels.quant.weights import Weights
@@ -21,7 +22,7 @@ from .lora_merge import LoraMerge
 
 NONE = "none"
 CALIBRATION = "calibration"
-SUFFIX = ".safetensors"
+SUFFIX, PART = ".safetensors", ".part"
 # What one layer takes on the device, in bytes, calibrated and with room to spare.
 MEMORY = 6 * 10**9
 TICKS = 1000
@@ -111,11 +112,11 @@ def convert(
         outcome = run(job, merge_for, progress)
         ended = True
     finally:
-        part = job.output.with_name(f"{job.output.name}.part")
-        if not ended and part.exists():
+        kept = [job.output.with_name(job.output.name + end) for end in (PART, CURVES)]
+        if not ended and any(path.exists() for path in kept):
             text = (
-                f"{part.name} holds what is done: queue the same again to go on, or delete it and "
-                f"{part.name}.json"
+                "what is done is kept: queue the same again to go on, or delete "
+                f"{job.output.name}{PART}*"
             )
             logging.warning("[Frugal] %s", text)
             say(text)

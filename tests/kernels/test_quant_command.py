@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from frugal.kernels.quant import command, formats
+from frugal.kernels.quant import command, curves, formats
 from frugal.kernels.quant.calibration import write_calibration
 from frugal.kernels.quant.moments import Moment
 from frugal.kernels.quant.quality import read_json
@@ -135,13 +135,54 @@ def test_mistakes_are_one_sentence(arguments, told, source, tmp_path, capsys):
     assert command.main([str(source), str(tmp_path / "out.safetensors"), *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert told in error and error.endswith(".")
-    assert not list(tmp_path.iterdir())
+    # What was measured serves the next size.
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == ({"out.safetensors.part.curves"} if "0.000001" in arguments else set())
 
 
 def test_source_is_not_overwritten(source, tmp_path, capsys):
     before = source.read_bytes()
     assert command.main([str(source), str(source), "--to", "fp8", "--overwrite"]) == 1
     assert "written from itself" in capsys.readouterr().err and source.read_bytes() == before
+
+
+def test_interrupted_measuring_goes_on(source, tmp_path, capsys, monkeypatch):
+    """Each layer is measured once, whatever happens, and the file is the same."""
+    out, measured = tmp_path / "out.safetensors", []
+    curve = curves.layer_curve
+    monkeypatch.setattr(
+        curves, "layer_curve", lambda name, *a, **k: measured.append(name) or curve(name, *a, **k)
+    )
+    size = sum(tensor.nbytes for tensor in load_file(source).values())
+    wanted = ["--budget", str(0.6 * size / 1e9), "--allow", "bf16,int8"]
+    layers = list(Weights(source).shapes)
+
+    def stop(self, stage, done, total):
+        if stage == "measure" and len(measured) == 4:
+            raise KeyboardInterrupt
+
+    kept = out.with_name(out.name + ".part.curves")
+    with monkeypatch.context() as patch:
+        patch.setattr(command._Bar, "_show", stop)
+        assert command.main([str(source), str(out), *wanted]) == 130
+    assert measured == layers[:4] and not out.exists()
+    # A line torn by the kill is measured again.
+    kept.write_bytes(kept.read_bytes()[:-20])
+    assert command.main([str(source), str(out), "--budget", "0.000001", *wanted[2:]]) == 1
+    assert measured == [*layers[:4], *layers[3:]]
+    assert command.main([str(source), str(out), *wanted]) == 0
+    assert len(measured) == len(layers) + 1 and not kept.exists()
+    plain = tmp_path / "plain.safetensors"
+    assert command.main([str(source), str(plain), *wanted]) == 0
+    assert out.read_bytes() == plain.read_bytes() and len(measured) == 2 * len(layers) + 1
+    # Other formats or another source are other work.
+    for changed in (["bf16,fp8"], ["bf16,int8"]):
+        del measured[:]
+        with monkeypatch.context() as patch:
+            patch.setattr(command._Bar, "_show", stop)
+            command.main([str(source), str(out), *wanted[:3], *changed, "--overwrite"])
+        assert measured == layers[:4]
+    assert kept.exists()
 
 
 def test_interruption(source, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import clip, formats, gptq, grids, rotation
 from frugal.kernels.quant.calibration import from_hessian, statistics_of
+from frugal.kernels.quant.curves import layer_curve
 from frugal.tests.quant_bed import layer, output_error
 
 pytest.importorskip("comfy_kitchen")
@@ -228,3 +229,23 @@ def test_layers_with_one_input_share_the_factorisation(small, monkeypatch):
     for target in (formats.W4A8, formats.W4A8, formats.AWQ):
         gptq.solve(target, small.weight, statistics, "cpu")
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("kind", ["correlated", "white"])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_few_inputs_do_not_hide_the_error(kind, rows):
+    """The error that is told must be that on inputs which the solver did not see."""
+    bed = layer(7, out=32, inside=256, seen=64, held_out=1024)
+    seen, others = bed.seen, bed.held_out
+    if kind == "white":
+        make = torch.Generator().manual_seed(7)
+        seen, others = (torch.randn(count, 256, generator=make) for count in (64, 1024))
+    statistics = statistics_of("layer", seen[:rows])
+    found = layer_curve("layer", bed.weight, (formats.W4A8_G64,), statistics=statistics)
+    made = formats.encode(formats.W4A8_G64, bed.weight, "cpu", statistics=statistics)
+    held = formats.decode(formats.W4A8_G64, made, None, tuple(bed.weight.shape))
+    true = output_error(bed.weight, held, others)
+    told = found.formats[formats.W4A8_G64].relative
+    assert 0.9 < true / told < 1.25
+    # On what was solved for it looks far smaller.
+    assert true / output_error(bed.weight, held, seen[:rows]) > 1.5
