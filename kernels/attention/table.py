@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from .choose import DEFAULT, Chooser, Route
 
+OWN = "ComfyUI's own"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -92,10 +94,10 @@ def _line(row: Row) -> str:
     batch, heads, q_len, k_len, width = row.shape
     text = f"{batch}x{heads} heads x {q_len} on {k_len} tokens x {width} {row.dtype}"
     text += "" if row.mask == "none" else f", {row.mask} mask"
-    text += f": {row.backend}, {row.calls} calls"
+    text += f": {OWN if row.backend == DEFAULT else row.backend}, {row.calls} calls"
     if row.ms is not None and row.tflops is not None:
         about = "about " if row.estimated else ""
         text += f", {about}{row.ms:.3g} ms, {row.tflops:.3g} TFLOP/s ({row.source})"
         if row.default_ms is not None and row.backend != DEFAULT:
-            text += f", ComfyUI's own {about}{row.default_ms:.3g} ms"
+            text += f", {OWN} {about}{row.default_ms:.3g} ms"
     return text

@@ -23,6 +23,7 @@ from ...kernels.attention.backends import BACKENDS
 from ...kernels.attention.call import belong, device_kind
 from ...kernels.attention.choose import absences, check_choice
 from ...kernels.attention.table import Table, table
+from ...kernels.errors import FrugalError
 from .._comfy import ATTENTION_KEY, show_text
 
 KEY = ATTENTION_KEY
@@ -62,14 +63,21 @@ def apply(
     choice: "auto" measures on the first call of a shape, or the name of a backend. allow_8bit: let
     8-bit kernels take part in long self-attention, from `start` to `end` of the schedule (0..1).
     node_id: where the table is shown after a run. Raises FrugalError if there is no such kernel on
-    this machine.
+    this machine, or if it computes in 8 bits and that is not allowed.
 
     An override already on the model stays: it gets what a named kernel declines, and with "auto"
     every call, each time with our attention in the place of ComfyUI's own.
     """
     kind = device_kind(torch.device(model.load_device))
     if choice != AUTO:
-        check_choice(choice, {b.name: b for b in BACKENDS}, absences(BACKENDS, kind))
+        named = {each.name: each for each in BACKENDS}
+        check_choice(choice, named, absences(BACKENDS, kind))
+        if not (allow_8bit or named[choice].exact):
+            raise FrugalError(
+                f"attention kernel {choice} computes in 8 bits and allow_8bit is off",
+                "an exact kernel, or 8 bits allowed",
+                "turn allow_8bit on, or choose another kernel",
+            )
     clone = model.clone()
     options = clone.model_options.setdefault("transformer_options", {})
     token = uuid.uuid4().hex
@@ -182,7 +190,7 @@ def make_override(token: str, earlier: Callable[..., Any] | None) -> Callable[..
                     mask,
                     more.get("scale"),
                     lossy=run.lossy and same and not exact,
-                    default=as_run(func, attn_precision, more),
+                    default=as_run(func, attn_precision, skip_reshape, more),
                     chained=chained,
                 )
             elif not chained:
@@ -217,13 +225,20 @@ def split_heads(q, k, v, heads: int, more: dict[str, Any]):
     )
 
 
-def as_run(func: Callable[..., Any], attn_precision: Any, more: dict[str, Any]) -> Callable:
-    """ComfyUI's own attention function in the form in which kernels are measured."""
+def as_run(
+    func: Callable[..., Any], attn_precision: Any, skip_reshape: bool, more: dict[str, Any]
+) -> Callable[..., Any]:
+    """ComfyUI's own attention function in the form in which kernels are measured; it is called in
+    the layout of the real call, since its speed depends on that.
+    """
 
     def run(q, k, v, mask, scale):
+        heads = q.shape[1]
+        if not skip_reshape:
+            q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
         return func(
-            q, k, v, q.shape[1], mask=mask, attn_precision=attn_precision,
-            skip_reshape=True, skip_output_reshape=True, **more,
+            q, k, v, heads, mask=mask, attn_precision=attn_precision,
+            skip_reshape=skip_reshape, skip_output_reshape=True, **more,
         )  # fmt: skip
 
     return run

@@ -356,6 +356,14 @@ def test_the_node(tmp_path):
         node.execute(model, "sage", True, 0.0, 1.0)
 
 
+def test_an_8_bit_kernel_needs_leave(tmp_path, backends):
+    backends(fake("eight", exact=False), TORCH)
+    model = wan(tmp_path)
+    with pytest.raises(FrugalError, match="eight computes in 8 bits and allow_8bit is off"):
+        attention.apply(model, "eight")
+    assert attention.apply(model, "eight", allow_8bit=True) is not model
+
+
 def test_the_run_report_shows_it(tmp_path):
     from frugal.nodes.plan.nodes import FrugalReport
 
