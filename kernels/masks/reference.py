@@ -235,7 +235,7 @@ def hull_frame(bits: np.ndarray, whole: bool, outlined: bool = False) -> np.ndar
 
 def count_regions(frame: np.ndarray, threshold: float) -> int:
     """Number of 8-connected regions of float32 [H, W] above `threshold`."""
-    return ndimage.label(frame > np.float32(threshold), EIGHT)[1]
+    return int(label(frame > np.float32(threshold), EIGHT)[0].max())
 
 
 def blend(
