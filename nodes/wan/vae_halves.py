@@ -28,7 +28,8 @@ class Half:
     where the network waits for more; it replaces the entries of `state` and changes no tensor.
     around: the pointwise convolution before (decoder) or behind (encoder) the network, for all
     frames at once. seen: what the user gets of a piece that `run` returned, as pixels from 0 to 1
-    or as latents. memory: bytes that ComfyUI reckons for this size. scale: pixels per latent pixel.
+    or as latents. memory, first_memory: bytes that ComfyUI reckons for a piece of this size and for
+    a single frame. scale: pixels per latent pixel. takes: what goes in, in a word.
     """
 
     cadence: Cadence
@@ -36,7 +37,9 @@ class Half:
     around: Callable[[torch.Tensor], torch.Tensor]
     seen: Callable[[torch.Tensor], torch.Tensor]
     memory: int
+    first_memory: int
     scale: int
+    takes: str
 
     def fresh_state(self) -> Any:
         return [None] * self.cadence.slots or None
@@ -58,10 +61,14 @@ def decoder_of(vae: Any, frames: int, height: int, width: int) -> Half:
         # Newer ComfyUI changes the range in place, in the type of its result.
         return vae.process_output(piece.to(output_dtype(vae), copy=True))
 
-    shape = (1, vae.latent_channels, min(frames, ENOUGH_FRAMES), height, width)
-    memory = vae.memory_used_decode(shape, vae.vae_dtype)
-    scale = vae.spacial_compression_decode()
-    return Half(cadence, run, model.conv2, seen, int(memory), scale)
+    def memory(count: int) -> int:
+        shape = (1, vae.latent_channels, count, height, width)
+        return int(vae.memory_used_decode(shape, vae.vae_dtype))
+
+    needed = memory(min(frames, ENOUGH_FRAMES)), memory(1)
+    return Half(
+        cadence, run, model.conv2, seen, *needed, vae.spacial_compression_decode(), "latent"
+    )
 
 
 def encoder_of(vae: Any, frames: int, height: int, width: int) -> Half:
@@ -82,9 +89,12 @@ def encoder_of(vae: Any, frames: int, height: int, width: int) -> Half:
             latents = around(piece.to(vae.device)).to(vae.output_device)
         return latents.to(output_dtype(vae))
 
-    shape = (1, 3, min(frames, ENOUGH_FRAMES), height * scale, width * scale)
-    memory = vae.memory_used_encode(shape, vae.vae_dtype)
-    return Half(cadence, run, around, seen, int(memory), scale)
+    def memory(count: int) -> int:
+        shape = (1, 3, count, height * scale, width * scale)
+        return int(vae.memory_used_encode(shape, vae.vae_dtype))
+
+    needed = memory(min(frames, ENOUGH_FRAMES)), memory(1)
+    return Half(cadence, run, around, seen, *needed, scale, "frame")
 
 
 def wan_decoder(vae: Any) -> Any:

@@ -106,7 +106,9 @@ class VaeStream:
         return join(parts, tiles, self.height, self.width), after
 
     def _compare(self, piece: torch.Tensor, call: Call, made: torch.Tensor | None) -> None:
-        if made is None:
+        # Drivers that spill into main memory would take minutes for it instead of failing.
+        free = comfy.model_management.get_free_memory(self.vae.device)
+        if made is None or free < self.half.first_memory:
             return
         whole = [Tile(0, 0, self.height, self.width)]
         try:
@@ -123,7 +125,7 @@ class VaeStream:
 
     def _make_room(self, call: Call) -> None:
         """One notch smaller, at most as far as the smallest tile."""
-        where = f"out of memory at frame {call.start + 1}"
+        where = f"out of memory at {self.half.takes} {call.start + 1}"
         if not self.parked:
             self.parked = True
             self.states = [_moved(state, self.vae.patcher.offload_device) for state in self.states]

@@ -184,7 +184,7 @@ def test_out_of_memory_once_at_any_piece_changes_nothing(vae, monkeypatch):
             Failing(patch, vae.first_stage_model.decoder, [place])
             images, report = decode(vae, given)
         assert torch.equal(images, expected), place
-        [note] = re.findall(r"note: out of memory at frame \d+: (.*)", report)
+        [note] = re.findall(r"note: out of memory at latent \d+: (.*)", report)
         assert note == "the state now waits in main memory; same result"
 
 
@@ -242,6 +242,12 @@ def test_two_tiles_are_two_whole_decodes_blended(vae):
     [largest, mean] = re.search(r"at most ([\d.]+), on average ([\d.]+), of", report).groups()
     assert off.max() > 0.01 and float(off.max()) == pytest.approx(float(largest), abs=1e-4)
     assert float(off.mean()) == pytest.approx(float(mean), abs=1e-5)
+
+
+def test_seams_are_not_measured_where_a_frame_does_not_fit(vae, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 1)
+    report = decode(vae, latent(1, 8, 12), 64, 32)[1]
+    assert "2 tiles: the first frame does not fit in one, the seams are not measured" in report
 
 
 def test_tiles_of_encode_report_their_difference(vae):
