@@ -57,35 +57,22 @@ def measure(
     whole = describe(q, k, v, mask)
     on_cpu = q.device.type == "cpu"
     part = _part(q, k, v, mask, TRIAL_FLOPS if on_cpu else float("inf"))
-    work = describe(*part[:3], None).flops
-    # A GPU is only filled by the whole call; a CPU's time grows with the work.
-    timed, share = (part, whole.flops / work) if on_cpu else ((q, k, v, mask), 1.0)
-    times: dict[str, float] = {}
     refused: dict[str, str] = {}
+    able: list[Backend] = []
     for backend in candidates:
-        wrong = _trial(backend, part, scale)
+        # A GPU is only filled by the whole call, and some kernels prepare for each new length; a
+        # CPU's time grows with the work.
+        wrong = _trial(backend, part, scale) or (
+            None if on_cpu else _rehearsal(backend, (q, k, v, mask), scale)
+        )
         if wrong is None:
-            best = min(times.values(), default=float("inf"))
-            before = check.fingerprint(*timed[:3])
-            try:
-                seconds, out = _seconds(backend, timed, scale, best / share)
-            except Exception as raised:
-                wrong = reason_of(raised)
-            else:
-                wrong = check.complaint(out, *timed, scale, backend.exact)
-                if wrong is None:
-                    times[backend.name] = seconds * share
-            if check.fingerprint(*timed[:3]) != before:
-                raise FrugalError(
-                    f"attention kernel {backend.name} changed its inputs, which a trial on a part "
-                    "had not shown",
-                    "a kernel that leaves q, k and v alone",
-                    "choose another kernel by name and run again",
-                )
-        if wrong is not None:
+            able.append(backend)
+        else:
             refused[backend.name] = wrong
-    ranking = tuple(sorted(times.items(), key=lambda item: item[1]))
-    return Decision(ranking, refused, scaled=share > 1.0)
+    share = whole.flops / describe(*part[:3], None).flops if on_cpu else 1.0
+    times = _times(able, part if on_cpu else (q, k, v, mask), scale, refused)
+    ranking = sorted(((name, share * each) for name, each in times.items()), key=lambda it: it[1])
+    return Decision(tuple(ranking), refused, scaled=share > 1.0)
 
 
 def reason_of(raised: BaseException) -> str:
@@ -111,25 +98,50 @@ def _trial(backend: Backend, tensors: Tensors, scale: float) -> str | None:
         return reason_of(raised)
 
 
-def _seconds(
-    backend: Backend, tensors: Tensors, scale: float, best: float
-) -> tuple[float, torch.Tensor]:
-    """(least of RUNS timed calls after the trial's warm-up, the last result).
+def _rehearsal(backend: Backend, whole: Tensors, scale: float) -> str | None:
+    """What is wrong with `backend` on the whole call, or None; raises FrugalError where it spoils
+    the inputs, of which there is no copy.
+    """
+    before = check.fingerprint(*whole[:3])
+    try:
+        wrong = check.complaint(launch(backend, *whole, scale), *whole, scale, backend.exact)
+    except Exception as raised:
+        wrong = reason_of(raised)
+    if check.fingerprint(*whole[:3]) != before:
+        raise FrugalError(
+            f"attention kernel {backend.name} changed its inputs, which a trial on a part had not "
+            "shown",
+            "a kernel that leaves q, k and v alone",
+            "choose another kernel by name and run again",
+        )
+    return wrong
+
+
+def _times(
+    backends: list[Backend], tensors: Tensors, scale: float, refused: dict[str, str]
+) -> dict[str, float]:
+    """Name -> least of RUNS timed calls, in turns; one that raises goes to `refused`.
 
     What other programs do to a time only adds to it, so the least is the truest.
     """
-    q, k, v, mask = tensors
-    clock = _clock(q.device)
-    taken, out = [], q
+    clock = _clock(tensors[0].device)
+    times: dict[str, float] = {}
     for _ in range(RUNS):
-        # Two results at once may not fit.
-        del out
-        start = clock()
-        out = launch(backend, q, k, v, mask, scale)
-        taken.append(clock() - start)
-        if taken[-1] > HOPELESS * best:
-            break
-    return min(taken), out
+        for backend in backends:
+            start = clock()
+            try:
+                launch(backend, *tensors, scale)
+            except Exception as raised:
+                refused[backend.name] = reason_of(raised)
+                times.pop(backend.name, None)
+                continue
+            taken = clock() - start
+            times[backend.name] = min(taken, times.get(backend.name, taken))
+        best = min(times.values(), default=0.0)
+        backends = [
+            each for each in backends if times.get(each.name, float("inf")) <= HOPELESS * best
+        ]
+    return times
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from frugal.kernels.attention import Chooser, attention, remember
+from frugal.kernels.attention import Chooser, attention, check, measure, remember
 from frugal.kernels.attention.backends import CHUNKED, TORCH, Backend
 from frugal.kernels.attention.call import bucket, describe
 from frugal.kernels.attention.table import table
@@ -242,3 +242,26 @@ def test_want_of_memory_in_a_run_is_no_verdict():
     calls = large.run.calls
     chooser.attend(q, k, v)
     assert large.run.calls == calls + 1 and not table(chooser).broken
+
+
+def test_the_whole_call_is_judged_too():
+    """On a GPU the trial sees a part; what only the whole call shows is still seen."""
+    tensors_of_call = (*tensors(), None)
+    scale = 40**-0.5
+    assert measure._rehearsal(TORCH, tensors_of_call, scale) is None
+    assert "off by" in measure._rehearsal(fake("wrong", one_head_wrong), tensors_of_call, scale)
+    assert "no kernel image" in measure._rehearsal(fake("bad", raises), tensors_of_call, scale)
+    spoiler = fake("spoiler", spoil=lambda k: k.add_(1))
+    with pytest.raises(FrugalError, match="spoiler changed its inputs"):
+        measure._rehearsal(spoiler, tensors_of_call, scale)
+
+
+def test_a_trial_takes_whole_groups_of_heads(monkeypatch):
+    q, k, v = tensors(B=2, H=6, Hkv=3, Lq=50, Lk=70)
+    mask = torch.ones(2, 1, 1, 70, dtype=torch.bool)
+    for flops, shape in ((1e12, (2, 6, 50)), (3e6, (1, 4, 50)), (6e5, (1, 2, 26))):
+        part = measure._part(q, k, v, mask, flops)
+        assert part[0].shape[:3] == shape and part[1].shape[1] * 2 == shape[1]
+        assert part[3].expand(*shape, 70).shape == (*shape, 70)
+        off_by = check.complaint(attention(*part), *part, 40**-0.5, True)
+        assert off_by is None
