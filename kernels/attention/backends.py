@@ -175,9 +175,8 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "torch-flash",
         torch_sdpa.forced("FLASH_ATTENTION"),
-        devices=("cpu", "cuda", "hip"),
+        devices=("cuda", "hip"),
         least=(8, 0),
-        dtypes=FLOATS,
         multiple=1,
         gqa=False,
     ),

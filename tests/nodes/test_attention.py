@@ -350,7 +350,7 @@ def test_the_node(tmp_path):
     node = FrugalAttention.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     patched, text = node.execute(model, "auto", False, 0.0, 1.0).args
     assert patched is not model and patched.model is model.model
-    assert text.startswith("kernels for cpu: torch, torch-flash, torch-math, torch-upcast, chunked")
+    assert text.startswith("kernels for cpu: torch, torch-math, torch-upcast, chunked")
     assert "runs on cuda, not on cpu" in text
     with pytest.raises(FrugalError, match="sage runs on cuda, not on cpu; expected"):
         node.execute(model, "sage", True, 0.0, 1.0)
