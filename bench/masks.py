@@ -101,13 +101,14 @@ def measure(runners: dict, pairs: dict, rounds: int, seconds: float, check: bool
         run()
     wall: dict = {name: [] for name in runners}
     cpu: dict = {name: [] for name in runners}
-    began = time.perf_counter()
+    names, began = list(runners), time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - began > seconds:
             break
-        for name, run in runners.items():
+        # Another one begins each round: none always comes after the same neighbour.
+        for name in names[done % len(names) :] + names[: done % len(names)]:
             w, c = time.perf_counter(), time.process_time()
-            run()
+            runners[name]()
             cpu[name].append(1000 * (time.process_time() - c))
             wall[name].append(1000 * (time.perf_counter() - w))
             # Library threads spin for a while after their work; the next contender must not pay.
