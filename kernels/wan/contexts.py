@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from .kept_rows import KeptRows, distinct_rows, same_bits
+from .kept_rows import Distinct, KeptRows, distinct, same_bits
 
 
 @dataclass(frozen=True)
 class Context:
     """inputs [batch, rows, width]: the tensor that the layers were given. state: whatever else the
-    values depend on. distinct: see distinct_rows. values: layer -> what it made of the inputs.
+    values depend on. repeats: where the inputs repeat themselves. values: layer -> what it made of
+    them.
     """
 
     inputs: torch.Tensor
     state: Hashable
-    distinct: int
+    repeats: Distinct
     values: dict[Any, KeptRows] = field(default_factory=dict)
 
     @property
@@ -57,7 +58,7 @@ class Contexts:
             self._kept.pop(0)
             self.dropped += 1
         # A copy: what was given may be part of something larger, or be written to later.
-        context = Context(inputs.clone(), state, distinct_rows(inputs))
+        context = Context(inputs.clone(), state, distinct(inputs))
         self._kept.append(context)
         self.made += 1
         return context

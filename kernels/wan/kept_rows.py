@@ -1,8 +1,9 @@
 """What one projection makes of a prompt, kept for later steps without a bit of change.
 
 A prompt is padded to 512 tokens and all padding is alike, so the rows after the last word are one
-row many times over: it is kept once. The attention still sees every row. Giving it one row with a
-bias of log(copies) instead would be the same sum in another order, which is another rounding.
+row many times over: it is kept once. So is a start image that a batch has beside each prompt. The
+attention still sees every row. Giving it one row with a bias of log(copies) instead would be the
+same sum in another order, which is another rounding.
 """
 
 from __future__ import annotations
@@ -31,23 +32,39 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def distinct_rows(x: torch.Tensor) -> int:
-    """x [batch, rows, width]: how many leading rows hold everything, the rest of each batch item
-    being copies of its last row. rows if nothing repeats at the end.
+@dataclass(frozen=True)
+class Distinct:
+    """Where a tensor [batch, rows, width] repeats itself. rows: how many leading rows hold
+    everything, the rest of each batch item being copies of its last row. items: for each batch
+    item the first one that it equals.
     """
+
+    rows: int
+    items: tuple[int, ...]
+
+
+def distinct(x: torch.Tensor) -> Distinct:
+    """Of x [batch, rows, width], bit for bit. Waits for the device."""
     raw = bits(x)
     places = (raw != raw[:, -1:]).any(-1).any(0).nonzero()
-    return int(places[-1]) + 2 if len(places) else min(1, x.shape[1])
+    rows = int(places[-1]) + 2 if len(places) else min(1, x.shape[1])
+    items: list[int] = []
+    for item in range(len(raw)):
+        found = (first for first in dict.fromkeys(items) if torch.equal(raw[first], raw[item]))
+        items.append(next(found, item))
+    return Distinct(rows, tuple(items))
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """rows [batch, kept, width] in their own dtype, or float8_e4m3fn with scale [batch, kept, 1];
-    `length` rows are given back, in `dtype`.
+    """rows [kept items, kept rows, width] in their own dtype, or float8_e4m3fn with scale
+    [kept items, kept rows, 1]. Given back in `dtype`: `length` rows for each of `items`, which are
+    places among the kept ones.
     """
 
     rows: torch.Tensor
     length: int
+    items: tuple[int, ...]
     dtype: torch.dtype
     scale: torch.Tensor | None = None
 
@@ -60,26 +77,30 @@ class KeptRows:
         rows = self.rows
         if self.scale is not None:
             rows = (rows.float() * self.scale).to(self.dtype)
-        copies = self.length - rows.shape[1]
-        if copies:
-            return torch.cat([rows, rows[:, -1:].expand(-1, copies, -1)], dim=1)
-        return rows.clone() if self.scale is None else rows
+        out = rows.new_empty(len(self.items), self.length, rows.shape[2])
+        for item, place in enumerate(self.items):
+            out[item, : rows.shape[1]] = rows[place]
+            out[item, rows.shape[1] :] = rows[place, -1:]
+        return out
 
 
-def keep(values: torch.Tensor, distinct: int, fp8: bool = False) -> KeptRows:
-    """values [batch, rows, width] of an input with `distinct` leading rows.
+def keep(values: torch.Tensor, repeats: Distinct, fp8: bool = False) -> KeptRows:
+    """values [batch, rows, width] of an input that repeats itself as `repeats` says.
 
     A product may round equal rows differently where a kernel works in tiles; then all are kept.
     fp8: float8_e4m3fn with one scale per row, for values of 2 bytes and more.
     """
-    length = values.shape[1]
-    last = bits(values[:, distinct - 1 : distinct])
-    repeated = distinct < length and bool((bits(values[:, distinct:]) == last).all())
-    rows = values[:, :distinct] if repeated else values
+    raw, length = bits(values), values.shape[1]
+    rows, items = length, tuple(range(len(values)))
+    if repeats.rows < length and (raw[:, repeats.rows :] == raw[:, repeats.rows - 1, None]).all():
+        rows = repeats.rows
+    if all(torch.equal(raw[first], raw[item]) for item, first in enumerate(repeats.items)):
+        items = repeats.items
+    kept = sorted(set(items))
+    stored = values[kept, :rows]
+    places = tuple(kept.index(first) for first in items)
     if not fp8:
-        return KeptRows(rows.clone(memory_format=torch.contiguous_format), length, values.dtype)
-    batch, kept, width = rows.shape
-    stored, scale = round_tokens(rows.reshape(-1, width))
-    return KeptRows(
-        stored.view(batch, kept, width), length, values.dtype, scale.view(batch, kept, 1)
-    )
+        return KeptRows(stored.contiguous(), length, places, values.dtype)
+    data, scale = round_tokens(stored.reshape(-1, values.shape[2]))
+    shape = stored.shape[:2]
+    return KeptRows(data.view(*shape, -1), length, places, values.dtype, scale.view(*shape, 1))

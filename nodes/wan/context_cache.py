@@ -238,7 +238,7 @@ class _Cache:
                 return kept.tensor()
             self.computed += 1
             out = compute(x)
-            kept = context.values[layer] = keep(out, context.distinct, self.options.fp8)
+            kept = context.values[layer] = keep(out, context.repeats, self.options.fp8)
             # In fp8 the first step must not differ from the others.
             return kept.tensor() if self.options.fp8 else out
 

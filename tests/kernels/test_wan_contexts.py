@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from frugal.kernels.wan.context_report import ContextPlan, ContextReport
 from frugal.kernels.wan.contexts import Contexts
-from frugal.kernels.wan.kept_rows import distinct_rows, keep, same_bits
+from frugal.kernels.wan.kept_rows import Distinct, distinct, keep, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,7 +27,7 @@ def padded(lengths, rows=16, width=8, dtype=torch.float32, pad=0.0, seed=0) -> t
     return x.to(dtype)
 
 
-def distinct_by_hand(x: torch.Tensor) -> int:
+def rows_by_hand(x: torch.Tensor) -> int:
     batch, rows, _ = x.shape
     kept = rows
     while kept > 1 and all(raw(x[item, kept - 2]) == raw(x[item, -1]) for item in range(batch)):
@@ -43,23 +43,27 @@ def distinct_by_hand(x: torch.Tensor) -> int:
 )
 def test_distinct_rows_and_back(lengths, dtype, pad):
     x = padded(lengths, dtype=dtype, pad=pad)
-    distinct = distinct_rows(x)
-    assert distinct == distinct_by_hand(x)
-    kept = keep(x, distinct)
-    assert raw(kept.tensor()) == raw(x) and kept.rows.shape[1] == distinct
+    x = torch.cat([x, x[:1], x.flip(1)[:1]])
+    found = distinct(x)
+    assert found.rows == rows_by_hand(x)
+    items = [raw(item) for item in x]
+    assert found.items == tuple(items.index(item) for item in items)
+    kept = keep(x, found)
+    assert raw(kept.tensor()) == raw(x)
+    assert kept.rows.shape[:2] == (len(set(items)), found.rows)
 
 
 def test_zero_and_minus_zero_are_not_one_row():
     x = torch.zeros(1, 6, 4)
     x[:, 4] = -0.0
-    assert distinct_rows(x) == 6
+    assert distinct(x).rows == 6
     x[:, 4] = 0.0
-    assert distinct_rows(x) == 1
+    assert distinct(x).rows == 1
 
 
 def test_short_prompt_costs_its_length():
     values = padded([40], rows=512, width=32, dtype=torch.bfloat16)
-    assert keep(values, distinct_rows(values)).nbytes == 41 * 32 * 2
+    assert keep(values, distinct(values)).nbytes == 41 * 32 * 2
 
 
 def test_equal_rows_that_came_out_unequal_are_all_kept():
@@ -67,15 +71,27 @@ def test_equal_rows_that_came_out_unequal_are_all_kept():
     x = padded([4])
     values = padded([4], pad=1.0)
     values[:, 15, 0] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    kept = keep(values, distinct_rows(x))
+    kept = keep(values, distinct(x))
     assert raw(kept.tensor()) == raw(values) and kept.rows.shape[1] == 16
+
+
+def test_equal_items_that_came_out_unequal_are_all_kept():
+    values = padded([16, 16])
+    kept = keep(values, Distinct(16, (0, 0)))
+    assert raw(kept.tensor()) == raw(values) and len(kept.rows) == 2
+
+
+def test_one_image_beside_two_prompts_costs_one():
+    image = padded([257], rows=257, width=32, dtype=torch.bfloat16).expand(2, -1, -1)
+    kept = keep(image, distinct(image))
+    assert raw(kept.tensor()) == raw(image) and kept.nbytes == 257 * 32 * 2
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("lengths", [[5], [16]])
 def test_what_is_given_out_may_be_written_to(lengths, fp8):
     values = padded(lengths)
-    kept = keep(values, distinct_rows(values), fp8)
+    kept = keep(values, distinct(values), fp8)
     first = kept.tensor()
     before = raw(first)
     first.add_(1)
@@ -87,7 +103,7 @@ def test_what_is_given_out_may_be_written_to(lengths, fp8):
 def test_fp8_rounds_each_value_by_at_most_a_sixteenth(dtype):
     """e4m3 has 3 bits after the leading one; values below 2^-6 of the grid are spaced 2^-9."""
     values = (padded([9, 12], width=64, seed=2) * torch.logspace(-3, 3, 16)[:, None]).to(dtype)
-    kept = keep(values, distinct_rows(values), fp8=True)
+    kept = keep(values, distinct(values), fp8=True)
     out = kept.tensor()
     assert out.dtype == dtype and out.shape == values.shape
     exact, error = values.double(), (out.double() - values.double()).abs()
@@ -95,7 +111,7 @@ def test_fp8_rounds_each_value_by_at_most_a_sixteenth(dtype):
     more = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     assert (error <= exact.abs() * (2**-4 + more) + scale * 2**-10 + 1e-7).all()
     assert error.max() > 0
-    assert kept.nbytes == 2 * distinct_rows(values) * (64 + 4)
+    assert kept.nbytes == 2 * distinct(values).rows * (64 + 4)
 
 
 def test_found_by_content_and_state():
@@ -149,7 +165,7 @@ def test_table_counts_its_memory():
     x = padded([5], dtype=torch.bfloat16)
     context = table.of(x, None)
     assert table.nbytes == x.nbytes
-    context.values["layer"] = keep(x, context.distinct)
+    context.values["layer"] = keep(x, context.repeats)
     assert table.nbytes == x.nbytes + 6 * 8 * 2
 
 

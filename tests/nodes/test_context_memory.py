@@ -200,8 +200,9 @@ def test_fp8_takes_a_quarter_of_fp32_and_rounds(t2v):
 
 
 def execute(**inputs):
-    hidden = {"hidden_inputs": {io.Hidden.unique_id: "7"}}
-    clone = FrugalWanConstantContext.PREPARE_CLASS_CLONE(hidden)
+    hidden = {io.Hidden.unique_id: "7"}
+    # Newer versions look for them under a name of their own.
+    clone = FrugalWanConstantContext.PREPARE_CLASS_CLONE({**hidden, "hidden_inputs": hidden})
     with torch.inference_mode():
         return getattr(clone, FrugalWanConstantContext.FUNCTION)(**inputs).result
 
