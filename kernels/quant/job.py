@@ -167,8 +167,8 @@ def choose(
     notes = [note]
     if known is not None:
         notes.append(
-            "the predicted error is for inputs like the recorded ones; on tiny models the truth was "
-            "up to a third above it, so check the finished file"
+            "the predicted error is for inputs like the recorded ones; on tiny models the truth "
+            "was up to a third above it, so check the finished file"
         )
     found = replace(found, notes=(*found.notes, *notes))
     planned = payload(steps(source, found.choice, merge))
