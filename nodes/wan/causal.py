@@ -40,8 +40,8 @@ class FrugalCausalModel(io.ComfyNode):
             category=HOME,
             description=(
                 "Makes a Wan 2.1 model causal: frames see only those before them, through a cache "
-                "of constant size. For models trained that way (Self-Forcing, CausVid, LongLive, "
-                "Krea), whatever their file says; a model trained on whole clips gives poor videos."
+                "of constant size. For models trained that way (Self-Forcing, CausVid, LongLive), "
+                "whatever their file says; a model trained on whole clips gives poor videos."
             ),
             inputs=[
                 io.Model.Input("wan_model", tooltip="A Wan model, LoRAs and all."),

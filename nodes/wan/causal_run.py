@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +37,10 @@ class CausalRun:
         model_options["transformer_options"] = options
         return {**extra_args, "model_options": model_options}
 
-    @contextmanager
-    def block(self, count: int, frame: int | None = None) -> Iterator[None]:
-        """The model's calls inside are on `count` frames from the next, or from number `frame`."""
+    def start_block(self, count: int, frame: int | None = None) -> None:
+        """The model's calls from now on are on `count` frames, the next or those from number
+        `frame`. Raises FrugalError where the compute type cannot tell their positions apart.
+        """
         self._at = self.cache.next_frame if frame is None else frame
         self._count = count
         self._place = self.cache.start_block(count, frame)
@@ -51,7 +51,6 @@ class CausalRun:
                 f"positions up to {exact}, the last that this type tells apart",
                 "choose relative positions and a window",
             )
-        yield
 
     def __call__(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None,

@@ -80,7 +80,8 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
     ones = x.new_ones([x.shape[0]])
 
     def remember(clean: torch.Tensor, frame: int | None = None) -> None:
-        with run.block(clean.shape[2], frame), run.cache.writing(clean):
+        run.start_block(clean.shape[2], frame)
+        with run.cache.writing(clean):
             model(clean, sigmas.new_zeros(1) * ones, **extra_args)
 
     if job.recache and cache.kept:
@@ -94,16 +95,16 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
     for start in blocks:
         count = min(frames_per_block, total - start)
         block = x[:, :, start : start + count]
-        with run.block(count):
-            for i in range(steps):
-                denoised = model(block, sigmas[i] * ones, **extra_args)
-                if callback is not None:
-                    scaled = done * steps // (len(blocks) * steps)
-                    callback({"x": block, "i": scaled, "sigma": sigmas[i],
-                              "sigma_hat": sigmas[i], "denoised": denoised})  # fmt: skip
-                done += 1
-                seed = (extra_args.get("seed") or 0) + cache.blocks_made * 1000 + i
-                block = _noised(denoised, sigmas[i + 1], seed)
+        run.start_block(count)
+        for i in range(steps):
+            denoised = model(block, sigmas[i] * ones, **extra_args)
+            if callback is not None:
+                scaled = done * steps // (len(blocks) * steps)
+                callback({"x": block, "i": scaled, "sigma": sigmas[i],
+                          "sigma_hat": sigmas[i], "denoised": denoised})  # fmt: skip
+            done += 1
+            seed = (extra_args.get("seed") or 0) + cache.blocks_made * 1000 + i
+            block = _noised(denoised, sigmas[i + 1], seed)
         out[:, :, start : start + count] = block
         if job.keep or start + count < total:
             remember(block)
@@ -170,6 +171,12 @@ def _check(x, sigmas, extra_args, options, guider) -> None:
         if conds is not None and len(conds) > 1:
             raise FrugalError(
                 f"{len(conds)} conditionings as {side}", "one", "use the prompt schedule"
+            )
+        if any(cond.get(part) is not None for cond in conds or () for part in ("area", "mask")):
+            raise FrugalError(
+                f"a {side} prompt for a part of the picture",
+                "prompts for the whole picture",
+                "remove the area or mask from the conditioning",
             )
 
 

@@ -104,7 +104,8 @@ def make_video(
             part = samples[:, :, begin:end]
             made.append(
                 comfy.sample.sample_custom(
-                    model, _noise(part, settings.seed, _first(job)), settings.cfg,
+                    model, _noise(part, settings.seed, _first(job), latent.get("batch_index")),
+                    settings.cfg,
                     sampler(settings.frames_per_block, job), sigmas, prompt, negative, part,
                     callback=callback, seed=settings.seed,
                 ).to(samples.device)
@@ -179,13 +180,15 @@ def _first(job: Job) -> int:
     return given + (0 if job.cache is None else job.cache.next_frame)
 
 
-def _noise(samples: torch.Tensor, seed: int, first: int) -> torch.Tensor:
+def _noise(
+    samples: torch.Tensor, seed: int, first: int, batch_index: list[int] | None
+) -> torch.Tensor:
     """Noise of a frame by its number, so that a video is the same in one run or several; from other
     seeds than the fresh noise between steps, which would else repeat it.
     """
     frame = samples[:, :, :1]
     each = [
-        comfy.sample.prepare_noise(frame, (seed + FRAME_SEEDS + first + i) % 2**63)
+        comfy.sample.prepare_noise(frame, (seed + FRAME_SEEDS + first + i) % 2**63, batch_index)
         for i in range(samples.shape[2])
     ]
     return torch.cat(each, dim=2)

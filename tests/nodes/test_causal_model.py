@@ -208,6 +208,37 @@ def test_what_cannot_be_causal_is_refused(plain, tmp_path):
         videos.make(videos.causal(half, window=2), 2, job=Job(cache=far.cache))
 
 
+@pytest.mark.parametrize("name", ["time_dim_concat", "reference_latents"])
+def test_what_spans_the_whole_video_is_refused(plain, name):
+    latent = torch.zeros(1, 16, 1, 8, 8)
+    extra = {name: [latent] if name.endswith("s") else latent}
+    with pytest.raises(FrugalError, match=f"the conditioning has {name.removesuffix('s')}"):
+        videos.make(videos.causal(plain), 2, extra=extra)
+
+
+def test_other_ways_to_see_time_are_refused(plain):
+    stretched = videos.causal(plain)
+    stretched.model_options["transformer_options"]["rope_options"] = {"scale_t": 2.0}
+    with pytest.raises(FrugalError, match="time stretched by 2"):
+        videos.make(stretched, 2)
+    windows = videos.causal(plain)
+    windows.model_options["context_handler"] = object()
+    with pytest.raises(FrugalError, match="context windows"):
+        videos.make(windows, 2)
+    shifted = videos.causal(plain)
+    shifted.model_options["transformer_options"]["rope_options"] = {"shift_t": 3.0}
+    # A shift of all frames alike is no change to what they see of each other.
+    assert videos.far(videos.make(shifted, 4), videos.make(videos.causal(plain), 4)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "part", [{"area": (2, 4, 4, 0, 0, 0), "strength": 1.0}, {"mask": torch.ones(1, 8, 8)}]
+)
+def test_a_prompt_for_a_part_of_the_picture_is_refused(plain, part):
+    with pytest.raises(FrugalError, match="a positive prompt for a part of the picture"):
+        videos.make(videos.causal(plain), 2, extra=part)
+
+
 def test_a_step_cache_may_not_skip_the_clean_pass(plain):
     from comfy.patcher_extension import WrappersMP
 

@@ -155,6 +155,12 @@ def test_what_cannot_be_made_is_refused_and_leaves_the_session(model):
         with pytest.raises(FrugalError, match=words):
             made(model, 6, **more)
         assert (session.pool.used_bytes, session.pool.away_bytes) == (0, before)
+    masked = {"samples": torch.zeros(1, 16, 2, 8, 8), "noise_mask": torch.ones(1, 1, 8, 8)}
+    with pytest.raises(FrugalError, match="noise mask"):
+        make_video(model, prompt(), prompt(6), masked, DROP)
+    image = [[videos.prompt_of(5), {"concat_latent_image": torch.zeros(1, 16, 6, 8, 8)}]]
+    with pytest.raises(FrugalError, match="start image and prompts that change"):
+        made(model, 6, prompts=((1.0, image),))
     with pytest.raises(FrugalError, match="kind fp8 for a video"):
         other = videos.causal(model, window=4, relative=True, kind="fp8")
         made(other, 2, session=session)
