@@ -4,6 +4,7 @@ memory; tiles differ by what the report says.
 
 from __future__ import annotations
 
+import os
 import re
 
 import comfy.ldm.wan.vae2_2
@@ -11,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import folder_paths
 import pytest
 import torch
 
@@ -48,11 +50,8 @@ def vae22():
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(fill(shapes, 4, torch.float32))
     made.first_stage_model = model.eval()
-    made.patcher = comfy.model_patcher.CoreModelPatcher(
-        model, made.device, made.patcher.offload_device
-    ) if hasattr(comfy.model_patcher, "CoreModelPatcher") else comfy.model_patcher.ModelPatcher(
-        model, made.device, made.patcher.offload_device
-    )  # fmt: skip
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    made.patcher = patcher(model, made.device, made.patcher.offload_device)
     made.latent_channels = 48
     made.upscale_ratio = (made.upscale_ratio[0], 16, 16)
     made.downscale_ratio = (made.downscale_ratio[0], 16, 16)
@@ -87,11 +86,7 @@ def encode(vae, images=None, video=None, tile=0, overlap=64):
 
 
 def kept() -> list[str]:
-    import folder_paths
-
     found = folder_paths.get_input_directory()
-    import os
-
     os.makedirs(found, exist_ok=True)
     return sorted(name for name in os.listdir(found) if name.startswith(vae_decode.KEPT))
 
@@ -218,10 +213,6 @@ def test_out_of_memory_twice_goes_on_in_tiles(vae, monkeypatch):
 
 
 def remove(name: str) -> None:
-    import os
-
-    import folder_paths
-
     os.remove(os.path.join(folder_paths.get_input_directory(), name))
 
 
