@@ -17,7 +17,7 @@ from frugal.nodes.wan import causal_model, causal_sampler, glue
 from frugal.tests import wan_bed as bed
 from frugal.tests.context_bed import text
 
-SEED, SIDE, HEADS = 11, 8, 2
+SEED, SIDE = 11, 8
 SIGMAS = torch.tensor([1.0, 0.6, 0.0])
 SHIFT = 5.0
 
