@@ -11,7 +11,7 @@ from ...kernels.kv.storage import FP8, INT8, MODEL
 from .._comfy import CATEGORY, known, show_text
 from . import causal_files, causal_model, causal_video
 
-HOME = f"{CATEGORY}/wan/causal"
+HOME = f"{CATEGORY}/wan"
 Session = io.Custom("FRUGAL_CAUSAL_SESSION")
 Prompts = io.Custom("FRUGAL_PROMPT_SCHEDULE")
 PAGES = {"model type": MODEL, "fp8": FP8, "int8": INT8}

@@ -23,7 +23,7 @@ def test_every_node_is_there(server):
 
 
 def test_no_family_is_off(server):
-    off = [line for line in server.log_text().splitlines() if "[Frugal]" in line and " off" in line]
+    off = [line for line in server.log_text().splitlines() if "nodes are off: " in line]
     assert not off
 
 
