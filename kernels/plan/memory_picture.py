@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .memory import (
 )
 
 WIDTH, HEIGHT = 1024, 560
-LEFT, RIGHT, TOP, BOTTOM = 84, 190, 96, 70
+LEFT, RIGHT, TOP, BOTTOM = 84, 200, 118, 70
 PAPER, INK, FAINT, OVER = (255, 255, 255), (32, 36, 44), (225, 228, 233), (204, 0, 0)
 # Distinct for people with any form of colour blindness, after Okabe and Ito (2008).
 COLOURS = {
@@ -49,7 +50,8 @@ def picture(plan: MemoryPlan) -> np.ndarray:
     verdict = "fits" if plan.fits else "does not fit"
     draw.text((LEFT, 14), f"{plan.title}: {verdict} in {megabytes(plan.budget)}", INK, fonts[18])
     draw.text((LEFT, 42), plan.job.text(), INK, fonts[14])
-    draw.text((LEFT, 62), f"switches: {plan.switches.text()}", INK, fonts[14])
+    said = textwrap.wrap(f"switches: {plan.switches.text()}", 120)
+    draw.multiline_text((LEFT, 62), "\n".join(said), INK, fonts[14])
     _axis(draw, fonts[13], most)
     slot = (WIDTH - LEFT - RIGHT) / len(plan.phases)
     width = min(110.0, slot * 0.32)
