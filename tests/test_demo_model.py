@@ -10,14 +10,18 @@ from frugal.demo.evaluate import evaluate
 from frugal.demo.layout import MODELS
 
 
+# `python -m demo.evaluate` measures 64 for demo/figures.json, which takes minutes.
+SWAPS = 24
+
+
 @pytest.fixture(scope="module")
 def figures():
     torch.set_num_threads(2)
-    return evaluate(*export.read(), swaps=64, steps=10)[0]
+    return evaluate(*export.read(), swaps=SWAPS, steps=10)[0]
 
 
 def test_the_right_garment_is_the_nearest_of_sixteen(figures):
-    assert figures["swaps"] == 64
+    assert figures["swaps"] == SWAPS
     assert figures["retrieval_of_16"] >= 0.8
 
 
