@@ -9,7 +9,6 @@ from frugal.demo import export
 from frugal.demo.evaluate import evaluate
 from frugal.demo.layout import MODELS
 
-
 # `python -m demo.evaluate` measures 64 for demo/figures.json, which takes minutes.
 SWAPS = 24
 
