@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
+from ..whole_file import replacing
 from .measure import Decision
 
 FORMAT = 1
@@ -47,14 +46,9 @@ def save(path: Path, fresh: dict[str, Decision]) -> None:
         for key, d in sorted(every.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "choices": entries}, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as unfinished:
+        text = json.dumps({"format": FORMAT, "choices": entries}, indent=1)
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _read(entry: dict) -> Decision:

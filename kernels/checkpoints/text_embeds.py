@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import FrugalError
+from ..whole_file import replacing
 from .header import read_header
 
 MARK = "frugal_text_embeds"
@@ -61,12 +61,8 @@ def write_text_embeds(conditioning: Conditioning, path: Path) -> None:
                 )
         entries.append({"plain": plain, "order": list(extras)})
     metadata = {MARK: json.dumps({"version": VERSION, "entries": entries})}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata=metadata)
 
 
 def _is_plain(value: Any) -> bool:

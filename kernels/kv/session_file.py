@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import FrugalError
+from ..whole_file import replacing
 from .cache import CacheOptions, Kept, VideoCache
 from .offload import HOST, to_host
 from .storage import Page, PageFormat
@@ -45,12 +45,8 @@ def save(cache: VideoCache, path: Path) -> None:
         "prompt": cache.prompt,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, {"format": FORMAT, "session": json.dumps(facts)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, {"format": FORMAT, "session": json.dumps(facts)})
 
 
 def load(path: Path, device: torch.device) -> VideoCache:

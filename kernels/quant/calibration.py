@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 
 from ..checkpoints.header import read_header
 from ..errors import FrugalError
+from ..whole_file import replacing
 from .moments import Moment
 from .reference_calls import ReferenceCall, checked, packed, unpacked
 
@@ -199,12 +199,8 @@ def write_calibration(
     if calls:
         held, content["calls"] = packed(calls)
         tensors |= held
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, temporary, metadata={MARK: json.dumps(content)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata={MARK: json.dumps(content)})
 
 
 def read_calibration(path: Path | str) -> Calibration:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from ..whole_file import replacing
 from . import formats
 from .budget import Allocation, gigabytes
 from .curves import FormatError, LayerCurve, Statistics, stored_error
@@ -233,14 +234,10 @@ def json_path(model: str | os.PathLike[str]) -> Path:
 
 def write_json(report: QualityReport, path: Path) -> Path:
     """Write the report, all of it or nothing; returns `path`, see `json_path`."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(
             json.dumps(report.to_dict(), indent=1, allow_nan=False), encoding="ascii"
         )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

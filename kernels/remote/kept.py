@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from ..whole_file import replacing
 
 LARGEST = 10**6
 
@@ -40,14 +40,8 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
 def write(folder: Path, name: str, value: dict[str, Any]) -> None:
     """Keep `value` under `name`: written beside, then renamed. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=folder, prefix=name[:16], suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-        os.replace(scratch, folder / f"{name}.json")
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with replacing(folder / f"{name}.json") as unfinished:
+        unfinished.write_text(json.dumps(value), encoding="utf-8")
 
 
 def failures(folder: Path, name: str) -> int:

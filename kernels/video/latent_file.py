@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from ..whole_file import replacing
 
 LATENT = "latent_tensor"
 # Its presence says that values are not scaled by 1 / 0.18215.
@@ -17,9 +18,5 @@ SUFFIX = ".latent"
 def write_latent(samples: torch.Tensor, path: Path) -> None:
     """Write a latent of any shape and type bit for bit; the name appears once the file is whole."""
     tensors = {LATENT: samples.detach().cpu().contiguous(), VERSION: torch.tensor([])}
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as unfinished:
         save_file(tensors, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FrugalError
+from ..whole_file import replacing
 
 QUALITIES = ("high", "good", "small")
 # ITU-T H.273 codes of BT.709; 1 is also 'limited range' in FFmpeg's numbering.
@@ -144,12 +145,8 @@ class VideoWriter:
             return
         # Fragments are for a file that may be cut off; editors want one index, players want it
         # first. The compressed frames are copied.
-        whole = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        try:
+        with replacing(self.path) as whole:
             self._copy(whole)
-            os.replace(whole, self.path)
-        finally:
-            whole.unlink(missing_ok=True)
         self.partial.unlink()
 
     def _copy(self, target: Path) -> None:

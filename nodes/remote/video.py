@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ...kernels.remote.dialects import DIALECTS, VideoWish, checked
 from ...kernels.remote.server import server
 from ...kernels.remote.videos import RemoteVideo, order
 from ...kernels.video.reader import frames, pixels
+from ...kernels.whole_file import replacing
 from . import glue
 
 FOLDER = "frugal_videos"
@@ -68,12 +68,8 @@ def _written(video: RemoteVideo, prefix: str) -> tuple[Path, str]:
     folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
     suffix = ".avi" if video.data[:4] == AVI else ".webm" if video.data[:4] == WEBM else ".mp4"
     path = Path(folder) / f"{name}_{number:05}_{suffix}"
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        scratch.write_bytes(video.data)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(video.data)
     return path, subfolder
 
 

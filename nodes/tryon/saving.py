@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import comfy.float
@@ -19,6 +20,7 @@ from ...kernels.checkpoints import catvton
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.tryon import precision
+from ...kernels.whole_file import replacing
 from .._comfy import REPORT_KEY, known, show_text
 from . import ports
 from .unet import CatVTONConfig
@@ -117,13 +119,8 @@ def save_catvton(patcher: Any, path: str) -> str:
     tensors = tensors_of(patcher)
     metadata = metadata_of(patcher, tensors)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.part"
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing(Path(path)) as unfinished:
+        save_file(tensors, unfinished, metadata)
     lines = [f"{os.path.basename(path)}: {megabytes(os.path.getsize(path))}"]
     lines += [f"{len(patcher.patches)} patched weights merged"] if patcher.patches else []
     wrappers = [key for kind in patcher.wrappers.values() for key in kind if kind[key]]
