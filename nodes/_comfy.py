@@ -1,4 +1,4 @@
-"""What the families share of ComfyUI: feature detection and messages on a node.
+"""What the families share of ComfyUI: feature detection, names on a MODEL, messages on a node.
 
 Features are looked for, versions are never compared: an argument that the running ComfyUI does not
 know is left out, so one source serves 0.3.75 and newer.
@@ -10,10 +10,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 CATEGORY = "Frugal"
 REPORT_KEY = "frugal.load_report"
 # Attachment of a MODEL with an attribute `table`: what attention took in its latest run.
 ATTENTION_KEY = "frugal.attention"
+# Entry of transformer_options that makes a model causal.
+CAUSAL_KEY = "frugal.causal"
+# Entry of transformer_options through which ComfyUI lets its attention be replaced.
+ATTENTION_OVERRIDE = "optimized_attention_override"
 
 
 def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
@@ -22,6 +28,11 @@ def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     """
     accepted = inspect.signature(target).parameters
     return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """In which a model (of a MODEL) computes, its weights being kept in this or another type."""
+    return model.manual_cast_dtype or model.get_dtype()
 
 
 def show_text(node_id: str | None, text: str) -> None:

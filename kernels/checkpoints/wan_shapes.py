@@ -13,6 +13,8 @@ from ..errors import FrugalError
 FREQ_DIM = 256
 TEXT_DIM = 4096
 IMAGE_DIM = 1280
+# Of a prompt as ComfyUI's umT5 pads it, and of a CLIP image.
+TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 MAX_LAYERS = 200
 CAMERA_DIM = 24 * 64
 

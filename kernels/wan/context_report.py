@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checkpoints.wan_shapes import IMAGE_TOKENS, TEXT_TOKENS
 from ..report import megabytes
-
-TEXT_ROWS, IMAGE_ROWS = 512, 257
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ class ContextPlan:
             f"{self.layers} cross-attention projections: {megabytes(self.weight_bytes)}, "
             f"{100 * self.share:.1f} % of the blocks' weights, are read once per prompt of a run "
             "instead of in every step",
-            f"kept per prompt: up to {megabytes(TEXT_ROWS * self.text_row_bytes)} "
-            f"({TEXT_ROWS} tokens; less for a short prompt, whose padding is kept once)",
+            f"kept per prompt: up to {megabytes(TEXT_TOKENS * self.text_row_bytes)} "
+            f"({TEXT_TOKENS} tokens; less for a short prompt, whose padding is kept once)",
         ]
         if self.image_row_bytes:
-            size = megabytes(IMAGE_ROWS * self.image_row_bytes)
-            lines.append(f"kept per start image: {size} ({IMAGE_ROWS} tokens)")
+            size = megabytes(IMAGE_TOKENS * self.image_row_bytes)
+            lines.append(f"kept per start image: {size} ({IMAGE_TOKENS} tokens)")
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import comfy.ldm.wan.vae
 import comfy.ops
 import torch
 
-from ...kernels.checkpoints.wan_shapes import IMAGE_DIM, TEXT_DIM
+from ...kernels.checkpoints.wan_shapes import IMAGE_DIM, IMAGE_TOKENS, TEXT_DIM, TEXT_TOKENS
 from ...kernels.errors import FrugalError
 from ...kernels.plan.memory import Job, Switches
 from ...kernels.plan.trace import (
@@ -24,12 +24,11 @@ from ...kernels.plan.trace import (
     of_layers,
     trace,
 )
+from .._comfy import ATTENTION_OVERRIDE, compute_dtype
 from . import facts
 from .chunking import PARTS, InForce, forwards
 
 META = torch.device("meta")
-# Tokens of a prompt as ComfyUI's umT5 pads it, and of a CLIP image.
-TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 KNOWN = ("WanModel", "VaceWanModel", "CameraWanModel")
 ROTATION = "comfy_kitchen::apply_rope1"
 # Latent pixels of a 256 px tile; latent frames until a VAE's caches are full; those traced at most.
@@ -45,11 +44,6 @@ def check(model: Any) -> None:
             "a Wan 2.1 or 2.2 text-to-video, image-to-video, VACE or camera model",
             "connect one, or leave Memory Plan out of this graph",
         )
-
-
-def compute_dtype(model: Any) -> torch.dtype:
-    """The dtype that `model` computes in."""
-    return model.manual_cast_dtype or model.get_dtype()
 
 
 class ForwardPeaks:
@@ -120,7 +114,7 @@ def inputs(
             "x": zeros(batch, model.in_dim, *latent),
             "timestep": torch.zeros(batch, device=device),
             "context": zeros(batch, TEXT_TOKENS, TEXT_DIM),
-            "transformer_options": {"optimized_attention_override": _fused_override},
+            "transformer_options": {ATTENTION_OVERRIDE: _fused_override},
         }
         if model.img_emb is not None:
             found["clip_fea"] = zeros(batch, IMAGE_TOKENS, IMAGE_DIM)

@@ -7,7 +7,7 @@ from typing import Any
 import comfy.model_management
 from comfy.patcher_extension import WrappersMP
 
-from ...kernels.checkpoints.wan_shapes import detect_config
+from ...kernels.checkpoints.wan_shapes import IMAGE_TOKENS, TEXT_TOKENS, detect_config
 from ...kernels.errors import FrugalError
 from ...kernels.plan import fit
 from ...kernels.plan.doctor import SLOW_ATTENTION
@@ -25,10 +25,10 @@ from ...kernels.plan.memory import (
     make_plan,
 )
 from ...kernels.report import LoadReport
-from .._comfy import show_text
+from .._comfy import compute_dtype, show_text
 from . import facts, glue
 from .chunking import InForce, forwards
-from .meta import IMAGE_TOKENS, TEXT_TOKENS, ForwardPeaks, compute_dtype, decoded
+from .meta import ForwardPeaks, decoded
 from .policy import Policy
 
 GB = 10**9

@@ -15,6 +15,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.quant import low_rank
 from ...kernels.quant.lora_report import LoraReport
 from ...kernels.quant.low_rank import Delta
+from .._comfy import compute_dtype
 from .lora_file import Entry, LoraFile
 from .side_branch import SideLayer, Vectors, attach, dora_vectors, fuses, side_lora, stored
 
@@ -66,7 +67,7 @@ def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]
             f"a LoRA for this {type(model.model).__name__} model",
             "choose a LoRA that was trained on it",
         )
-    dtype = _compute_dtype(model.model)
+    dtype = compute_dtype(model.model)
     layers = {path: _layer(change, dtype) for path, change in changes.items()}
     size = sum(p.nbytes for layer in layers.values() for p in layer.parameters())
     report = LoraReport(
@@ -194,13 +195,6 @@ def _layer(change: _Change, dtype: torch.dtype) -> SideLayer:
         bias = None if change.bias is None else stored(change.bias, dtype)
         layer.vectors = Vectors(bias, change.gain, change.kept)
     return layer
-
-
-def _compute_dtype(model: Any) -> torch.dtype:
-    inference = getattr(model, "get_dtype_inference", None)
-    if inference is not None:
-        return inference()
-    return getattr(model, "manual_cast_dtype", None) or model.get_dtype()
 
 
 def _module(model: torch.nn.Module, path: str) -> Any:

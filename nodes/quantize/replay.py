@@ -22,7 +22,7 @@ from ...kernels.quant.model_error import ModelError, model_error
 from ...kernels.quant.quality import QualityReport, read_json, write_json
 from ...kernels.quant.reference_calls import ReferenceCall
 from ...kernels.report import LoadReport
-from .._comfy import REPORT_KEY
+from .._comfy import REPORT_KEY, compute_dtype
 from .capture import linear_layers, side_loras
 from .side_branch import KEY as SIDE_KEY
 from .small_calls import OPTIONS
@@ -79,7 +79,7 @@ def outputs(patcher: Any, calls: Sequence[ReferenceCall]) -> list[torch.Tensor]:
         patcher.pre_run()
         for call in calls:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            given = _on_device(call.arguments, device, _compute_type(model))
+            given = _on_device(call.arguments, device, compute_dtype(model))
             own = dict(options)
             if call.sigma is not None:
                 own["sigmas"] = torch.tensor([call.sigma], device=device)
@@ -94,10 +94,6 @@ def outputs(patcher: Any, calls: Sequence[ReferenceCall]) -> list[torch.Tensor]:
         patcher.cleanup()
         comfy.sampler_helpers.cleanup_additional_models(beside)
     return made
-
-
-def _compute_type(model: Any) -> torch.dtype:
-    return model.manual_cast_dtype or model.get_dtype()
 
 
 def _on_device(

@@ -24,10 +24,9 @@ from ...kernels.attention.call import belong, device_kind
 from ...kernels.attention.choose import absences, check_choice
 from ...kernels.attention.table import Table, table
 from ...kernels.errors import FrugalError
-from .._comfy import ATTENTION_KEY, show_text
+from .._comfy import ATTENTION_KEY, ATTENTION_OVERRIDE, show_text
 
 KEY = ATTENTION_KEY
-OVERRIDE = "optimized_attention_override"
 CHOICES = (AUTO, *(each.name for each in BACKENDS))
 
 
@@ -81,7 +80,7 @@ def apply(
     clone = model.clone()
     options = clone.model_options.setdefault("transformer_options", {})
     token = uuid.uuid4().hex
-    options[OVERRIDE] = make_override(token, options.get(OVERRIDE))
+    options[ATTENTION_OVERRIDE] = make_override(token, options.get(ATTENTION_OVERRIDE))
     last = LastRun()
     clone.set_attachments(KEY, last)
     clone.add_wrapper_with_key(

@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known, show_text
 from . import attention
+from .ports import model_input, percent_input
 
 
 class FrugalAttention(io.ComfyNode):
@@ -21,7 +22,7 @@ class FrugalAttention(io.ComfyNode):
                 "is trusted. After a run the node shows which kernel took what, and how long."
             ),
             inputs=[
-                io.Model.Input("base_model", tooltip="The model, LoRAs and all."),
+                model_input(),
                 io.Combo.Input(
                     "kernel",
                     options=list(attention.CHOICES),
@@ -40,21 +41,15 @@ class FrugalAttention(io.ComfyNode):
                         "self-attention over 1024 tokens or more. Faster, a little less exact."
                     ),
                 ),
-                io.Float.Input(
+                percent_input(
                     "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="8-bit kernels only after this part of the schedule, 0 to 1.",
+                    0.0,
+                    "8-bit kernels only after this part of the schedule, 0 to 1.",
                 ),
-                io.Float.Input(
+                percent_input(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="8-bit kernels only before this part of the schedule, 0 to 1.",
+                    1.0,
+                    "8-bit kernels only before this part of the schedule, 0 to 1.",
                 ),
             ],
             outputs=[

@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known
 from . import guidance_run
+from .ports import model_input, percent_input
 
 
 class FrugalGuidanceRange(io.ComfyNode):
@@ -20,22 +21,12 @@ class FrugalGuidanceRange(io.ComfyNode):
                 "negative prompt is left out there, and a step costs half."
             ),
             inputs=[
-                io.Model.Input("base_model", tooltip="The model, LoRAs and all."),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the schedule at which guidance begins, 0 to 1.",
+                model_input(),
+                percent_input(
+                    "start_percent", 0.0, "Part of the schedule at which guidance begins, 0 to 1."
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=0.8,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the schedule at which guidance ends, 0 to 1.",
+                percent_input(
+                    "end_percent", 0.8, "Part of the schedule at which guidance ends, 0 to 1."
                 ),
             ],
             outputs=[io.Model.Output("model", tooltip="The same model, for any sampler.")],

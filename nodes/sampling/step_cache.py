@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known, show_text
 from . import step_cache_run
+from .ports import model_input, percent_input
 
 
 class FrugalStepCache(io.ComfyNode):
@@ -22,7 +23,7 @@ class FrugalStepCache(io.ComfyNode):
                 "well the forecasts fitted."
             ),
             inputs=[
-                io.Model.Input("base_model", tooltip="The model, LoRAs and all."),
+                model_input(),
                 io.Float.Input(
                     "threshold",
                     default=0.05,
@@ -34,21 +35,15 @@ class FrugalStepCache(io.ComfyNode):
                         "(0.05 = 5 %). Larger skips more. 0 is off: the same result to the bit."
                     ),
                 ),
-                io.Float.Input(
+                percent_input(
                     "start_percent",
-                    default=0.15,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the schedule before which every call is made, 0 to 1.",
+                    0.15,
+                    "Part of the schedule before which every call is made, 0 to 1.",
                 ),
-                io.Float.Input(
+                percent_input(
                     "end_percent",
-                    default=0.95,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the schedule after which every call is made, 0 to 1.",
+                    0.95,
+                    "Part of the schedule after which every call is made, 0 to 1.",
                 ),
                 io.Int.Input(
                     "max_skips",

@@ -20,11 +20,10 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...kernels.errors import FrugalError
 from ...kernels.sampling.step_cache import StepCache, StepCacheSettings
 from ...kernels.sampling.step_report import StepCacheReport, advice
+from .._comfy import CAUSAL_KEY
 
 KEY = "frugal.step_cache"
 OTHER_CACHES = ("easycache", "lazycache")
-# The causal Wan of this pack keeps its settings under this name in the model's options.
-CAUSAL = "frugal.causal"
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _reason_to_stand_aside(guider: Any, model_options: dict) -> str | None:
     present = {name for table in wrappers.values() for name in table} | set(options)
     if found := sorted(present & set(OTHER_CACHES)):
         return f"{found[0]} is on this model too: it decides, this cache stands aside"
-    if CAUSAL in options or hasattr(guider.inner_model.diffusion_model, "init_kv_caches"):
+    if CAUSAL_KEY in options or hasattr(guider.inner_model.diffusion_model, "init_kv_caches"):
         return "a causal model writes its own cache in every pass: nothing may be skipped"
     hooks = [
         hook

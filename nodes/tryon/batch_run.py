@@ -18,6 +18,7 @@ import torch
 
 from ...kernels.errors import FrugalError
 from ...kernels.tryon import batching, canvas, latents, pictures, plan
+from .._comfy import compute_dtype
 from . import glue, item_noise, rescue, sampling
 
 
@@ -129,7 +130,7 @@ def free_bytes(model) -> int:
 
 def bytes_per_picture(model, size: tuple[int, int], factor: int, guided: bool) -> int:
     """The traced peak of one picture, or what ComfyUI will set aside for it where that is more."""
-    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    dtype = compute_dtype(model.model)
     traced = plan.bytes_per_picture(size, dtype.itemsize, guided)
     # ComfyUI sets aside for both sides of the guidance even when only one is run.
     shape = [plan.GUIDED, 4, 2 * size[0] // factor, size[1] // factor]

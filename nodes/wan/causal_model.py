@@ -23,9 +23,10 @@ from ...kernels.kv.attend import GATHER, ways
 from ...kernels.kv.cache import CacheOptions
 from ...kernels.kv.storage import PageFormat
 from ...kernels.report import megabytes
+from .._comfy import ATTENTION_OVERRIDE, CAUSAL_KEY
 
-OPTIONS, RUN, NEEDS = "frugal.causal", "frugal.causal.run", "frugal.causal.needs"
-OVERRIDE = "optimized_attention_override"
+OPTIONS = CAUSAL_KEY
+RUN, NEEDS = f"{CAUSAL_KEY}.run", f"{CAUSAL_KEY}.needs"
 PATCH_SIZE = 2  # pixels of a latent frame that make one token, along each side
 
 
@@ -58,8 +59,12 @@ class CausalForward:
                 "the causal sampler, which makes the video block by block",
                 "use the Causal Sampler (Frugal), or the model before it was made causal",
             )
-        attend = run.attention(self.layer, options["cond_or_uncond"], options.get(OVERRIDE))
-        return self.inner(x, *args, transformer_options={**options, OVERRIDE: attend}, **kwargs)
+        attend = run.attention(
+            self.layer, options["cond_or_uncond"], options.get(ATTENTION_OVERRIDE)
+        )
+        return self.inner(
+            x, *args, transformer_options={**options, ATTENTION_OVERRIDE: attend}, **kwargs
+        )
 
 
 def make_causal(model: Any, options: CacheOptions, shift: float) -> tuple[Any, str]:

@@ -26,6 +26,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.wan.context_report import ContextPlan, ContextReport
 from ...kernels.wan.contexts import Context, Contexts
 from ...kernels.wan.kept_rows import keep
+from .._comfy import compute_dtype
 
 KEY = "frugal.constant_context"
 # Tensors that a call holds on to, so that it knows them again; a stock model has 2.
@@ -77,7 +78,7 @@ def plan(model: Any, options: Options) -> ContextPlan:
             "connect a Wan model, or remove this node",
         )
     size = comfy.model_management.module_size
-    itemsize = 1 if options.fp8 else _compute_dtype(model.model).itemsize
+    itemsize = 1 if options.fp8 else compute_dtype(model.model).itemsize
     rows = {TEXT: 0, IMAGE: 0}
     for path, layer in layers.items():
         rows[_kind(path)] += layer.out_features * itemsize + (4 if options.fp8 else 0)
@@ -92,10 +93,6 @@ def plan(model: Any, options: Options) -> ContextPlan:
 
 def _kind(path: str) -> tuple[str, str]:
     return IMAGE if path.rpartition(".")[2] in IMAGE else TEXT
-
-
-def _compute_dtype(model: Any) -> torch.dtype:
-    return model.manual_cast_dtype or model.get_dtype()
 
 
 def _each_run(options: Options, show: Callable[[ContextReport], None]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import folder_paths
 from ...kernels.checkpoints.text_embeds import read_text_embeds, write_text_embeds
 from ...kernels.errors import FrugalError
 from .._models import state_of
+from .._output import folder_of, names_in, next_path, within
 
 FOLDER = "text_embeds"
 OUTPUT_MARK = " [output]"
@@ -22,27 +23,12 @@ folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir,
 def names() -> list[str]:
     """Files to choose from, those of the output folder marked."""
     models = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(SUFFIX)]
-    output = _output_folder()
-    written = [
-        f"{path.relative_to(output).as_posix()}{OUTPUT_MARK}"
-        for path in sorted(output.rglob(f"*{SUFFIX}"))
-    ]
-    return models + written
+    return models + [f"{name}{OUTPUT_MARK}" for name in names_in(FOLDER, SUFFIX)]
 
 
 def save(conditioning: Any, prefix: str) -> Path:
     """Write a conditioning under the next free number; returns the path."""
-    if not prefix.strip():
-        raise FrugalError("the file name is empty", "a name", "type a file name")
-    output = folder_paths.get_output_directory()
-    folder, name, number, _, _ = folder_paths.get_save_image_path(f"{FOLDER}/{prefix}", output)
-    path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
-    if _output_folder() not in path.resolve().parents:
-        raise FrugalError(
-            f"the name {ascii(prefix)[:60]} leads out of output/{FOLDER}",
-            "a name inside it",
-            "type a plain name",
-        )
+    path = next_path(FOLDER, prefix, SUFFIX)
     write_text_embeds(conditioning, path)
     return path
 
@@ -57,14 +43,10 @@ def fingerprint(name: str) -> str:
     return state_of(_path(name))
 
 
-def _output_folder() -> Path:
-    return Path(folder_paths.get_output_directory()).resolve() / FOLDER
-
-
 def _path(name: str) -> Path:
     if name.endswith(OUTPUT_MARK):
-        path = (_output_folder() / name.removesuffix(OUTPUT_MARK)).resolve()
-        found = path if _output_folder() in path.parents and path.is_file() else None
+        path = folder_of(FOLDER) / name.removesuffix(OUTPUT_MARK)
+        found = path.resolve() if within(FOLDER, path) and path.is_file() else None
     else:
         found = folder_paths.get_full_path(FOLDER, name)
     if found is None:

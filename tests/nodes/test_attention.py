@@ -84,7 +84,7 @@ def run_options(earlier=None, **chooser):
     token = "here"
     run = attention.Run(choose.Chooser(CPU, **chooser), [True])
     override = attention.make_override(token, earlier)
-    return {attention.OVERRIDE: override, attention.KEY: {token: run}}, run
+    return {attention.ATTENTION_OVERRIDE: override, attention.KEY: {token: run}}, run
 
 
 def laid_out(q, k, v, skip_reshape):
@@ -165,18 +165,18 @@ def test_auto_does_not_drop_an_override_that_does_more(tmp_path):
         seen.append(q.shape)
         return func(q, k, 0.5 * v, *args, **kwargs)
 
-    other.model_options["transformer_options"][attention.OVERRIDE] = halved
+    other.model_options["transformer_options"][attention.ATTENTION_OVERRIDE] = halved
     want = sampled(other)
     calls = len(seen)
     patched = attention.apply(other)
     assert off(sampled(patched), want.double()) < 1e-4 < off(sampled(model), want.double())
     assert len(seen) >= 2 * calls and sum(row.calls for row in rows(patched)) == calls
-    assert other.model_options["transformer_options"][attention.OVERRIDE] is halved
+    assert other.model_options["transformer_options"][attention.ATTENTION_OVERRIDE] is halved
 
     def own_kernel(func, q, k, v, heads, **kwargs):
         return core.attention_pytorch(q, k, v, heads, _inside_attn_wrapper=True)
 
-    other.model_options["transformer_options"][attention.OVERRIDE] = own_kernel
+    other.model_options["transformer_options"][attention.ATTENTION_OVERRIDE] = own_kernel
     patched = attention.apply(other)
     assert off(sampled(patched), sampled(model).double()) < 1e-4
     assert rows(patched) == ()
@@ -264,7 +264,7 @@ def test_clones_are_independent(tmp_path):
     model = wan(tmp_path)
     options = model.model_options["transformer_options"]
     one, two = attention.apply(model), attention.apply(model, "chunked")
-    assert attention.OVERRIDE not in options
+    assert attention.ATTENTION_OVERRIDE not in options
     assert not model.wrappers.get(WrappersMP.OUTER_SAMPLE)
     first, second = sampled(one), sampled(two)
     assert {row.backend for row in rows(two)} == {"chunked"}

@@ -48,7 +48,7 @@ def test_lora_and_overrides_reach_every_layer(plain, tmp_path):
 
     model = model.clone()
     options = model.model_options.setdefault("transformer_options", {})
-    options[causal_model.OVERRIDE] = override
+    options[causal_model.ATTENTION_OVERRIDE] = override
     made = videos.make(videos.causal(model, window=4), 6)
     changed = lora_bed.with_changes(bed.weights(), (dense, 1.0))
     network = videos.stock(videos.load(tmp_path, weights=changed))
