@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 TURNS = 5
 ROWS = 256
 # Name -> (heads, query tokens, key tokens, head width), one picture each.
@@ -42,15 +41,9 @@ CALLS = {
 
 def enter(tree: str) -> None:
     """Import the pack and ComfyUI as the tests do; on a GPU without their CPU mode."""
-    os.environ["FRUGAL_COMFYUI_TREE"] = tree
-    import importlib.util
-
+    harness.enter(tree)
     import torch
 
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
     if torch.cuda.is_available():
         import comfy.cli_args
 
@@ -81,22 +74,17 @@ def measure(tree: str, out: Path, shrink: int) -> None:
             for dtype in dtypes:
                 rows.append({"call": name, **one(shape, dtype, device, core.optimized_attention)})
                 print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
     result = {
         "tree": Path(tree).name,
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": harness.commit(),
         "device": cpu_name() if on_cpu else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "shrink": shrink if on_cpu else 1,
         "default": core.optimized_attention.__name__,
         "rows": rows,
     }
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, out)
+    harness.write(out, result)
 
 
 def cpu_name() -> str:

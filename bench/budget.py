@@ -12,27 +12,17 @@ model's output at the kept calls of other runs: other prompts, other noise.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "budget.json"
+import harness
+
+RESULTS = harness.RESULTS / "budget.json"
 # (seed of the model, prompts recorded, steps)
 CASES = [(6, 1, 4), (6, 1, 20), (16, 1, 8), (16, 4, 8)]
 OTHERS = (501, 502, 503)
-
-
-def enter() -> None:
-    """Import the pack and ComfyUI as the tests do."""
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
@@ -98,7 +88,7 @@ def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    enter()
+    harness.enter()
     import torch
 
     rows = []
@@ -110,18 +100,10 @@ def main() -> None:
         for way in ("as recorded", "shrunk")
         for ratios in [[row[f"other / {way}"] for row in rows]]
     }
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    about = {"device": "cpu", "torch": torch.__version__, "commit": commit}
-    part = RESULTS.with_suffix(".part")
-    part.write_text(
-        json.dumps({**about, "other / predicted": spread, "rows": rows}, indent=1) + "\n"
-    )
-    os.replace(part, RESULTS)
+    about = {"device": "cpu", "torch": torch.__version__, "commit": harness.commit()}
+    harness.write(RESULTS, {**about, "other / predicted": spread, "rows": rows})
     print(json.dumps(spread))
 
 
 if __name__ == "__main__":
-    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != ROOT / "bench"]
     main()

@@ -30,9 +30,9 @@ import time
 from pathlib import Path
 from statistics import median
 
+import harness
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALE = 0.18215
 SEED = 0
@@ -228,10 +228,7 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def enter(tree: Path, cuda: bool) -> None:
-    os.environ["FRUGAL_COMFYUI_TREE"] = str(tree)
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    harness.enter(tree)
     if cuda:
         import comfy.cli_args
 
@@ -295,14 +292,11 @@ def machine(options: argparse.Namespace) -> dict:
     elif info.is_file():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         device = names[0].partition(":")[2].strip() if names else device
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     import diffusers
 
     return {
         "device": f"{device}, {os.cpu_count()} logical cores, {platform.system()}",
-        "commit": commit,
+        "commit": harness.commit(),
         "comfyui": options.tree.name,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -334,7 +328,7 @@ def main() -> None:
     options.add_argument("--width", type=int, default=320)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--note", default="")
-    options.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "catvton.json")
+    options.add_argument("--out", type=Path, default=harness.RESULTS / "catvton.json")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     options.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -345,10 +339,7 @@ def main() -> None:
     report = machine(chosen) | {name: getattr(chosen, name) for name in settings}
     with tempfile.TemporaryDirectory() as folder:
         report["rows"] = measure(chosen, Path(folder))
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    part = chosen.out.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    os.replace(part, chosen.out)
+    harness.write(chosen.out, report)
     print(json.dumps(report["rows"], indent=1))
     return None
 

@@ -9,28 +9,18 @@ installed). This is what a construction on the meta device would save. Linux onl
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import time
-from pathlib import Path
 
+import catvton
+import harness
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "catvton-build.json"
-
-
-def module(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+RESULTS = harness.RESULTS / "catvton-build.json"
 
 
 def main() -> None:
-    comfyui = module("conftest", ROOT / "tests" / "conftest.py").TREE
+    comfyui = harness.enter().TREE
     if comfyui is None:
         raise SystemExit("set FRUGAL_COMFYUI_TREE to a ComfyUI folder")
     from diffusers import UNet2DConditionModel
@@ -38,17 +28,16 @@ def main() -> None:
     from frugal.nodes.tryon import loading
     from frugal.nodes.tryon.unet import CatVTONConfig
 
-    published = module("catvton", ROOT / "bench" / "catvton.py")
     with torch.device("meta"):
-        shapes = UNet2DConditionModel(**published.structure(320)).state_dict()
+        shapes = UNet2DConditionModel(**catvton.structure(320)).state_dict()
     tensors, config = loading.canonical_unet(shapes, "the shapes")
     model_config = CatVTONConfig(config)
     model_config.unet_config["num_heads"] = 8
     model_config.set_inference_dtype(torch.float16, torch.float32)
-    before, began = published.resident("RssAnon"), time.perf_counter()
+    before, began = catvton.resident("RssAnon"), time.perf_counter()
     model = model_config.get_model(tensors, "")
     seconds = time.perf_counter() - began
-    grown = published.resident("RssAnon") - before
+    grown = catvton.resident("RssAnon") - before
     weights = sum(p.numel() * p.element_size() for p in model.diffusion_model.parameters())
     report = {
         "comfyui": comfyui.name,
@@ -57,9 +46,7 @@ def main() -> None:
         "resident_bytes": grown,
         "seconds": round(seconds, 2),
     }
-    partial = RESULTS.with_suffix(".part")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, RESULTS)
+    harness.write(RESULTS, report)
     print(json.dumps(report))
 
 

@@ -9,17 +9,12 @@ Bytes are those of the file, scales and declarations included.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import harness
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "catvton-w4a8.json"
+RESULTS = harness.RESULTS / "catvton-w4a8.json"
 # Blocks of each width in SD 1.5's UNet; in each: q, k, v, out, and both halves of the feed-forward.
 BLOCKS = {320: 5, 640: 5, 1280: 6}
 
@@ -38,11 +33,7 @@ def shapes() -> dict[tuple[int, int], int]:
 
 
 def main() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "frugal", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec and spec.loader
-    sys.modules["frugal"] = importlib.util.module_from_spec(spec)
+    harness.enter("none")
     from frugal.kernels.quant import formats
 
     torch.manual_seed(0)
@@ -61,11 +52,8 @@ def main() -> None:
             total[target]["norm"] += count * norm
         rows.append(row)
         print(row, flush=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     report = {
-        "commit": commit,
+        "commit": harness.commit(),
         "torch": torch.__version__,
         "device": "cpu",
         "matrices": sum(shapes().values()),
@@ -79,9 +67,7 @@ def main() -> None:
         },
         "layers": rows,
     }
-    partial = RESULTS.with_suffix(".part")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, RESULTS)
+    harness.write(RESULTS, report)
     print(json.dumps(report["all"], indent=1))
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 SECONDS = (5, 15, 30, 60)
 WINDOW, SINK, BLOCK = 21, 3, 3
 # Layers, heads of 128, tokens of a latent frame at 832 x 480.
@@ -30,12 +30,7 @@ def latent_frames(seconds: int) -> int:
 
 
 def measure(tree: Path, out: Path) -> None:
-    os.environ["FRUGAL_COMFYUI_TREE"] = str(tree)
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    harness.enter(tree)
     import torch
 
     logging.disable(logging.CRITICAL)
@@ -51,9 +46,7 @@ def measure(tree: Path, out: Path) -> None:
             "rounding": rounding(Path(folder)),
             "arithmetic": arithmetic(),
         }
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1), "utf-8")
-    os.replace(part, out)
+    harness.write(out, result)
 
 
 def counted(folder: Path) -> list[dict]:

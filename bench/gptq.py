@@ -12,25 +12,16 @@ Every error is ||(W' - W) x|| / ||W x|| on inputs that no solver saw.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import harness
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "gptq.json"
-if "frugal" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "frugal", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["frugal"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["frugal"])
+RESULTS = harness.RESULTS / "gptq.json"
+harness.enter("none")
 
 from frugal.kernels.quant import formats, gptq, grids, shrink  # noqa: E402
 from frugal.kernels.quant.calibration import from_hessian, statistics_of  # noqa: E402
@@ -209,14 +200,11 @@ def main() -> None:
     }
     chosen = sys.argv[1:] or list(tables)
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    result |= {"device": "CPU", "torch": torch.__version__, "commit": commit.stdout.strip()}
+    result |= {"device": "CPU", "torch": torch.__version__, "commit": harness.commit()}
     for name in chosen:
         result[name] = tables[name]()
         print(name, json.dumps(result[name], indent=1), flush=True)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        harness.write(RESULTS, result)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 TURNS = 3
 RANK = 16
 STRENGTHS = (0.8, 0.6)
@@ -29,12 +29,7 @@ WAYS = ("no LoRA", "merged", "bypassed", "beside")
 
 
 def measure(tree: Path, out: Path) -> None:
-    os.environ["FRUGAL_COMFYUI_TREE"] = str(tree)
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    harness.enter(tree)
     import torch
 
     logging.disable(logging.CRITICAL)
@@ -52,9 +47,7 @@ def measure(tree: Path, out: Path) -> None:
         "rank": RANK,
         "rows": rows,
     }
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1), "utf-8")
-    os.replace(part, out)
+    harness.write(out, result)
 
 
 class Bench:

@@ -16,7 +16,6 @@ bench/results/masks.json.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -28,13 +27,13 @@ from pathlib import Path
 from statistics import median
 
 import cv2
+import harness
 import llvmlite.binding
 import numba
 import numpy as np
 import scipy
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 THREADS = 2
 FIRST_CALL = """
 import importlib.util, sys, time, numpy as np
@@ -52,11 +51,8 @@ print(time.perf_counter() - began)
 
 def enter() -> str | None:
     """Make the pack importable as `frugal`, with a ComfyUI beside it; its folder's name."""
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
-    return conftest.TREE.name if conftest.TREE else None
+    tree = harness.enter().TREE
+    return tree.name if tree else None
 
 
 # Chain contenders are different by construction: contour areas, their box widths' Gaussian, where
@@ -134,7 +130,7 @@ def first_calls() -> dict:
         seconds = [
             float(
                 subprocess.run(
-                    [sys.executable, "-c", FIRST_CALL, str(ROOT)],
+                    [sys.executable, "-c", FIRST_CALL, str(harness.ROOT)],
                     capture_output=True,
                     text=True,
                     check=True,
@@ -152,12 +148,9 @@ def machine() -> dict:
     if info.is_file():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         device = names[0].partition(":")[2].strip() if names else device
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     return {
         "device": f"{device}, {os.cpu_count()} logical cores, {platform.system()}",
-        "commit": commit,
+        "commit": harness.commit(),
         "python": platform.python_version(),
         "numba": numba.__version__,
         "numpy": np.__version__,
@@ -206,7 +199,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=6, help="for all rounds together")
     options.add_argument("--only", default="", help="cases whose name starts so, by commas")
     options.add_argument("--note", default="")
-    options.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "masks.json")
+    options.add_argument("--out", type=Path, default=harness.RESULTS / "masks.json")
     chosen = options.parse_args()
     comfyui = enter()
     wanted = tuple(chosen.only.split(","))
@@ -218,10 +211,7 @@ def main() -> None:
         runners, pairs, check = make()
         report[name] = measure(runners, pairs, chosen.rounds, seconds, check)
         print(name, json.dumps(report[name], indent=1), flush=True)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = chosen.out.with_suffix(".part")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, chosen.out)
+    harness.write(chosen.out, report)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 # Width, feed-forward width: 35/6 and 27/10 of the width, as in the 1.3B and the 14B.
 MODELS = {"1.3B": (256, 1504, False), "14B": (384, 1040, True)}
 GRID = (((3, 24, 24), 1), ((5, 24, 24), 1), ((3, 40, 20), 1), ((3, 24, 24), 2))
@@ -31,16 +32,6 @@ REAL = {
     "14B I2V": (5120, 13824, 40, 40, True),
 }
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
-
-
-def enter(tree: str) -> None:
-    """Import the pack and ComfyUI as the tests do."""
-    os.environ["FRUGAL_COMFYUI_TREE"] = tree
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def shape_of(dim: int, ffn: int, heads: int, layers: int, image: bool, dtype):
@@ -164,7 +155,7 @@ def real_sizes() -> list[dict]:
 
 
 def example(picture: str, tree: str) -> None:
-    enter(tree)
+    harness.enter(tree)
     import comfy.ldm.wan.vae
     import torch
     from PIL import Image
@@ -206,7 +197,7 @@ def example(picture: str, tree: str) -> None:
 
 
 def measure(tree: str) -> dict:
-    enter(tree)
+    harness.enter(tree)
     import torch
 
     torch.set_num_threads(1)
@@ -217,15 +208,12 @@ def measure(tree: str) -> dict:
 
 def main() -> None:
     results, *trees = sys.argv[1:]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    found = {"device": "cpu", "commit": commit, "load_average": os.getloadavg()}
+    found = {"device": "cpu", "commit": harness.commit(), "load_average": os.getloadavg()}
     for tree in trees:
-        command = [sys.executable, "-P", __file__, "--one", tree]
+        command = [sys.executable, __file__, "--one", tree]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[Path(tree).name] = json.loads(done.stdout.splitlines()[-1])
-        Path(results).write_text(json.dumps(found, indent=1) + "\n")
+        harness.write(Path(results), found)
     for tree in trees:
         for row in found[Path(tree).name]["grid"]:
             print(Path(tree).name, row["model"], row["latent"], row["pieces"],

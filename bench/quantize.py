@@ -27,7 +27,8 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 TURNS = int(os.environ.get("FRUGAL_BENCH_TURNS", "2"))
 WHOS = ("stream", "in memory", "rounding", "copy")
 # Format -> blocks of the file: the slow rounding of 4 bits is measured on a smaller file, whose
@@ -35,19 +36,9 @@ WHOS = ("stream", "in memory", "rounding", "copy")
 FORMATS = {"int8 ConvRot": 8, "fp8": 8, "W4A8": 1, "AWQ W4A16": 1}
 
 
-def enter() -> None:
-    """Import the pack as the tests do, without ComfyUI."""
-    os.environ["FRUGAL_COMFYUI_TREE"] = "none"
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
 def write_source(path: Path, blocks: int) -> None:
     """A Wan checkpoint of the released width, noise repeated, written with little memory."""
-    enter()
+    harness.enter("none")
     import torch
 
     from frugal.kernels.checkpoints.header import TensorInfo
@@ -74,7 +65,7 @@ def own_memory() -> int:
 
 def once(who: str, source: str, target: str, out: str) -> dict:
     """One run in this process."""
-    enter()
+    harness.enter("none")
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -150,13 +141,13 @@ def measure(results: Path, targets: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=place) as name:
         source, out = Path(name) / "wan.safetensors", Path(name) / "out.safetensors"
         for target in targets:
-            command = [sys.executable, "-P", __file__, "--write", str(source)]
+            command = [sys.executable, __file__, "--write", str(source)]
             subprocess.run([*command, str(FORMATS[target])], check=True)
             found: dict[str, list[dict]] = {who: [] for who in WHOS}
             for _ in range(TURNS):
                 for who in WHOS:
                     read_through(source)
-                    command = [sys.executable, "-P", __file__, "--once", who, str(source)]
+                    command = [sys.executable, __file__, "--once", who, str(source)]
                     run = subprocess.run([*command, target, str(out)], capture_output=True)
                     if run.returncode:
                         sys.exit(run.stderr.decode()[-2000:])
@@ -182,19 +173,14 @@ def measure(results: Path, targets: list[str]) -> None:
 def save(results: Path, rows: list[dict]) -> None:
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     about = {
         "torch": torch.__version__,
         "device": "cpu",
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "threads": torch.get_num_threads(),
-        "commit": commit,
+        "commit": harness.commit(),
     }
-    part = results.with_suffix(".part")
-    part.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
-    os.replace(part, results)
+    harness.write(results, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ signal-to-noise ratio of the decoded picture inside the mask against the run wit
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 CFG, SEED, FLOW_STEPS = 2.5, 5, 50
 OURS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 EASY = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -28,10 +27,7 @@ EASY = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 def enter(tree: str) -> None:
     """The pack as `frugal`, and the ComfyUI to import from."""
-    os.environ["FRUGAL_COMFYUI_TREE"] = tree
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    harness.enter(tree)
     logging.disable(logging.CRITICAL)
 
 
@@ -207,9 +203,7 @@ def main() -> None:
             "flow": flows(),
             "tryon": tryon(args.figures, args.steps),
         }
-    part = args.out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1), "utf-8")
-    os.replace(part, args.out)
+    harness.write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -17,26 +17,16 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 SEED, WARM_SEED, CANVAS, LIMIT = 100, 1, (128, 192), 1800
 WAYS = ("queue", "batch", "one by one")
-
-
-def enter():
-    """The pack as `frugal`, without ComfyUI."""
-    os.environ["FRUGAL_COMFYUI_TREE"] = "none"
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def upload_figures(server, folder: Path, persons: int, garments: int) -> None:
@@ -211,19 +201,16 @@ def main() -> None:
     parser.add_argument("--garments", type=int, default=5)
     parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
-    enter()
+    harness.enter("none")
     import numpy as np
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     gpu = args.gpu and torch.cuda.is_available()
     found = {
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} threads",
         "torch": torch.__version__,
         "comfyui": Path(args.tree).name,
-        "commit": commit,
+        "commit": harness.commit(),
         "canvas": f"{CANVAS[0]} x {CANVAS[1]} px",
         "steps": args.steps,
         "load_before": os.getloadavg() if hasattr(os, "getloadavg") else None,
@@ -239,10 +226,7 @@ def main() -> None:
         pairs = list(zip(pictures[way], pictures["queue"], strict=False))
         apart = [int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in pairs]
         found["ways"][way]["most_levels_from_queue"] = max(apart, default=None)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    part = args.results.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, args.results)
+    harness.write(args.results, found)
     if any(figures["failures"] for figures in found["ways"].values()):
         sys.exit("some pictures failed; see the results")
 

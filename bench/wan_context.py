@@ -14,25 +14,20 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 TURNS, WORDS, ROWS = 3, 40, 512
 WAYS = ("stock", "kept", "kept in fp8")
 
 
 def measure(tree: Path, out: Path) -> None:
-    os.environ["FRUGAL_COMFYUI_TREE"] = str(tree)
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    harness.enter(tree)
     import torch
 
     from frugal.kernels.checkpoints.wan_shapes import WanConfig
@@ -57,9 +52,7 @@ def measure(tree: Path, out: Path) -> None:
         "threads": torch.get_num_threads(),
         "rows": rows,
     }
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, out)
+    harness.write(out, result)
 
 
 def row(config, folder: Path) -> dict:

@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
 
 
 def measure(tree: Path, out: Path) -> None:
-    os.environ["FRUGAL_COMFYUI_TREE"] = str(tree)
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    harness.enter(tree)
     import comfy.sd
     import torch
 
@@ -63,9 +57,7 @@ def measure(tree: Path, out: Path) -> None:
                 "tolerance": tolerance(label),
             }
     result = {"tree": tree.name, "torch": torch.__version__, "device": "cpu", "rows": rows}
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1), "utf-8")
-    os.replace(part, out)
+    harness.write(out, result)
 
 
 def judged(text: str, tolerance: float) -> str:

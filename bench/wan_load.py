@@ -26,7 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 BLOCKS = 3
 TURNS = 3
 # Layouts that ComfyUI's own loader reads rightly in both versions are measured with it too.
@@ -40,19 +41,9 @@ AS_STORED, DEFAULT = "as stored", "default"
 LIMIT = 600
 
 
-def enter(tree: str) -> None:
-    """Import the pack and ComfyUI as the tests do."""
-    os.environ["FRUGAL_COMFYUI_TREE"] = tree
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
 def write_all(folder: Path) -> dict[str, list[str]]:
     """Layout -> its files, the first of which is what a loader gets."""
-    enter("none")
+    harness.enter("none")
     import torch
 
     from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
@@ -135,7 +126,7 @@ def digest(model) -> str:
 
 def load_once(tree: str, who: str, path: str, quantize: str, weight_dtype: str) -> dict:
     """Load one file in this process."""
-    enter(tree)
+    harness.enter(tree)
     import logging
 
     import comfy.model_management
@@ -177,7 +168,7 @@ def load_once(tree: str, who: str, path: str, quantize: str, weight_dtype: str) 
 
 
 def child(tree: str, who: str, path: str, quantize: str, weight_dtype: str) -> dict:
-    command = [sys.executable, "-P", __file__, "--load", tree, who, path, quantize, weight_dtype]
+    command = [sys.executable, __file__, "--load", tree, who, path, quantize, weight_dtype]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -212,7 +203,7 @@ def read_through(path: str) -> None:
 def measure(out: Path, trees: list[str]) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-P", __file__, "--write", name]
+        command = [sys.executable, __file__, "--write", name]
         written = subprocess.run(command, capture_output=True, text=True, check=True)
         files = json.loads(written.stdout.strip().splitlines()[-1])
         jobs = [(label, AS_STORED, DEFAULT) for label in LAYOUTS]
@@ -246,9 +237,8 @@ def measure(out: Path, trees: list[str]) -> None:
                     print(row, flush=True)
     import torch
 
-    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     result = {
-        "commit": subprocess.run(head, capture_output=True, text=True).stdout.strip(),
+        "commit": harness.commit(),
         "torch": torch.__version__,
         "device": "cpu",
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
@@ -256,9 +246,7 @@ def measure(out: Path, trees: list[str]) -> None:
         "turns": TURNS,
         "rows": rows,
     }
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, out)
+    harness.write(out, result)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import harness
+
 SIDE = 4
 # (who, latents): 81 frames by all three, 2001 frames to the file.
 JOBS = (("file", 21), ("images", 21), ("core", 21), ("file", 501))
@@ -34,16 +35,6 @@ RETURN_FREED = {
     "MALLOC_TRIM_THRESHOLD_": "0",
 }
 LIMIT = 1500
-
-
-def enter(tree: str) -> None:
-    """Import the pack and ComfyUI as the tests do."""
-    os.environ["FRUGAL_COMFYUI_TREE"] = tree
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def tiny_vae(dtype):
@@ -63,7 +54,7 @@ def latent(frames: int, side: int) -> dict:
 
 
 def equal(tree: str, kind: str) -> dict:
-    enter(tree)
+    harness.enter(tree)
     import torch
 
     from frugal.nodes.wan import vae_decode
@@ -86,7 +77,7 @@ def own_memory() -> int:
 
 def decode(tree: str, who: str, frames: str) -> dict:
     """Decode one clip in this process."""
-    enter(tree)
+    harness.enter(tree)
     import folder_paths
     import torch
 
@@ -135,7 +126,7 @@ def decode(tree: str, who: str, frames: str) -> dict:
 
 
 def child(*arguments: str) -> dict:
-    command = [sys.executable, "-P", __file__, *arguments]
+    command = [sys.executable, __file__, *arguments]
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **RETURN_FREED}
     )
@@ -159,18 +150,15 @@ def measure(out: Path, trees: list[str]) -> None:
 def write(out: Path, same: list[dict], rows: list[dict]) -> None:
     import torch
 
-    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     result = {
-        "commit": subprocess.run(head, capture_output=True, text=True).stdout.strip(),
+        "commit": harness.commit(),
         "torch": torch.__version__,
         "device": "cpu",
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "equal": same,
         "rows": rows,
     }
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, out)
+    harness.write(out, result)
 
 
 if __name__ == "__main__":
