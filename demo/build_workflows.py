@@ -22,6 +22,7 @@ from .layout import MODELS, WORKFLOWS
 from .mask_graph import GROUPS as MASK_GROUPS
 from .mask_graph import NOTE as MASK_NOTE
 from .mask_graph import masks_graph, write_inputs
+from .public_files import ENCODER, I2V_LARGE, VAE, VISION, wan_file
 from .quantize_graph import (
     CALIBRATE_GROUPS,
     CALIBRATE_NOTE,
@@ -43,7 +44,6 @@ from .wan_graph import (
 from .wan_graph import GROUPS as WAN_GROUPS
 
 HUB = "https://huggingface.co"
-WAN = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 
 DEMO = {
     "person": "frugal_demo_person.png",
@@ -73,8 +73,8 @@ REAL = {
     "base": "checkpoints/sd-v1-5-inpainting.safetensors",
     "attention": "mix-48k-1024/attention/model.safetensors",
     "vae": "vae-ft-mse-840000-ema-pruned.safetensors",
-    "wan": "wan2.1_i2v_480p_14B_fp8_scaled.safetensors",
-    "wan_vae": "wan_2.1_vae.safetensors",
+    "wan": I2V_LARGE,
+    "wan_vae": VAE,
     "canvas": (768, 1024),
     "fit": "crop around mask",
     "mask_feather": 0,
@@ -197,26 +197,23 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             4,
             {"model_name": s["wan"]},
             size=(380, 220),
-            models=model(s["wan"], f"{WAN}/diffusion_models/{s['wan']}", "diffusion_models")
-            if real
-            else [],
+            models=wan_file(s["wan"], "diffusion_models") if real else [],
         ),
         "shift": Node("ModelSamplingSD3", 4, {"shift": 8.0}, {"model": ("wan", 0)}),
         "wan_vae": Node(
             "VAELoader",
             4,
             {"vae_name": s["wan_vae"]},
-            models=model(s["wan_vae"], f"{WAN}/vae/{s['wan_vae']}", "vae") if real else [],
+            models=wan_file(s["wan_vae"], "vae") if real else [],
         ),
     }
     if real:
-        encoder, vision = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "clip_vision_h.safetensors"
         nodes |= {
             "clip": Node(
                 "CLIPLoader",
                 4,
-                {"clip_name": encoder, "type": "wan"},
-                models=model(encoder, f"{WAN}/text_encoders/{encoder}", "text_encoders"),
+                {"clip_name": ENCODER, "type": "wan"},
+                models=wan_file(ENCODER, "text_encoders"),
             ),
             "positive": Node(
                 "CLIPTextEncode",
@@ -235,8 +232,8 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             "vision": Node(
                 "CLIPVisionLoader",
                 4,
-                {"clip_name": vision},
-                models=model(vision, f"{WAN}/clip_vision/{vision}", "clip_vision"),
+                {"clip_name": VISION},
+                models=wan_file(VISION, "clip_vision"),
             ),
             "look": Node(
                 "CLIPVisionEncode",

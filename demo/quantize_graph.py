@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from .graph_builder import Group, Node, Note
+from .public_files import ENCODER, T2V_LARGE, T2V_SMALL, VAE, wan_file
 
-WAN = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
-LARGE, SMALL = "wan2.1_t2v_14B_fp16.safetensors", "wan2.1_t2v_1.3B_fp16.safetensors"
-ENCODER, VAE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan_2.1_vae.safetensors"
 CALIBRATION, SIZE = "wan2.1_t2v_1.3B", 1.2
 RESULT = f"{CALIBRATION}_{SIZE:g}GB"
 CHART = (600, 440)
-
-
-def _model(name: str, folder: str) -> list[dict[str, str]]:
-    return [{"name": name, "url": f"{WAN}/{folder}/{name}", "directory": folder}]
 
 
 def _chart(column: int, source: str, slot: int, title: str, muted: bool = False) -> Node:
@@ -28,10 +22,10 @@ def quantize_wan() -> dict[str, Node]:
         nodes[key] = Node(
             "FrugalQuantize",
             0,
-            {"model_name": LARGE, "to": target, "filename_prefix": "wan2.1_t2v_14B"},
+            {"model_name": T2V_LARGE, "to": target, "filename_prefix": "wan2.1_t2v_14B"},
             title=f"To {target}",
             size=(380, 440),
-            models=_model(LARGE, "diffusion_models"),
+            models=wan_file(T2V_LARGE, "diffusion_models"),
         )
         nodes[f"{key}_chart"] = _chart(1, key, 2, f"What {target} loses")
     return nodes
@@ -45,18 +39,18 @@ def calibrate_wan() -> dict[str, Node]:
         "wan": Node(
             "FrugalLoadWan",
             0,
-            {"model_name": SMALL},
+            {"model_name": T2V_SMALL},
             size=(380, 220),
-            models=_model(SMALL, "diffusion_models"),
+            models=wan_file(T2V_SMALL, "diffusion_models"),
         ),
         "shift": Node("ModelSamplingSD3", 0, {"shift": 8.0}, {"model": ("wan", 0)}),
         "clip": Node(
             "CLIPLoader",
             0,
             {"clip_name": ENCODER, "type": "wan"},
-            models=_model(ENCODER, "text_encoders"),
+            models=wan_file(ENCODER, "text_encoders"),
         ),
-        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=_model(VAE, "vae")),
+        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=wan_file(VAE, "vae")),
         "calibrate": Node(
             "FrugalCalibrate",
             1,
@@ -111,7 +105,7 @@ def calibrate_wan() -> dict[str, Node]:
             "FrugalQuantize",
             3,
             {
-                "model_name": SMALL,
+                "model_name": T2V_SMALL,
                 "to": "a size",
                 "size_gb": SIZE,
                 "calibration": f"{CALIBRATION}.safetensors",
@@ -150,7 +144,7 @@ Each node writes a new file into `models/diffusion_models` that ComfyUI loads by
 with comfy-kitchen; older ones read `fp8`). Nothing is sampled here, and no graphics memory is
 needed. Choose your own model at the top; the source here is
 
-- `models/diffusion_models/{LARGE}`
+- `models/diffusion_models/{T2V_LARGE}`
 
 **int8 ConvRot** loses least for one byte per weight. **W4A8** is for cards where that does not fit;
 it loses less with a calibration, see `calibrate_wan`. The pictures show the errors of the layers'
@@ -175,7 +169,7 @@ CALIBRATE_NOTE = Note(
 
 Files:
 
-- `models/diffusion_models/{SMALL}`
+- `models/diffusion_models/{T2V_SMALL}`
 - `models/text_encoders/{ENCODER}`
 - `models/vae/{VAE}`
 

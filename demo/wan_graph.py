@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from .graph_builder import Group, Node, Note
+from .public_files import ENCODER, I2V_LARGE, T2V_SMALL, VAE, VISION, wan_file
 
-WAN = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
-SMALL, LARGE = "wan2.1_t2v_1.3B_fp16.safetensors", "wan2.1_i2v_480p_14B_fp8_scaled.safetensors"
-ENCODER, VAE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan_2.1_vae.safetensors"
-VISION = "clip_vision_h.safetensors"
 NEGATIVE = "blurry, distorted, static, worst quality"
 TALL = 420
-
-
-def _model(name: str, folder: str) -> list[dict[str, str]]:
-    return [{"name": name, "url": f"{WAN}/{folder}/{name}", "directory": folder}]
 
 
 def _loaders(model: str) -> dict[str, Node]:
@@ -23,9 +16,9 @@ def _loaders(model: str) -> dict[str, Node]:
             0,
             {"model_name": model},
             size=(380, 220),
-            models=_model(model, "diffusion_models"),
+            models=wan_file(model, "diffusion_models"),
         ),
-        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=_model(VAE, "vae")),
+        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=wan_file(VAE, "vae")),
     }
 
 
@@ -38,7 +31,7 @@ def _text(key: str, column: int, text: str, title: str = "") -> dict[str, Node]:
             {"encoder_name": ENCODER, "positive_text": text, "negative_text": NEGATIVE},
             title=title,
             size=(380, 300),
-            models=_model(ENCODER, "text_encoders"),
+            models=wan_file(ENCODER, "text_encoders"),
         )
     }
 
@@ -73,7 +66,7 @@ def wan_t2v() -> dict[str, Node]:
     """Text to video with the 1.3B model."""
     settings = {"seed": 7, "steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
     return (
-        _loaders(SMALL)
+        _loaders(T2V_SMALL)
         | _text(
             "text",
             1,
@@ -94,10 +87,10 @@ def wan_i2v() -> dict[str, Node]:
     """A picture to video with the 14B model on a card of 12 GB."""
     settings = {"seed": 7, "steps": 20, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
     return (
-        _loaders(LARGE)
+        _loaders(I2V_LARGE)
         | {
             "vision": Node(
-                "CLIPVisionLoader", 0, {"clip_name": VISION}, models=_model(VISION, "clip_vision")
+                "CLIPVisionLoader", 0, {"clip_name": VISION}, models=wan_file(VISION, "clip_vision")
             ),
             "picture": Node(
                 "LoadImage", 0, {"image": "person.png"}, title="First frame", size=(340, 340)
@@ -161,7 +154,7 @@ def causal_video() -> dict[str, Node]:
         "storm": ("the same boat in a rising storm, high waves, dark clouds", "On: a storm"),
         "calm": ("the same boat glides into a quiet bay, evening sun", "On: a quiet bay"),
     }
-    nodes = _loaders(SMALL)
+    nodes = _loaders(T2V_SMALL)
     for key, (text, title) in prompts.items():
         nodes |= _text(key, 1, text, title)
     nodes |= {
@@ -217,7 +210,7 @@ CAUSAL_GROUPS = [
 T2V_NOTE = Note(
     f"""## Wan 2.1 1.3B: text to video
 
-- `models/diffusion_models/{SMALL}`
+- `models/diffusion_models/{T2V_SMALL}`
 - `models/text_encoders/{ENCODER}`
 - `models/vae/{VAE}`
 
@@ -233,7 +226,7 @@ The text encoder is loaded only when the words change.""",
 I2V_NOTE = Note(
     f"""## Wan 2.1 14B: a picture comes alive, on 12 GB
 
-- `models/diffusion_models/{LARGE}`
+- `models/diffusion_models/{I2V_LARGE}`
 - `models/text_encoders/{ENCODER}`
 - `models/vae/{VAE}`
 - `models/clip_vision/{VISION}`
@@ -259,8 +252,8 @@ another day.
 
 It needs weights that were trained for it, in the size of Wan 2.1 1.3B: Self Forcing, CausVid,
 Causal Forcing or LongLive as safetensors. They are not among the public files this graph can offer;
-choose yours in **Load Wan Model**. The stock `{SMALL}` runs too, but was never taught to go on, and
-what it makes falls apart.
+choose yours in **Load Wan Model**. The stock `{T2V_SMALL}` runs too, but was never taught to go
+on, and what it makes falls apart.
 
 - `models/text_encoders/{ENCODER}`
 - `models/vae/{VAE}`""",
