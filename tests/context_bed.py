@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from frugal.nodes.wan import context_cache
 from frugal.tests import wan_bed as bed
 
 STEPS, CFG, SEED = 4, 3.0, 11
@@ -123,6 +124,14 @@ def lora(seed: int, layers: list[str] | None = None) -> dict[str, torch.Tensor]:
 
     chosen = layers or [name for name in bed.block_linears(lora_bed.SOURCE) if "cross_attn" in name]
     return lora_bed.lora(chosen, seed)[0]
+
+
+def constant(model: Any, **options: Any) -> tuple[Any, list, Any]:
+    """(model with the node's change, reports of its runs, plan)."""
+    reports: list = []
+    chosen = context_cache.Options(**options)
+    changed, plan = context_cache.apply(model, chosen, reports.append)
+    return changed, reports, plan
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:

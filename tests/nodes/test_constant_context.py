@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.nodes.wan import context_cache, glue
+from frugal.nodes.wan import glue
 from frugal.tests import context_bed as runs
 from frugal.tests import wan_bed as bed
 from frugal.tests.native_bed import native_file
@@ -19,13 +19,6 @@ def load(folder, tensors, metadata=None, dtype="fp32"):
     path = bed.write(folder / "wan.safetensors", tensors, metadata)
     with torch.inference_mode():
         return glue.load_wan(path, dtype)[0]
-
-
-def constant(model, **options):
-    """(model with the node's change, reports of its runs, plan)."""
-    reports = []
-    changed, plan = context_cache.apply(model, context_cache.Options(**options), reports.append)
-    return changed, reports, plan
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,7 @@ def test_same_latent_and_fewer_weights(kind, dtype, tmp_path):
     config = PLAIN[kind]
     model = load(tmp_path, bed.base(bed.weights(config), torch.float32)[0])
     model.set_model_compute_dtype(dtype)
-    changed, reports, plan = constant(model)
+    changed, reports, plan = runs.constant(model)
     before = runs.weights_of(model)
     prompts = given(config)
     wanted = runs.sample(model, prompts)
@@ -92,7 +85,7 @@ LAYOUTS = layouts()
 @pytest.mark.parametrize("label", LAYOUTS)
 def test_quantised_layers(label, tmp_path):
     model = load(tmp_path, *LAYOUTS[label], dtype="default")
-    changed, reports, plan = constant(model)
+    changed, reports, plan = runs.constant(model)
     wanted = runs.sample(model)
     assert torch.equal(runs.sample(changed), wanted)
     assert reports[0].reused == plan.layers * (runs.STEPS - 1)

@@ -29,15 +29,9 @@ def t2v(tmp_path_factory):
         return glue.load_wan(path, "fp32")[0]
 
 
-def constant(model, **options):
-    reports = []
-    changed = context_cache.apply(model, context_cache.Options(**options), reports.append)[0]
-    return changed, reports
-
-
 def check(model, given=None, **more):
     """The report of a run that gives the latent of `model`, and that latent."""
-    changed, reports = constant(model)
+    changed, reports, _ = runs.constant(model)
     wanted = runs.sample(model, given, **more)
     assert torch.equal(runs.sample(changed, given, **more), wanted)
     return reports[0], wanted
@@ -56,7 +50,7 @@ def test_loras_between_runs_and_clones_between_each_other(t2v):
     clones = [t2v, merged(t2v, 1, 0.7), merged(merged(t2v, 1, 0.7), 2, -0.4)]
     wanted = [runs.sample(clone) for clone in clones]
     assert differs(wanted[0], wanted[1]) and differs(wanted[1], wanted[2])
-    changed = [constant(clone)[0] for clone in clones]
+    changed = [runs.constant(clone)[0] for clone in clones]
     for place in (0, 1, 2, 1, 0, 2):
         assert torch.equal(runs.sample(changed[place]), wanted[place])
     stronger = merged(changed[0], 1, 0.7)
@@ -69,9 +63,9 @@ def test_lora_beside_the_weights(t2v, first, tmp_path):
     wanted = runs.sample(beside)
     assert differs(wanted, runs.sample(t2v))
     if first == "lora":
-        changed, reports = constant(beside)
+        changed, reports, _ = runs.constant(beside)
     else:
-        changed, reports = constant(t2v)
+        changed, reports, _ = runs.constant(t2v)
         changed = lora_bed.put(changed, tmp_path, runs.lora(3), 0.8)[0]
     assert torch.equal(runs.sample(changed), wanted)
     assert (reports[0].computed, reports[0].notes) == (LAYERS, ())
@@ -136,7 +130,7 @@ def test_guidance_in_two_calls(t2v, monkeypatch):
     report, wanted = check(t2v)
     assert report.calls == 2 * runs.STEPS
     assert (report.contexts, report.computed) == (2, 2 * LAYERS)
-    changed, reports = constant(t2v, limit=1)
+    changed, reports, _ = runs.constant(t2v, limit=1)
     assert torch.equal(runs.sample(changed), wanted)
     assert reports[0].reused == 0 and reports[0].dropped == 2 * runs.STEPS - 1
 
@@ -207,7 +201,7 @@ def test_attention_override_sees_the_same_tensors(t2v):
         return model
 
     ours, stock = [], []
-    runs.sample(constant(recording(ours))[0])
+    runs.sample(runs.constant(recording(ours))[0])
     runs.sample(recording(stock))
     assert len(ours) == len(stock) == 4 * runs.STEPS
     for one, other in zip(ours, stock, strict=True):
@@ -247,7 +241,7 @@ def test_layers_that_may_change_are_left_alone_and_named(t2v):
     model.add_weight_wrapper("diffusion_model.blocks.1.cross_attn.v.weight", grow)
     model.set_model_compute_dtype(torch.float32)
     wanted = runs.sample(model)
-    changed, reports = constant(model)
+    changed, reports, _ = runs.constant(model)
     calls[0] = 0
     assert torch.equal(runs.sample(changed), wanted)
     notes = reports[0].notes
@@ -279,16 +273,17 @@ def test_two_experts(t2v, tmp_path):
     with torch.inference_mode():
         low = glue.load_wan(path, "fp32")[0]
     wanted = runs.sample(expert_switch.join(t2v, low, 0.9, 0.0)[0])
-    (high_ours, high_reports), (low_ours, low_reports) = constant(t2v), constant(low)
+    high_ours, high_reports, _ = runs.constant(t2v)
+    low_ours, low_reports, _ = runs.constant(low)
     assert torch.equal(runs.sample(expert_switch.join(high_ours, low_ours, 0.9, 0.0)[0]), wanted)
     assert high_reports[0].calls + low_reports[0].calls == runs.STEPS
     assert high_reports[0].computed == low_reports[0].computed == LAYERS
     with pytest.raises(FrugalError, match="connect that node before the two are joined"):
-        runs.sample(constant(expert_switch.join(t2v, low, 0.9, 0.0)[0])[0])
+        runs.sample(runs.constant(expert_switch.join(t2v, low, 0.9, 0.0)[0])[0])
 
 
 def test_the_node_twice_is_the_node_once(t2v):
-    once, first = constant(t2v, fp8=True)
-    twice, reports = constant(once)
+    once, first, _ = runs.constant(t2v, fp8=True)
+    twice, reports, _ = runs.constant(once)
     assert torch.equal(runs.sample(twice), runs.sample(t2v))
     assert not first and reports[0].computed == LAYERS

@@ -30,12 +30,6 @@ def t2v(tmp_path):
         return glue.load_wan(path, "fp32")[0]
 
 
-def constant(model, **options):
-    reports = []
-    changed = context_cache.apply(model, context_cache.Options(**options), reports.append)[0]
-    return changed, reports
-
-
 def instance_state(model) -> dict:
     """Whatever the layers carry on themselves beside weights."""
     return {
@@ -61,7 +55,7 @@ def test_nothing_is_left_after_a_run(t2v, error, monkeypatch):
 
     monkeypatch.setattr(context_cache, "keep", watched)
     before, weights = instance_state(t2v), runs.weights_of(t2v)
-    changed, reports = constant(t2v)
+    changed, reports, _ = runs.constant(t2v)
 
     def callback(step, *_):
         assert all(ref() is not None for ref in kept) and len(kept) == LAYERS
@@ -86,7 +80,7 @@ def test_nothing_is_left_after_a_run(t2v, error, monkeypatch):
 
 
 def test_failure_inside_a_layer(t2v):
-    changed, _ = constant(t2v)
+    changed, *_ = runs.constant(t2v)
     before = instance_state(t2v)
     prompts = runs.prompts()
     prompts[0][0][0] = torch.randn(1, 7, 4096 - 1)
@@ -99,7 +93,7 @@ def test_failure_inside_a_layer(t2v):
 def test_saved_model_is_whole(t2v, tmp_path):
     """As ComfyUI's save nodes write it, with a LoRA merged."""
     merged = comfy.sd.load_lora_for_models(t2v, None, runs.lora(1), 0.7, 0.0)[0]
-    changed, _ = constant(merged)
+    changed, *_ = runs.constant(merged)
     runs.sample(changed)
     paths = [tmp_path / "stock.safetensors", tmp_path / "ours.safetensors"]
     for model, path in zip((merged, changed), paths, strict=True):
@@ -119,7 +113,7 @@ def test_weights_leave_after_the_first_call_that_needs_none(t2v, monkeypatch):
     monkeypatch.setattr(context_cache, "leaves_device", lambda patcher: True)
     wanted = runs.sample(t2v)
     whole = t2v.model.model_loaded_weight_memory
-    changed, reports = constant(t2v)
+    changed, reports, _ = runs.constant(t2v)
     planned = context_cache.plan(t2v, context_cache.Options())
     steps = []
 
@@ -136,7 +130,7 @@ def test_weights_leave_after_the_first_call_that_needs_none(t2v, monkeypatch):
     # The next run, and one of the model without the node, load them again.
     assert torch.equal(runs.sample(changed), wanted)
     assert torch.equal(runs.sample(t2v), wanted)
-    kept, more = constant(t2v, release=False)
+    kept, more, _ = runs.constant(t2v, release=False)
     assert torch.equal(runs.sample(kept), wanted) and more[0].released == 0
 
 
@@ -148,7 +142,7 @@ def test_released_layers_keep_their_lora(t2v, monkeypatch):
     merged = comfy.sd.load_lora_for_models(t2v, None, runs.lora(1), 0.7, 0.0)[0]
     late = [[runs.text(7), {"start_percent": 0.5, "end_percent": 1.0}]]
     prompts = [runs.prompts(5)[0] + late, runs.prompts(6)[0]]
-    changed, reports = constant(merged)
+    changed, reports, _ = runs.constant(merged)
     wanted, out = runs.sample(merged, prompts), runs.sample(changed, prompts)
     assert reports[0].released and reports[0].computed > LAYERS
     assert bed.relative(out, wanted) < 1e-5
@@ -183,7 +177,7 @@ def test_where_weights_stay(t2v):
 
 
 def test_padding_is_kept_once(t2v):
-    changed, reports = constant(t2v)
+    changed, reports, _ = runs.constant(t2v)
     runs.sample(changed)
     rows, width = runs.WORDS + 1, bed.T2V.dim
     text = 2 * runs.ROWS * width * 4
@@ -191,8 +185,8 @@ def test_padding_is_kept_once(t2v):
 
 
 def test_fp8_takes_a_quarter_of_fp32_and_rounds(t2v):
-    exact, reports = constant(t2v)
-    rounded, more = constant(t2v, fp8=True)
+    exact, reports, _ = runs.constant(t2v)
+    rounded, more, _ = runs.constant(t2v, fp8=True)
     wanted, out = runs.sample(exact), runs.sample(rounded)
     rows, width = 2 * (runs.WORDS + 1), bed.T2V.dim
     assert reports[0].bytes - more[0].bytes == LAYERS * rows * (4 * width - (width + 4))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 
@@ -63,11 +63,8 @@ def graph(files, kernel=None, allow_8bit=False) -> dict:
 
 
 def frames(server, result) -> np.ndarray:
-    from PIL import Image
-
     assert (result.status, result.errors) == ("success", [])
-    pictures = [server.view(**file) for node, file in result.files() if node == "9"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])
+    return saved(server, result, "9")
 
 
 def test_the_same_video_and_a_table(server, files):

@@ -4,12 +4,11 @@ session comes back from the disk.
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 SIZE = {"width": 64, "height": 64, "batch_size": 1}
@@ -59,10 +58,7 @@ def shown(samples: list, key: str) -> dict:
 
 
 def pictures(server, result, key: str) -> np.ndarray:
-    from PIL import Image
-
-    found = [server.view(**file) for node, file in result.files() if node == f"s{key}"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in found])
+    return saved(server, result, f"s{key}")
 
 
 def test_two_runs_are_one_and_a_session_comes_back(server, nodes):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 
@@ -40,13 +39,9 @@ def graph(server, constant: bool, seed: int) -> dict:
 
 
 def run(server, constant: bool, seed: int):
-    from PIL import Image
-
     result = server.run(graph(server, constant, seed))
     assert (result.status, result.errors) == ("success", [])
-    pictures = [server.view(**file) for node, file in result.files() if node == "8"]
-    frames = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
-    return np.stack(frames), result
+    return saved(server, result, "8"), result
 
 
 def test_same_frames_in_every_run(server):

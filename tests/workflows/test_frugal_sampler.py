@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 STEPS = 4
@@ -69,20 +69,14 @@ def graph(files, **sampler) -> dict:
 
 
 def test_off_and_open_parts_equal_the_ksampler(server, files):
-    from PIL import Image
-
     result = server.run(graph(files))
     assert (result.status, result.errors) == ("success", [])
     assert result.previews
-    clips: dict[str, list] = {}
-    for node, file in result.files():
-        picture = Image.open(io.BytesIO(server.view(**file)))
-        clips.setdefault(node, []).append(np.asarray(picture.convert("RGB")))
-    stock = np.stack(clips["save stock"])
+    stock = saved(server, result, "save stock")
     assert stock.shape == (5, 64, 64, 3)
-    np.testing.assert_array_equal(np.stack(clips["save off"]), stock)
-    np.testing.assert_array_equal(np.stack(clips["save parts"]), stock)
-    assert np.abs(np.stack(clips["save distilled"]).astype(int) - stock).mean() > 0.5
+    np.testing.assert_array_equal(saved(server, result, "save off"), stock)
+    np.testing.assert_array_equal(saved(server, result, "save parts"), stock)
+    assert np.abs(saved(server, result, "save distilled").astype(int) - stock).mean() > 0.5
     text = {node: "".join(out["text"]) for node, out in result.outputs.items() if "text" in out}
     assert "preset off" in text["off text"]
     data = json.loads(text["distilled data"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
 
 from frugal.demo.tiny_wan import build_demo_wan, save
 from frugal.tests import wan_bed as bed
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 
@@ -84,12 +83,9 @@ def graph(files, model_name, *loras) -> dict:
 
 
 def frames(server, prompt) -> np.ndarray:
-    from PIL import Image
-
     result = server.run(prompt)
     assert (result.status, result.errors) == ("success", [])
-    pictures = [server.view(**file) for node, file in result.files() if node == "9"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])
+    return saved(server, result, "9")
 
 
 def test_two_stacked_loras_equal_the_merged_file(server, files):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 
@@ -46,13 +46,9 @@ def graph(files: dict[str, str], planned: bool) -> dict:
 
 def run(server, prompt: dict):
     """(outputs by node, uint8 [frames, height, width, 3])."""
-    from PIL import Image
-
     result = server.run(prompt)
     assert (result.status, result.errors) == ("success", [])
-    pictures = [server.view(**file) for node, file in result.files() if node == "9"]
-    opened = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
-    return result.outputs, np.stack(opened)
+    return result.outputs, saved(server, result, "9")
 
 
 def test_the_same_frames_with_a_plan(server):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import comfy.quant_ops
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 pytest.importorskip("comfy_kitchen")
@@ -39,7 +38,6 @@ def quantise(server, files, **changed):
 
 def frames(server, files, loader: dict) -> np.ndarray:
     """Two steps of the tiny model: uint8 [frames, height, width, 3]."""
-    from PIL import Image
 
     size = {"width": 64, "height": 64, "length": 5, "batch_size": 1}
     nodes = {
@@ -62,8 +60,7 @@ def frames(server, files, loader: dict) -> np.ndarray:
     }  # fmt: skip
     result = server.run(nodes)
     assert (result.status, result.errors) == ("success", [])
-    pictures = [server.view(**file) for node, file in result.files() if node == "9"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])
+    return saved(server, result, "9")
 
 
 def stock(name: str) -> dict:

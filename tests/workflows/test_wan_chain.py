@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 STEPS = 2
@@ -73,12 +72,9 @@ def stock_loader(files: dict[str, str], key: str) -> dict:
 
 def frames(server, prompt: dict, on_progress=None) -> np.ndarray:
     """Run the graph; uint8 [frames, height, width, 3]."""
-    from PIL import Image
-
     result = server.run(prompt, on_progress)
     assert (result.status, result.errors) == ("success", [])
-    pictures = [server.view(**file) for node, file in result.files() if node == "10"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])
+    return saved(server, result, "10")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import T2V, build_demo_wan, fill, save, wan_shapes
+from frugal.tests.bed.pictures import saved
 
 pytestmark = pytest.mark.comfy
 STEPS, SEED = 4, 7
@@ -48,12 +47,9 @@ def nodes(server):
 
 
 def frames(server, prompt: dict, on_progress=None) -> np.ndarray:
-    from PIL import Image
-
     result = server.run(prompt, on_progress)
     assert (result.status, result.errors) == ("success", [])
-    pictures = [server.view(**file) for node, file in result.files() if node == "9"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])
+    return saved(server, result, "9")
 
 
 def joined(nodes: dict, high: str = "h", low: str = "l", **widgets) -> dict:
