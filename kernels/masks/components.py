@@ -190,16 +190,24 @@ def flip_range(words, x, y0, y1):
 
 
 @njit
-def count_regions(words, height):
-    """Number of 8-connected regions of set pixels in uint64 [K, W] `words`."""
+def connected_runs(words, height):
+    """(end, column, parent) of all runs of uint64 [K, W] `words`, new int32 arrays: see `find_runs`
+    and `connect`.
+    """
     runs = count_runs(words, height)
-    width = words.shape[1]
     end, parent = np.empty(runs, np.int32), np.empty(runs, np.int32)
-    column = np.empty(width + 1, np.int32)
+    column = np.empty(words.shape[1] + 1, np.int32)
     find_runs(words, height, end, column)
     connect(words, height, end, column, parent)
+    return end, column, parent
+
+
+@njit
+def count_regions(words, height):
+    """Number of 8-connected regions of set pixels in uint64 [K, W] `words`."""
+    _, column, parent = connected_runs(words, height)
     regions = 0
-    for x in range(width):
+    for x in range(words.shape[1]):
         shade = np.int64(words[0, x] & ONE)
         for i in range(column[x], column[x + 1]):
             regions += shade & np.int64(parent[i] == i)
@@ -216,15 +224,10 @@ def clean(words, height, max_hole, min_island, keep):
     min_island: components below this many px vanish (0 or 1 = off). keep: number of largest
     components that stay (0 = all). Holes first, then islands.
     """
-    runs = count_runs(words, height)
-    width = words.shape[1]
-    end = np.empty(runs, np.int32)
-    column = np.empty(width + 1, np.int32)
-    parent = np.empty(runs, np.int32)
+    end, column, parent = connected_runs(words, height)
+    runs, width = parent.shape[0], words.shape[1]
     area = np.empty(runs, np.int32)
     colour = np.empty(runs, np.uint8)
-    find_runs(words, height, end, column)
-    connect(words, height, end, column, parent)
     for x in range(width):
         shade = np.uint8(words[0, x] & ONE)
         for i in range(column[x], column[x + 1]):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ._jit import leaf, njit
 from .bits import ALL, ONE, trailing_zeros
-from .components import connect, count_runs, find_runs
+from .components import connected_runs
 
 NONE = np.int32(2**31 - 1)
 
@@ -127,12 +127,8 @@ def hulls(words, height, outlined, out):
     """OR the convex hull of every 8-connected region of uint64 [K, W] `words` into `out`, with
     outline or without.
     """
-    runs = count_runs(words, height)
-    width = words.shape[1]
-    end, parent = np.empty(runs, np.int32), np.empty(runs, np.int32)
-    column = np.empty(width + 1, np.int32)
-    find_runs(words, height, end, column)
-    connect(words, height, end, column, parent)
+    end, column, parent = connected_runs(words, height)
+    runs, width = parent.shape[0], words.shape[1]
     # A root is its region's first run, so regions are met in the order of their first columns.
     first, last = np.empty(runs, np.int32), np.empty(runs, np.int32)
     for i in range(runs):
