@@ -6,7 +6,8 @@
 
 Every contender is a process of its own, so that its peak memory is its own; they take turns round
 by round. diffusers' side is its UNet with skipped cross-attention and its DDIM, as the published
-pipeline runs them; ours is 'Load CatVTON' and ComfyUI's sampling. A round is `steps` DDIM steps
+pipeline runs them; ours is 'Load CatVTON' and ComfyUI's sampling, "ours+torch" the same with
+ComfyUI's attention by PyTorch instead of its default. A round is `steps` DDIM steps
 (eta 1, injected noise) from the same start; the figures are medians over rounds. On a CPU, peak
 memory is the process's peak resident size minus that before the model was made; on CUDA, torch's
 peak of allocated memory. "forward error" is of one forward at t = 601 against the first contender.
@@ -200,8 +201,8 @@ def worker(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     side, _, kind = options.worker.partition(" ")
     cuda = options.device == "cuda"
-    if side == "ours":
-        enter(options.tree, cuda)
+    if side != "diffusers":
+        enter(options.tree, cuda, side == "ours+torch")
     else:
         importlib.import_module("diffusers")
     if cuda:
@@ -209,7 +210,7 @@ def worker(options: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
     before, began = 0 if cuda else resident("VmRSS"), time.perf_counter()
     with torch.inference_mode():
-        model = (Ours if side == "ours" else Diffusers)(options.base, options, kind)
+        model = (Diffusers if side == "diffusers" else Ours)(options.base, options, kind)
         print(json.dumps({"load_seconds": time.perf_counter() - began}), file=answers)
         given = start_of(options.size, options.batch, options.steps)
         for line in sys.stdin:
@@ -227,11 +228,13 @@ def worker(options: argparse.Namespace) -> None:
             print(json.dumps(facts), file=answers)
 
 
-def enter(tree: Path, cuda: bool) -> None:
+def enter(tree: Path, cuda: bool, torch_attention: bool) -> None:
     harness.enter(tree)
-    if cuda:
-        import comfy.cli_args
+    import comfy.cli_args
 
+    # As --use-pytorch-cross-attention does.
+    comfy.cli_args.args.use_pytorch_cross_attention = torch_attention
+    if cuda:
         # The test setup asks for the CPU; this comes before ComfyUI looks for a device.
         comfy.cli_args.args.cpu = False
     importlib.import_module("frugal.nodes.tryon.sampling")
