@@ -1,0 +1,115 @@
+"""Take the pictures of the help pages: each node as ComfyUI's own web page draws it.
+
+    python -m demo.node_pictures --tree DIR [--frontend DIR] [--only NodeId ...]
+
+Needs `pip install playwright` and a Chromium (`--browser`). `--frontend` names the `static` folder of
+comfyui-frontend-package where it is not installed. Lists of model files are empty here, so that the
+pictures do not depend on whose machine it was; "(your file)" stands in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .comfy_server import ComfyServer, pack_node_ids
+from .layout import DEMO
+
+HELP = DEMO.parent / "nodes" / "web" / "docs"
+# Fewer lose the colours of the slots, which are a handful of pixels.
+COLORS = 255
+VIEW = {"width": 1500, "height": 1400}
+MARGIN = 12
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-dev-shm-usage",
+]
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.VueNodes.Enabled": False,
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+    "Comfy.NodeBadge.NodeIdBadgeMode": "None",
+}
+READY = """() => window.app && app.extensionManager && app.graph
+    && Object.keys(LiteGraph.registered_node_types).length > 50"""
+# Far from the page's own bars, whole pixels, no zoom: letters stay sharp. The graph is not cleared:
+# that starts node numbers anew, and the page gives a number's old widget values to the next node.
+PLACE = """async ([id, x, y]) => {
+    for (const old of [...app.graph.nodes]) app.graph.remove(old);
+    const node = LiteGraph.createNode(id);
+    app.graph.add(node);
+    for (const widget of node.widgets ?? [])
+        if (widget.type === "combo" && widget.value === undefined) widget.value = "(your file)";
+    const needed = node.computeSize();
+    node.size = [Math.max(needed[0], 300, node.title.length * 8.5 + 50), needed[1]];
+    node.pos = [0, 0];
+    app.canvas.deselectAll?.();
+    app.canvas.ds.scale = 1;
+    app.canvas.ds.offset = [x, y];
+    app.canvas.setDirty(true, true);
+    for (let n = 0; n < 5; n++) await new Promise(requestAnimationFrame);
+    const area = document.querySelector("#graph-canvas").getBoundingClientRect();
+    const box = node.boundingRect ?? node.getBounding();
+    return [area.x + x + box[0], area.y + y + box[1], box[2], box[3]];
+}"""
+
+
+def take(page: Any, node_id: str) -> Image.Image:
+    """One node by itself, with a margin."""
+    x, y, width, height = page.evaluate(PLACE, [node_id, 400, 150])
+    clip = {
+        "x": x - MARGIN,
+        "y": y - MARGIN,
+        "width": width + 2 * MARGIN,
+        "height": height + 2 * MARGIN,
+    }
+    if clip["y"] + clip["height"] > VIEW["height"]:
+        raise SystemExit(f"{node_id} is {height:.0f} px high; make VIEW higher than that.")
+    picture = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    return picture.quantize(COLORS, dither=Image.Dither.NONE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tree", required=True, help="ComfyUI folder")
+    parser.add_argument("--frontend", help="folder of the web page, if it is not installed")
+    parser.add_argument("--browser", default=shutil.which("chromium"), help="Chromium's program")
+    parser.add_argument("--only", nargs="*", help="node ids; default: all")
+    options = parser.parse_args()
+    if not options.browser:
+        raise SystemExit("Name a Chromium with --browser: none is called 'chromium' here.")
+    from playwright.sync_api import sync_playwright
+
+    more = ("--front-end-root", str(Path(options.frontend).resolve())) if options.frontend else ()
+    with (
+        tempfile.TemporaryDirectory() as base,
+        ComfyServer(options.tree, base, arguments=more, frontend=True) as server,
+        sync_playwright() as play,
+    ):
+        browser = play.chromium.launch(executable_path=options.browser, args=FLAGS)
+        page = browser.new_page(viewport=VIEW)
+        # Before the page opens, or its welcome covers the canvas.
+        page.request.post(f"{server.url}/api/settings", data=SETTINGS)
+        page.goto(server.url)
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_timeout(2000)
+        for node_id in sorted(options.only or pack_node_ids()):
+            picture = take(page, node_id)
+            picture.save(HELP / f"{node_id}.png", optimize=True)
+            print(f"{node_id}: {picture.width} x {picture.height}")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

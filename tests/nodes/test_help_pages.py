@@ -1,0 +1,101 @@
+"""What a person reads beside a node: its help page, tooltips and the words it is found by.
+
+Read from the live schemas, so an input that was added and not explained fails here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from frugal.nodes import FAMILIES
+
+PAGES = Path(__file__).resolve().parents[2] / "nodes" / "web" / "docs"
+SECTIONS = ("Inputs", "Outputs", "Cost", "When not to use it")
+LARGEST_PICTURE = 30_000
+LARGEST_SUM = 1_500_000
+
+
+@pytest.fixture(scope="module")
+def schemas(comfy_tree) -> list:
+    families = [importlib.import_module(f"frugal.nodes.{name}.nodes") for name in FAMILIES]
+    return [node.GET_SCHEMA() for family in families for node in family.NODES]
+
+
+def sections(page: str) -> dict[str, str]:
+    """Heading -> text below it; the text above the first heading stands under ''."""
+    parts = re.split(r"^## (.+)$", page, flags=re.MULTILINE)
+    return {"": parts[0]} | {title: text.strip() for title, text in zip(*[iter(parts[1:])] * 2)}
+
+
+def names(word: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+
+
+def faults(schema, page: str) -> list[str]:
+    """What the page of this node leaves out."""
+    found = sections(page)
+    if not page.startswith(f"# {schema.display_name}\n"):
+        found_title = page.partition("\n")[0]
+        return [f"the title is {found_title!r}, the node is called {schema.display_name!r}"]
+    missing = [f"no section {title!r}" for title in SECTIONS if not found.get(title)]
+    if f"![The node]({schema.node_id}.png)" not in found[""]:
+        missing.append("no picture of the node above the first heading")
+    missing += [f"input {i.id} is not named" for i in schema.inputs if not names(i.id, page)]
+    for output in schema.outputs:
+        # What the node shows is the display name; the id is what a workflow file holds.
+        shown = (output.id, output.display_name or output.id)
+        if not any(names(word, found.get("Outputs", "")) for word in shown):
+            missing.append(f"output {shown[-1]} is not named under Outputs")
+    return missing
+
+
+def test_every_page_is_complete(schemas):
+    found = {}
+    for schema in schemas:
+        page = (PAGES / f"{schema.node_id}.md").read_text("utf-8")
+        if missing := faults(schema, page):
+            found[schema.node_id] = missing
+    assert not found
+
+
+def test_what_is_left_out_is_seen(schemas):
+    """Each rule by a page that breaks it, or this file would pass on anything."""
+    schema = next(s for s in schemas if s.node_id == "FrugalMaskGrow")
+    page = (PAGES / "FrugalMaskGrow.md").read_text("utf-8")
+    assert faults(schema, page) == []
+    assert faults(schema, page.replace("grow_shape", "shape")) == ["input grow_shape is not named"]
+    assert faults(schema, page.replace("## Cost", "## Price")) == ["no section 'Cost'"]
+    assert len(faults(schema, page.replace("![The node]", "![A picture]"))) == 1
+    assert len(faults(schema, page.replace("**inverted**", "the rest"))) == 1
+    assert len(faults(schema, page.replace("# Grow Mask (px)\n", "# Grow\n"))) == 1
+
+
+def test_every_node_has_a_picture(schemas):
+    sizes = {}
+    for schema in schemas:
+        path = PAGES / f"{schema.node_id}.png"
+        assert path.is_file(), f"{path.name} is missing: python -m demo.node_pictures makes it"
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.width > 250 and picture.height > 70, path
+            # A canvas on which nothing was drawn yet has a handful of colours.
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 30, path
+        sizes[path.name] = path.stat().st_size
+    assert max(sizes.values()) <= LARGEST_PICTURE, sizes
+    assert sum(sizes.values()) <= LARGEST_SUM
+    strays = {path.name for path in PAGES.glob("*.png")} - set(sizes)
+    assert not strays, f"pictures of no node: {sorted(strays)}"
+
+
+def test_nodes_are_found_by_other_words(schemas):
+    from comfy_api.v0_0_2 import io
+
+    if "search_aliases" not in inspect.signature(io.Schema).parameters:
+        pytest.skip("this ComfyUI has no search_aliases")
+    bare = [schema.node_id for schema in schemas if not schema.search_aliases]
+    assert not bare
