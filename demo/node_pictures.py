@@ -2,9 +2,9 @@
 
     python -m demo.node_pictures --tree DIR [--frontend DIR] [--only NodeId ...]
 
-Needs `pip install playwright` and a Chromium (`--browser`). `--frontend` names the `static` folder of
-comfyui-frontend-package where it is not installed. Lists of model files are empty here, so that the
-pictures do not depend on whose machine it was; "(your file)" stands in them.
+Needs `pip install playwright` and a Chromium (`--browser`). `--frontend` names the `static` folder
+of comfyui-frontend-package where it is not installed. Lists of model files are empty here, so that
+the pictures do not depend on whose machine it was; "(your file)" stands in them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def schemas(comfy_tree) -> list:
 def sections(page: str) -> dict[str, str]:
     """Heading -> text below it; the text above the first heading stands under ''."""
     parts = re.split(r"^## (.+)$", page, flags=re.MULTILINE)
-    return {"": parts[0]} | {title: text.strip() for title, text in zip(*[iter(parts[1:])] * 2)}
+    titles, texts = parts[1::2], parts[2::2]
+    below = {title: text.strip() for title, text in zip(titles, texts, strict=True)}
+    return {"": parts[0]} | below
 
 
 def names(word: str, text: str) -> bool:
