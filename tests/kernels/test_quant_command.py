@@ -18,9 +18,9 @@ from frugal.kernels.quant.moments import Moment
 from frugal.kernels.quant.quality import read_json
 from frugal.kernels.quant.weights import Weights
 from frugal.tests import wan_bed as bed
+from frugal.tests.bed.installed import installed
 
 pytest.importorskip("comfy_kitchen")
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = bed.variant(bed.T2V, dim=64, ffn_dim=128, layers=1, text_dim=64)
 
 
@@ -29,24 +29,6 @@ def source(tmp_path_factory):
     text = {"config": json.dumps({"transformer": {"text_dim": 64}})}
     held = bed.base(bed.weights(SMALL))[0]
     return bed.write(tmp_path_factory.mktemp("wan") / "wan.safetensors", held, text)
-
-
-def installed(folder: Path) -> Path:
-    """A folder to import from, with the packages where pyproject.toml puts them."""
-    tomllib = pytest.importorskip("tomllib")
-    text = (ROOT / "pyproject.toml").read_text("utf-8")
-    settings = tomllib.loads(text)["tool"]["setuptools"]
-    places = settings["package-dir"]
-    for package in settings["packages"]:
-        whole, rest = package, ""
-        while whole not in places:
-            whole, _, last = whole.rpartition(".")
-            rest = f"{last}/{rest}"
-        place = folder / package.replace(".", "/")
-        place.mkdir(parents=True)
-        for file in (ROOT / places[whole] / rest).glob("*.py"):
-            (place / file.name).symlink_to(file)
-    return folder
 
 
 def test_module_runs_where_the_pack_is_installed(source, tmp_path):

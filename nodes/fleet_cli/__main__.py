@@ -1,0 +1,10 @@
+"""Hands the command line to the fleet."""
+
+from __future__ import annotations
+
+import sys
+
+from ..kernels.remote.fleet.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""A real fleet as a person starts it: `python -m frugal.fleet serve` in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from frugal.demo.comfy_server import free_port
+from frugal.tests.bed.installed import installed
+
+BOOT_SECONDS = 600
+NODES = '''"""Nodes for the tests: they wait, end the process, complain like a card, look around."""
+import os, time
+from comfy.model_management import throw_exception_if_processing_interrupted
+
+
+class Test:
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "go", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("STRING", {"default": ""})}}
+
+    @classmethod
+    def IS_CHANGED(cls, value):
+        return float("nan")
+
+
+class FleetTestWait(Test):
+    def go(self, value):
+        end = time.monotonic() + float(value)
+        while time.monotonic() < end:
+            throw_exception_if_processing_interrupted()
+            time.sleep(0.02)
+        return {"ui": {"text": ["waited"]}}
+
+
+class FleetTestEnd(Test):
+    def go(self, value):
+        os.kill(os.getpid(), 9)
+
+
+class FleetTestRaise(Test):
+    def go(self, value):
+        raise RuntimeError(value)
+
+
+class FleetTestLook(Test):
+    def go(self, value):
+        return {"ui": {"text": sorted(os.environ)}}
+
+
+NODE_CLASS_MAPPINGS = {c.__name__: c for c in Test.__subclasses__()}
+'''
+
+
+def comfy_arguments(base: Path) -> list[str]:
+    """Arguments for a ComfyUI without web page whose custom nodes are those of the tests."""
+    (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+    (base / "custom_nodes" / "fleet_test_nodes.py").write_text(NODES)
+    (base / "no-frontend").mkdir(exist_ok=True)
+    return [
+        "--base-directory", str(base), "--front-end-root", str(base / "no-frontend"),
+        "--disable-api-nodes",
+    ]  # fmt: skip
+
+
+class FleetProcess:
+    """One fleet below `folder`. It may be started again: the store stays."""
+
+    def __init__(self, tree: Path, folder: Path, *words: str, workers: int = 2):
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "fleet.log"
+        self.site = folder / "site"
+        if not self.site.is_dir():
+            installed(self.site)
+        self.command = [
+            sys.executable, "-m", "frugal.fleet", "serve", "--comfyui", str(tree),
+            "--store", str(folder / "store"), "--work", str(folder / "work"),
+            "--workers", str(workers), "--gpus", "0", "--cpus", "0.1", "--port", str(self.port),
+            *[f"--comfy-arg={word}" for word in comfy_arguments(folder / "base")], *words,
+        ]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def token(self) -> str:
+        return (self.folder / "store" / "token").read_text()
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
+        environment |= {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment.pop("RAY_AUTH_MODE", None)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.folder, env=environment, stdout=log, stderr=log
+            )
+
+    def said(self) -> str:
+        return self.log.read_text("utf-8", "replace")
+
+    def wait(self, sign: str = "the fleet answers at") -> None:
+        """Until it says so since its start."""
+        for _ in range(BOOT_SECONDS * 5):
+            assert self.process.poll() is None, self.said()[-4000:] + self.worker_logs()
+            if sign in self.said():
+                return
+            time.sleep(0.2)
+        raise AssertionError(self.said()[-4000:] + self.worker_logs())
+
+    def wait_for_http(self) -> None:
+        """Until the front desk answers; workers may still be starting."""
+        for _ in range(BOOT_SECONDS * 5):
+            assert self.process.poll() is None, self.said()[-4000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=10).read()
+                return
+            time.sleep(0.2)
+        raise AssertionError(self.said()[-4000:])
+
+    def worker_logs(self) -> str:
+        return "\n".join(p.read_text()[-1500:] for p in (self.folder / "work").glob("*.log"))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that it started and that still run."""
+        found = []
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if each.environ().get("PYTHONPATH", "").split(os.pathsep)[0] == str(self.site):
+                    found.append(each)
+        return found
+
+    def comfys(self) -> list[psutil.Process]:
+        """The ComfyUI processes of its workers."""
+        return [p for p in self.processes() if str(self.folder / "work") in " ".join(_line(p))]
+
+    def named(self, start: str) -> list[psutil.Process]:
+        """Ray's processes by the name they give themselves."""
+        return [p for p in self.processes() if " ".join(_line(p)).startswith(start)]
+
+    def stop(self) -> None:
+        """As Ctrl-C does; what is left is killed."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(90)
+        for each in self.processes():
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+
+
+def _line(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+@contextlib.contextmanager
+def fleet_process(tree: Path, folder: Path, *words: str, **more) -> Iterator[FleetProcess]:
+    """A started fleet; `wait` for it."""
+    fleet = FleetProcess(tree, folder, *words, **more)
+    fleet.start()
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
