@@ -209,6 +209,20 @@ def test_cancel_stops_the_worker(tmp_path):
     at_desk(tmp_path, body, slow)
 
 
+def test_orders_wait_on_disk_until_their_turn(tmp_path):
+    async def body(desk, pretended):
+        jobs = [desk.accept(an_order(color))[0].id for color in range(5)]
+        await until(lambda: len(pretended.begun) == 2)
+        await asyncio.sleep(0.05)
+        assert [job for job, _ in pretended.begun] == jobs[:2]
+        for job in jobs:
+            await desk.cancel(job)
+        await until(lambda: not desk._tasks)
+        assert len(pretended.begun) == 2
+
+    at_desk(tmp_path, body, hangs, at_once=2)
+
+
 def plan(size: int) -> bytes:
     return json.dumps({"totals": {"sample": size, "decode": 5}}).encode()
 

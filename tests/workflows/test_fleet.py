@@ -27,7 +27,7 @@ JOBS, QUEUE, PATIENCE = 12, 16, 240.0
 @pytest.fixture(scope="module")
 def fleet(comfy_tree, tmp_path_factory):
     trees = sorted(path.parent.name for path in comfy_tree.parent.glob("*/main.py"))
-    if comfy_tree.name != trees[-1]:
+    if comfy_tree.name != trees[0]:
         pytest.skip("once is enough: test_fleet_worker.py runs with every ComfyUI")
     folder = tmp_path_factory.mktemp("fleet")
     with fleet_process(comfy_tree, folder, "--queue", str(QUEUE), "--job-seconds", "60") as running:

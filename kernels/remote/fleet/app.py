@@ -56,7 +56,10 @@ class Fleet:
     memory: int = 0
 
     def rules(self) -> Rules:
-        return Rules(**{each.name: getattr(self, each.name) for each in fields(Rules)})
+        """The part of it that the front desk goes by."""
+        shared = {each.name for each in fields(Rules)} - {"at_once"}
+        most = max(self.workers, self.most_workers)
+        return Rules(**{name: getattr(self, name) for name in shared}, at_once=2 * most + 2)
 
 
 class Worker:

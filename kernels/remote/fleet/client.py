@@ -134,7 +134,10 @@ class FleetClient:
                     "do not trust this server",
                 )
             reply = await self._exchange(
-                "GET", quote(file["path"]), timeout=TRANSFER, limit=LARGEST_RESULT
+                "GET",
+                f"{JOBS}/{quote(job['id'])}/files/{quote(file['name'])}",
+                timeout=TRANSFER,
+                limit=LARGEST_RESULT,
             )
             if reply.status >= 400:
                 raise refusal(self.server, reply)

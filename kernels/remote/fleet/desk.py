@@ -21,7 +21,7 @@ from typing import Any
 from ...errors import FrugalError
 from ...report import megabytes
 from .orders import FILE_NAME, Order
-from .store import CANCELLED, ENDED, FAILED, FullError, Job, Store
+from .store import CANCELLED, ENDED, FAILED, RUNNING, FullError, Job, Store
 
 # Events: started {worker, memory}; file {name, data}, in pieces, each name's one after the other;
 # done {shown}; failed {error}.
@@ -46,7 +46,8 @@ class NotYetError(FrugalError):
 class Rules:
     """queue: jobs that may be open at once. attempts: how often a job is begun. job_seconds: time
     of one attempt. wait_seconds: time until it is begun. keep_seconds: how long what ended is kept;
-    0: until deleted. memory: bytes of a worker; 0: as the first worker reports.
+    0: until deleted. memory: bytes of a worker; 0: as the workers report. at_once: orders given out
+    at one time; those beyond the number of workers wait where they show that more are wanted.
     """
 
     queue: int = 64
@@ -55,6 +56,7 @@ class Rules:
     wait_seconds: float = 6 * 3600.0
     keep_seconds: float = 0.0
     memory: int = 0
+    at_once: int = 64
 
 
 class Desk:
@@ -64,6 +66,7 @@ class Desk:
         self.store, self.run, self.rules = store, run, rules
         self.workers: dict[str, int] = {}
         self.memory = rules.memory
+        self._turn = asyncio.Semaphore(rules.at_once)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._sweeper: asyncio.Task[None] | None = None
@@ -135,9 +138,10 @@ class Desk:
         return cancelled
 
     def retry_after(self) -> int:
-        """Whole seconds after which a place may be free: a job's usual time over the workers."""
+        """Whole seconds after which a place may be free: a job's usual time over those that run."""
         usual = sum(self._seconds) / len(self._seconds) if self._seconds else 10.0
-        return max(1, min(300, math.ceil(usual / max(1, len(self.workers)))))
+        running = self.store.counts()[RUNNING]
+        return max(1, min(300, math.ceil(usual / max(1, running))))
 
     # Running
 
@@ -152,6 +156,11 @@ class Desk:
 
     async def _through(self, job: str) -> None:
         """One job to its end, whatever happens."""
+        # An order is read when its turn comes: the pictures of all that wait would fill the memory.
+        async with self._turn:
+            await self._tries(job)
+
+    async def _tries(self, job: str) -> None:
         began, pause = time.monotonic(), PAUSE
         while True:
             before = self.store.job(job).attempts
@@ -163,18 +172,19 @@ class Desk:
             row = self.store.job(job)
             if row.status in ENDED:
                 return
-            if row.attempts > before:
+            begun = row.attempts > before
+            if begun:
                 self.store.count("workers_lost")
-                pause = PAUSE
                 self.store.requeue(job, f"attempt {row.attempts} on {row.worker}: {lost}")
-            if row.attempts >= self.rules.attempts:
+                began, pause = time.monotonic(), PAUSE
+            if begun and row.attempts >= self.rules.attempts:
                 self._fail(
                     job,
                     f"the worker was lost in each of {row.attempts} attempts, at last with {lost}; "
                     "look into the worker's log, and at the memory that this graph needs.",
                 )
                 return
-            if time.monotonic() - began > self.rules.wait_seconds and row.attempts == before:
+            if time.monotonic() - began > self.rules.wait_seconds:
                 self._fail(
                     job,
                     f"no worker began with it within {self.rules.wait_seconds:g} s, at last "

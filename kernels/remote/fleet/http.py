@@ -18,6 +18,7 @@ import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -253,5 +254,5 @@ def shown(job: Job) -> dict[str, Any]:
     fields = asdict(job)
     fields["outputs"] = fields.pop("shown")
     for file in fields["files"]:
-        file["path"] = f"/v1/jobs/{job.id}/files/{file['name']}"
+        file["path"] = f"/v1/jobs/{job.id}/files/{quote(file['name'])}"
     return fields

@@ -65,7 +65,8 @@ def running(fleet: Fleet, place: Place, say: Callable[[str], None]) -> Iterator[
         secret, where = token.from_environment(place.token_env), f"in {place.token_env}"
     else:
         secret, where = token.kept(store / "token"), f"in {store / 'token'}"
-    ray_token(store)
+    if not place.cluster:
+        ray_token(store)
     import ray
     from ray import serve
 
