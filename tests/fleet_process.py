@@ -99,6 +99,13 @@ class FleetProcess:
     def start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
         environment |= {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        # A machine that runs many tests is slow, and not dead.
+        environment |= {
+            "RAY_worker_register_timeout_seconds": "600",
+            "RAY_health_check_timeout_ms": "120000",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+        }
         environment.pop("RAY_AUTH_MODE", None)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

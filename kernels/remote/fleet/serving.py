@@ -15,6 +15,7 @@ from ...errors import FrugalError
 from . import token
 from .app import Fleet, build
 
+TRIES = 3
 NEEDED = ("ray", "starlette", "multipart", "filelock", "prometheus_client")
 
 
@@ -80,7 +81,7 @@ def running(fleet: Fleet, place: Place, say: Callable[[str], None]) -> Iterator[
         # A new cluster, whatever the environment or a file of an earlier one names.
         options |= {"address": "local", "include_dashboard": False}
         options |= {"_node_ip_address": "127.0.0.1"}
-    ray.init(**options)
+    _join(ray, options)
     try:
         for line in open_ports():
             say(line)
@@ -105,6 +106,23 @@ def running(fleet: Fleet, place: Place, say: Callable[[str], None]) -> Iterator[
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
+
+
+def _join(ray: Any, options: Mapping[str, Any]) -> None:
+    # Ray gives its own processes 30 s, which a busy machine may not be able to keep.
+    for left in reversed(range(TRIES)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left:
+                reason = ascii(" ".join(str(error).split()))[1:-1][:400]
+                raise FrugalError(
+                    f"Ray did not start ({type(error).__name__}: {reason})",
+                    "a Ray cluster",
+                    "try it when the machine is less busy, or correct --cluster",
+                ) from None
 
 
 def _check_room(fleet: Fleet, there: Mapping[str, float]) -> None:
