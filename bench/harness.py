@@ -32,8 +32,10 @@ def enter(tree: str | Path | None = None) -> ModuleType:
 
 
 def commit() -> str:
-    """The short name of the commit that is checked out; empty outside of git."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """The short name of the commit that is checked out, with -dirty if files differ from it; empty
+    outside of git.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 

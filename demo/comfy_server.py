@@ -34,8 +34,9 @@ class ComfyServer(ComfyClient):
     tree: ComfyUI folder. base_dir: folder for models, input, output, temp, user, custom_nodes (made
     if absent). models: further folders whose sub-folders are named after ComfyUI's folder kinds
     (vae, diffusion_models, ...). arguments: further command line arguments. cpu: force the CPU.
-    frontend: serve the installed web page instead of an empty folder. Raises ServerError when the
-    server does not come up, when the pack failed to import, or when a node of the pack is missing.
+    frontend: serve the installed web page instead of an empty folder. linked: put this checkout
+    into custom_nodes and insist on all its nodes; without it the folder is taken as it is. Raises
+    ServerError when the server does not come up or a pack failed to import.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ComfyServer(ComfyClient):
         arguments: tuple[str, ...] = (),
         cpu: bool = True,
         frontend: bool = False,
+        linked: bool = True,
     ):
         super().__init__("")
         self.tree, self.base = Path(tree).resolve(), Path(base_dir).resolve()
@@ -54,6 +56,7 @@ class ComfyServer(ComfyClient):
             raise ServerError(f"{self.tree} holds no main.py; name a ComfyUI folder.")
         self.model_folders = tuple(Path(folder).resolve() for folder in models)
         self.arguments, self.cpu, self.frontend = arguments, cpu, frontend
+        self.linked = linked
         self.log = self.base / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._highest_rss = 0
@@ -78,7 +81,8 @@ class ComfyServer(ComfyClient):
     def start(self) -> None:
         for name in ("models", "input", "output", "temp", "user", "custom_nodes", "no-frontend"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
-        link_folder(PACK, self.base / "custom_nodes" / LINK_NAME)
+        if self.linked:
+            link_folder(PACK, self.base / "custom_nodes" / LINK_NAME)
         # Asked for anew on every start: the old one may be taken by now.
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -146,7 +150,7 @@ class ComfyServer(ComfyClient):
         failed = [line for line in self.log_text().splitlines() if "(IMPORT FAILED)" in line]
         if failed:
             raise ServerError("\n".join(["The pack failed to import.", *failed, self.log_tail(60)]))
-        missing = sorted(pack_node_ids() - set(self.object_info()))
+        missing = sorted(pack_node_ids() - set(self.object_info())) if self.linked else []
         if missing:
             said = [line for line in self.log_text().splitlines() if "[Frugal]" in line]
             raise ServerError("\n".join([f"Missing nodes: {', '.join(missing)}.", *said]))

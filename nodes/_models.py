@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import folder_paths
@@ -12,6 +13,8 @@ from ..kernels.checkpoints.source import INDEX_SUFFIX, SHARD
 from ..kernels.errors import FrugalError
 
 FOLDER = "diffusion_models"
+# Where public files lie, for the sentence about a file that is not there.
+WAN_PAGE = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged"
 
 
 def model_names() -> list[str]:
@@ -43,6 +46,27 @@ def file_path(kind: str, name: str) -> Path:
             f"{name} is not there", f"a file in models/{kind}", "refresh the list and choose again"
         )
     return Path(path)
+
+
+def offered(
+    name: str | None, names: Collection[str], folder: str, source: str | None = None
+) -> bool | str:
+    """For a loader's `validate_inputs`: True if the chosen name is among those on offer, else the
+    sentence that says which file is missing, in which folder, and where it comes from.
+
+    name: None if another node gives it. folder: below models/. source: address of a page that has
+    the public file. ComfyUI's own sentence for this lists the names, and nothing to do.
+    """
+    if name is None or name in names:
+        return True
+    do = f"download it from {source} into that folder" if source else "copy it there"
+    return str(
+        FrugalError(
+            f"{ascii(name)[1:-1] or 'no file'} is not in models/{folder}",
+            f"one of the {len(names)} files there" if names else "a file there, and it has none",
+            f"{do}, then press R to refresh the lists",
+        )
+    )
 
 
 def model_path(name: str) -> Path:

@@ -257,6 +257,24 @@ def test_workflows_are_saved_graphs_with_pictures():
                 assert node.get("properties", {}).get("cnr_id"), f"{name(path)}: {node['type']}"
 
 
+def test_errors_say_what_to_do():
+    """ComfyUI shows one sentence: its last part has to lead somewhere, not just to "choose"."""
+    seen = 0
+    for path in sources("nodes", "kernels"):
+        for call in ast.walk(tree_of(path)):
+            if not isinstance(call, ast.Call) or last_part(call.func) != "FrugalError":
+                continue
+            seen += 1
+            where = f"{name(path)}:{call.lineno}"
+            assert len(call.args) == 3, f"{where}: found, expected, do"
+            do = call.args[2]
+            if isinstance(do, ast.Constant):
+                assert do.value.isascii() and do.value[0].islower(), f"{where}: {do.value}"
+                assert len(do.value.split()) > 1, f"{where}: '{do.value}' is no way out"
+                assert do.value not in ("choose one", "choose others", "correct it"), where
+    assert seen > 300
+
+
 def test_tests_are_no_package():
     found = [name(path) for path in (ROOT / "tests").rglob("__init__.py")]
     assert not found, f"these make pytest import the pack's root: {found}"

@@ -214,7 +214,9 @@ def check_choice(choice: str, backends: dict[str, Backend], absent: dict[str, st
     """Raises FrugalError where `choice` is no backend, or one that cannot run on this machine."""
     if choice not in backends:
         raise FrugalError(
-            f"attention kernel {choice!r}", f"auto or one of {', '.join(backends)}", "choose one"
+            f"attention kernel {choice!r}",
+            f"auto or one of {', '.join(backends)}",
+            "choose one of these",
         )
     if choice in absent:
         raise FrugalError(

@@ -223,7 +223,7 @@ def prediction_type(metadata: Mapping[str, str], names: Iterable[str], file: str
         raise FrugalError(
             f"{file} says modelspec.prediction_type '{named}'",
             "'epsilon' or 'v'",
-            "correct the file",
+            "take the base from its publisher again, or correct that metadata key",
         )
     return known[named]
 

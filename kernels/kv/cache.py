@@ -44,7 +44,7 @@ class CacheOptions:
             raise FrugalError(
                 f"a window of {self.window} and a sink of {self.sink} frames",
                 "none below 0",
-                "choose others",
+                "set window and sink to 0 or more",
             )
         if self.window == 0 and self.sink:
             raise FrugalError(

@@ -22,7 +22,11 @@ FORMAT = "frugal causal session 1"
 def save(cache: VideoCache, path: Path) -> None:
     """Write under a temporary name, then rename. Raises FrugalError for a cache without frames."""
     if not cache.kept:
-        raise FrugalError("a session without frames", "one that a sampler kept", "keep it there")
+        raise FrugalError(
+            "a session without frames",
+            "one that a sampler kept",
+            "turn keep_session on in the sampler and run it again",
+        )
     tensors: dict[str, torch.Tensor] = {}
     for number, stream in cache.streams.items():
         for frame, pages in stream.items():
@@ -63,7 +67,9 @@ def load(path: Path, device: torch.device) -> VideoCache:
             return _restored(json.loads(metadata["session"]), file, device)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise FrugalError(
-            f"{path.name} cannot be read ({error})", "a whole session file", "save it anew"
+            f"{path.name} cannot be read ({error})",
+            "a whole session file",
+            "save the session again",
         ) from error
 
 

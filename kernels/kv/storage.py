@@ -47,7 +47,7 @@ class PageFormat:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise FrugalError(
-                f"pages of kind {self.kind!r}", f"one of {', '.join(KINDS)}", "choose one"
+                f"pages of kind {self.kind!r}", f"one of {', '.join(KINDS)}", "choose one of these"
             )
 
     @property

@@ -92,7 +92,9 @@ def _job(given: argparse.Namespace) -> Job:
     for name in filter(None, given.allow.split(",")):
         if name.strip() not in NAMES:
             raise FrugalError(
-                f"--allow names {ascii(name)[:40]}", f"names of {', '.join(NAMES)}", "correct it"
+                f"--allow names {ascii(name)[:40]}",
+                f"names of {', '.join(NAMES)}",
+                "correct the command",
             )
         allowed.append(NAMES[name.strip()])
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +120,7 @@ def _lora(text: str) -> tuple[Path, float]:
         found = (Path(path), float(strength))
     except ValueError as error:
         raise FrugalError(
-            f"--lora {ascii(text)[:80]}", "FILE:STRENGTH with a number", "correct it"
+            f"--lora {ascii(text)[:80]}", "FILE:STRENGTH with a number", "correct the command"
         ) from error
     if not found[0].is_file():
         raise FrugalError(f"no LoRA file {found[0].name}", "a safetensors file", "check the path")

@@ -393,5 +393,7 @@ def kitchen(name: str) -> Any:
 def _check_target(target: str) -> None:
     if target not in TARGETS:
         raise FrugalError(
-            f"the format {ascii(target)[:40]}", f"one of {', '.join(TARGETS)}", "choose one"
+            f"the format {ascii(target)[:40]}",
+            f"one of {', '.join(TARGETS)}",
+            "choose one of these",
         )

@@ -43,7 +43,9 @@ def plan_matmul(plan: Plan, choice: str, capability: Capability | None, device: 
     """
     if choice not in CHOICES:
         raise FrugalError(
-            f"the choice {ascii(choice)[:40]} for matmul", f"one of {', '.join(CHOICES)}", "choose"
+            f"the choice {ascii(choice)[:40]} for matmul",
+            f"one of {', '.join(CHOICES)}",
+            "choose one of these",
         )
     forms = Counter(layer.format for layer in plan.layers.values())
     if choice == LOW:

@@ -43,7 +43,9 @@ def quantised_plan(plan: Plan, target: str, tensors: Mapping[str, TensorInfo]) -
     """
     if target not in TARGETS:
         raise FrugalError(
-            f"the choice {ascii(target)[:40]}", f"one of {', '.join(CHOICES)}", "choose"
+            f"the choice {ascii(target)[:40]}",
+            f"one of {', '.join(CHOICES)}",
+            "choose one of these",
         )
     if plan.layers:
         form = next(iter(plan.layers.values())).format
@@ -90,7 +92,9 @@ def quantiser(
     def quantise(weight: torch.Tensor, layout: LayerLayout) -> dict[str, torch.Tensor]:
         if weight.dtype not in FLOATS:
             raise FrugalError(
-                f"{file} holds a weight in {weight.dtype}", "floats", "choose another"
+                f"{file} holds a weight in {weight.dtype}",
+                "floats",
+                "use an fp32, fp16 or bf16 file of the same model",
             )
         if layout.format in BY_FORMAT:
             made = formats.encode(BY_FORMAT[layout.format], weight, device, where=file)

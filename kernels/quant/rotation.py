@@ -20,7 +20,7 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     while made.shape[0] < size:
         made = torch.kron(made, one / 2)
     if made.shape[0] != size:
-        raise FrugalError(f"a rotation of {size} inputs", "a power of 4", "correct the file")
+        raise FrugalError(f"a rotation of {size} inputs", "a power of 4", "convert the model again")
     return made
 
 
@@ -33,7 +33,7 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
         raise FrugalError(
             f"a weight of shape {list(weight.shape)} rotated by {group}",
             f"a matrix with a multiple of {group} inputs",
-            "correct the file",
+            "convert the model again",
         )
     matrix = hadamard(group, weight.device).to(weight.dtype)
     return (weight.reshape(weight.shape[0], -1, group) @ matrix).reshape(weight.shape)

@@ -105,7 +105,11 @@ class Writer:
         payload = sum(info.nbytes for group in self.groups for info in group.values())
         self.size = len(header) + payload
         if not target.parent.is_dir():
-            raise FrugalError(f"no folder {target.parent.name}", "a folder to write to", "make it")
+            raise FrugalError(
+                f"no folder {target.parent.name}",
+                "a folder to write to",
+                "make the folder, or write to another",
+            )
         self._log = _locked(self.journal, target.name)
         self._file: Any = None
         try:

@@ -31,7 +31,7 @@ def jobs(persons: int, garments: int, mode: str) -> list[tuple[int, int]]:
     if mode == ALL:
         return [(p, g) for p in range(persons) for g in range(garments)]
     if mode != PAIRS:
-        raise FrugalError(f"the mode is '{mode}'", f"'{PAIRS}' or '{ALL}'", "choose one")
+        raise FrugalError(f"the mode is '{mode}'", f"'{PAIRS}' or '{ALL}'", "choose one of these")
     if persons != garments and 1 not in (persons, garments):
         raise FrugalError(
             f"there are {persons} persons and {garments} garments",

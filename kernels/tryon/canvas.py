@@ -171,7 +171,9 @@ def _place(mask, photo, size, fit, context) -> Placement:
     if fit == LETTERBOX:
         return geometry.letterbox(photo, size)
     if fit != CROP:
-        raise FrugalError(f"the fit is '{fit}'", f"'{CROP}' or '{LETTERBOX}'", "choose one")
+        raise FrugalError(
+            f"the fit is '{fit}'", f"'{CROP}' or '{LETTERBOX}'", "choose one of these"
+        )
     return geometry.crop_around(box, photo, size, context)
 
 

@@ -66,7 +66,11 @@ class FrugalQualityCheck(io.ComfyNode):
     @classmethod
     def execute(cls, model, calibration, quality_file) -> io.NodeOutput:
         if calibration == glue.NONE:
-            raise FrugalError("no calibration", "a file of the original", "choose or record one")
+            raise FrugalError(
+                "no calibration is chosen",
+                "one of the original model",
+                "record it with Calibrate Wan Model (Frugal), then choose it here",
+            )
         quality = None if quality_file == glue.NONE else glue.quality_path(quality_file)
         error, report = check(model, file_path(glue.CALIBRATION, calibration), quality)
         text = error.text() if report is None else report.text()

@@ -10,7 +10,16 @@ from ...kernels.quant import formats
 from ...kernels.quant.job import Job, budget_bytes
 from ...kernels.quant.quality_picture import picture
 from .._comfy import CATEGORY, known, show_text
-from .._models import file_path, fingerprint, model_names, model_path, state_of
+from .._models import (
+    FOLDER,
+    WAN_PAGE,
+    file_path,
+    fingerprint,
+    model_names,
+    model_path,
+    offered,
+    state_of,
+)
 from . import glue
 
 BUDGET = "a size"
@@ -131,6 +140,10 @@ class FrugalQuantize(io.ComfyNode):
         beside = ((glue.CALIBRATION, calibration), ("loras", lora_name))
         paths = [file_path(kind, name) for kind, name in beside if name != glue.NONE]
         return f"{fingerprint(model_name)};{state_of(*paths)}"
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        return offered(model_name, model_names(), FOLDER, WAN_PAGE)
 
     @classmethod
     def execute(

@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known, show_text
-from .._models import file_path, state_of
+from .._models import file_path, offered, state_of
 from . import lora_apply, lora_file
 
 
@@ -59,6 +59,10 @@ class FrugalLoraSide(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model, lora_name, strength):
         return state_of(file_path("loras", lora_name))
+
+    @classmethod
+    def validate_inputs(cls, lora_name=None):
+        return offered(lora_name, folder_paths.get_filename_list("loras"), "loras")
 
     @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:

@@ -14,6 +14,10 @@ from ...kernels.tryon import canvas, latents, pictures
 
 KIND = "CatVTON"
 BASE_KINDS = ("diffusion_models", "checkpoints")
+# For the sentence about a file that is not there: folders below models/, and who offers the files.
+BASE_FOLDERS = "checkpoints, diffusion_models or CatVTON"
+BASE_PAGE = "https://huggingface.co/webui/stable-diffusion-inpainting"
+ATTENTION_PAGE = "https://huggingface.co/zhengchong/CatVTON"
 NO_ATTENTION = "none: base is a merged file"
 WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 # Parts of a diffusers folder; such a folder is offered as a whole.

@@ -8,6 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas, precision
 from .._comfy import REPORT_KEY, known, show_text
+from .._models import offered
 from . import all_in_one, batch, glue, loading, mask_free, parse, ports, sampling, saving
 from .ports import FAMILY, WORDS
 
@@ -68,6 +69,13 @@ class FrugalLoadCatVTON(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **known(io.Schema, search_aliases=[*WORDS, "load", "checkpoint"]),
         )
+
+    @classmethod
+    def validate_inputs(cls, base=None, attention=None):
+        found = offered(base, glue.base_choices(), glue.BASE_FOLDERS, glue.BASE_PAGE)
+        if found is not True:
+            return found
+        return offered(attention, glue.attention_choices(), glue.KIND, glue.ATTENTION_PAGE)
 
     @classmethod
     def execute(cls, base, attention, weight_dtype, quantize=precision.AS_STORED):

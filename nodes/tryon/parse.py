@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import parsing
 from .._comfy import known, show_text
+from .._models import offered
 from . import parser_glue, ports
 
 parser_glue.register_folder()
@@ -62,6 +63,10 @@ class FrugalHumanParse(io.ComfyNode):
                 search_aliases=["segformer", "human parsing", "clothes segmentation", "atr", "lip"],
             ),
         )
+
+    @classmethod
+    def validate_inputs(cls, parser=None):
+        return offered(parser, parser_glue.choices(), parser_glue.KIND, parser_glue.PAGE)
 
     @classmethod
     def execute(cls, image, parser):

@@ -25,6 +25,7 @@ from ...kernels.masks.labels import voc_palette
 from ...kernels.tryon import parsing, pictures, segformer_names
 
 KIND = "human_parsing"
+PAGE = "https://huggingface.co/mattmdjaga/segformer_b2_clothes"
 FASHN_PACKAGE = "fashn_human_parser"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -56,7 +57,7 @@ def folder_of(name: str) -> str:
     raise FrugalError(
         f"there is no human parser '{name}'",
         "a folder with config.json and model.safetensors under models/human_parsing",
-        "put one there, such as segformer_b2_clothes",
+        f"put one there, such as segformer_b2_clothes from {PAGE}",
     )
 
 

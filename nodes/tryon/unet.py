@@ -90,7 +90,9 @@ def apply_skip_cross_attention(patcher):
     names = cross_attention_modules(patcher.model.diffusion_model)
     if not names:
         raise FrugalError(
-            "the model has 0 cross-attention blocks", "an SD 1.5 UNet", "connect such a MODEL"
+            "the model has 0 cross-attention blocks",
+            "an SD 1.5 UNet",
+            "connect the MODEL of 'Load CatVTON'",
         )
     for name in names:
         patcher.add_object_patch(f"diffusion_model.{name}", SkipCrossAttention())

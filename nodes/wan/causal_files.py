@@ -41,5 +41,9 @@ def _path(name: str) -> Path:
     path = folder_of(FOLDER) / name
     check_within(FOLDER, path, name)
     if not path.is_file():
-        raise FrugalError(f"{name!a} is gone", f"a file in output/{FOLDER}", "choose another")
+        raise FrugalError(
+            f"{name!a} is gone",
+            f"a file in output/{FOLDER}",
+            "press R to refresh the list and choose a session that is there",
+        )
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known, show_text
+from .._models import WAN_PAGE, offered
 from . import embeds_cache
 
 
@@ -60,6 +61,10 @@ class FrugalCachedTextEncode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, encoder_name, **_):
         return embeds_cache.fingerprint(encoder_name)
+
+    @classmethod
+    def validate_inputs(cls, encoder_name=None):
+        return offered(encoder_name, embeds_cache.names(), embeds_cache.FOLDER, WAN_PAGE)
 
     @classmethod
     def execute(

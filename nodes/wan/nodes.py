@@ -8,7 +8,7 @@ from ...kernels.quant.matmul import AUTO
 from ...kernels.quant.matmul import CHOICES as PRODUCTS
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
-from .._models import fingerprint, model_names, model_path
+from .._models import FOLDER, WAN_PAGE, fingerprint, model_names, model_path, offered
 from . import causal, embeds, glue
 from .constant_context import FrugalWanConstantContext
 from .decode import FrugalWanDecode, FrugalWanDecodeToFile
@@ -91,6 +91,10 @@ class FrugalLoadWan(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO):
         return fingerprint(model_name)
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        return offered(model_name, model_names(), FOLDER, WAN_PAGE)
 
     @classmethod
     def execute(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO) -> io.NodeOutput:

@@ -29,7 +29,9 @@ def encode(
     wan_encoder(vae)
     if (images is None) == (video is None):
         found = "neither images nor a video" if images is None else "both images and a video"
-        raise FrugalError(f"{found} are connected", "one of the two", "connect one")
+        raise FrugalError(
+            f"{found} are connected", "one of the two", "connect images or a video, not both"
+        )
     if images is None and not isinstance(video, InputImpl.VideoFromFile):
         images = video.get_components().images
     count, height, width = _of_file(video) if images is None else tuple(images.shape[:3])
