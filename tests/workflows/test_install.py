@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from frugal.demo.comfy_server import ComfyServer, pack_node_ids
 from frugal.tests.bed.absent import closure, environment, modules_outside, read_requirements
@@ -53,6 +54,8 @@ def boot(
     copy_archive(pack)
     asked = read_requirements(tree / "requirements.txt")
     asked += read_requirements(pack / "requirements.txt")
+    # ComfyUI 0.3.75 imports it and does not list it: it used to come with transformers.
+    asked.append(Requirement("requests"))
     outside = modules_outside(closure(asked))
     assert {"pytest", "diffusers", "hypothesis"} <= outside, "nothing would be missing"
     for name, value in environment(tmp_path / "site", outside | {*absent}, hidden, pack).items():
