@@ -59,11 +59,13 @@ def offered(
     """
     if name is None or name in names:
         return True
+    here = f"{ascii(name)[1:-1]} is not in" if name else "nothing is chosen from"
+    some = f"one of the {len(names)} files" if names else "a file"
     do = f"download it from {source} into that folder" if source else "copy it there"
     return str(
         FrugalError(
-            f"{ascii(name)[1:-1] or 'no file'} is not in models/{folder}",
-            f"one of the {len(names)} files there" if names else "a file there, and it has none",
+            f"{here} models/{folder}",
+            f"{some} in that folder",
             f"{do}, then press R to refresh the lists",
         )
     )

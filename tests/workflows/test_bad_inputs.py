@@ -70,7 +70,8 @@ def assert_alive(server, graph: dict) -> None:
 def test_missing_model_is_named(demo_server, prompt):
     graph = still(prompt)
     one(graph, "FrugalLoadCatVTON")["base"] = "diffusion_models/not_there.safetensors"
-    assert "not_there.safetensors" in refused(demo_server, graph)
+    said = refused(demo_server, graph)
+    assert "not_there.safetensors is not in models/" in said and "https://" in said
     assert_alive(demo_server, prompt)
 
 
