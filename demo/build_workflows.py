@@ -283,21 +283,22 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
                 "latent_image": ("i2v", 2),
             },
         ),
-        "decode": Node("VAEDecode", 5, {}, {"samples": ("sample_clip", 0), "vae": ("wan_vae", 0)}),
-        "video": Node("CreateVideo", 5, {"fps": 16.0}, {"images": ("decode", 0)}),
         "save_clip": Node(
-            "SaveVideo",
+            "FrugalWanDecodeToFile",
             6,
-            {"filename_prefix": "frugal/clip"},
-            {"video": ("video", 0)},
+            {"filename_prefix": "frugal/clip", "fps": 16.0},
+            {"samples": ("sample_clip", 0), "vae": ("wan_vae", 0)},
             title="Clip",
             size=(380, 700),
+        ),
+        "frames": Node(
+            "GetVideoComponents", 7, {}, {"video": ("save_clip", 0)}, title="Frames, to count them"
         ),
         "report": Node(
             "FrugalReport",
             7,
             {},
-            {"model": ("catvton", 0), "model_2": ("wan", 0), "images": ("decode", 0)},
+            {"model": ("catvton", 0), "model_2": ("wan", 0), "images": ("frames", 0)},
             size=(420, 460),
         ),
     }

@@ -31,7 +31,7 @@ from .tiny_wan import build_demo_wan
 SHOWN, OTHERS = 1, (0, 2, 3, 4)  # held-out swaps: the demo's own, and more rows of the sheet
 PHOTO_GROW = 4
 INPUTS = ("frugal_demo_person.png", "frugal_demo_mask.png", "frugal_demo_garment.png")
-VIDEO_OUTPUTS = ("SaveVideo", "FrugalReport")
+VIDEO_OUTPUTS = ("FrugalWanDecodeToFile", "FrugalReport")
 
 
 def swap(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

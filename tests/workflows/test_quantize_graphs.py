@@ -99,7 +99,7 @@ def test_record_quantise_to_a_size_and_check(server, files):
             case "FrugalQualityCheck":
                 inputs |= calibration | {"quality_file": f"{result_name}.quality.json"}
     folder = server.models / "diffusion_models"
-    clip = run(server, upstream(prompt, "SaveVideo"))
+    clip = run(server, upstream(prompt, "FrugalWanDecodeToFile"))
     assert [file["type"] for _, file in clip.files()] == ["output"]
     assert (server.models / "calibration" / f"{NAME}.safetensors").is_file()
     (quantize,) = (k for k, node in prompt.items() if node["class_type"] == "FrugalQuantize")
