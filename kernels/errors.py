@@ -8,6 +8,10 @@ class FrugalError(ValueError):
     sentence.
     """
 
+    # ComfyUI puts the module before the name, twice; a pack's module is the path of its folder, and
+    # the sentence would start below the visible part of the page's error log.
+    __module__ = "frugal"
+
     def __init__(self, found: str, expected: str, do: str):
         super().__init__(f"{found}; expected {expected}; {do.rstrip('.')}.")
         self.found, self.expected, self.do = found, expected, do
