@@ -15,13 +15,14 @@ from pathlib import Path
 from .batch_graph import GROUPS as BATCH_GROUPS
 from .batch_graph import NOTE as BATCH_NOTE
 from .batch_graph import tryon_batch
+from .card_pictures import pictures_of, write_inputs
 from .comfy_server import ComfyServer
 from .graph_builder import Group, Node, Note, build
-from .graph_picture import draw
+from .graph_picture import card
 from .layout import MODELS, WORKFLOWS
 from .mask_graph import GROUPS as MASK_GROUPS
 from .mask_graph import NOTE as MASK_NOTE
-from .mask_graph import masks_graph, write_inputs
+from .mask_graph import masks_graph
 from .public_files import ENCODER, I2V_LARGE, VAE, VISION, wan_file
 from .quantize_graph import (
     CALIBRATE_GROUPS,
@@ -142,7 +143,7 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             1,
             {"feather": s["mask_feather"]},
             {"mask": ("mask", 0)},
-            size=(380, 600),
+            size=(380, 660),
         ),
         "prepare": Node(
             "FrugalTryOnPrepare",
@@ -344,17 +345,9 @@ The sizes here are a starting point that we could not yet measure on such a card
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tree", type=Path, required=True)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as base:
-        build_demo_wan(Path(base) / "models")
-        (Path(base) / "input").mkdir(exist_ok=True)
-        write_inputs(Path(base) / "input")
-        with ComfyServer(args.tree, base, models=(MODELS,)) as server:
-            info = server.object_info()
-    for name, nodes, note, groups in (
+def described() -> list[tuple[str, dict[str, Node], Note, list[Group]]]:
+    """Every shipped graph: file name, nodes, note, groups."""
+    return [
         ("tryon_demo", tryon_to_video(DEMO, False), DEMO_NOTE, GROUPS),
         ("tryon_to_video_12gb", tryon_to_video(REAL, True), REAL_NOTE, GROUPS),
         ("tryon_batch", tryon_batch(DEMO), BATCH_NOTE, BATCH_GROUPS),
@@ -364,13 +357,26 @@ def main() -> None:
         ("wan_t2v_1.3b", wan_t2v(), T2V_NOTE, WAN_GROUPS),
         ("wan_i2v_14b_12gb", wan_i2v(), I2V_NOTE, WAN_GROUPS),
         ("causal_video", causal_video(), CAUSAL_NOTE, CAUSAL_GROUPS),
-    ):
-        graph = build(info, nodes, [note], groups)
-        path = WORKFLOWS / f"{name}.json"
-        path.write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
-        if name != "tryon_demo":  # the demo graph's card is a picture of its own result
-            draw(graph).save(path.with_suffix(".jpg"), quality=88)
-        print(path.name, len(graph["nodes"]), "nodes")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tree", type=Path, required=True)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as base:
+        build_demo_wan(Path(base) / "models")
+        (Path(base) / "input").mkdir(exist_ok=True)
+        write_inputs(Path(base) / "input")
+        with ComfyServer(args.tree, base, models=(MODELS,)) as server:
+            for name, nodes, note, groups in described():
+                graph = build(server.object_info(), nodes, [note], groups)
+                path = WORKFLOWS / f"{name}.json"
+                path.write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
+                if name != "tryon_demo":  # its card is a picture of its own result
+                    pictures = pictures_of(server, name, graph)
+                    card(graph, pictures).save(path.with_suffix(".jpg"), quality=88)
+                print(path.name, len(graph["nodes"]), "nodes")
 
 
 if __name__ == "__main__":

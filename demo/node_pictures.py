@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,18 @@ from PIL import Image
 
 from .comfy_server import ComfyServer, pack_node_ids
 from .layout import DEMO
+from .web_page import VUE_NODES, browser, chromium, open_page
 
 HELP = DEMO.parent / "nodes" / "web" / "docs"
 # Fewer lose the colours of the slots, which are a handful of pixels.
 COLORS = 255
 VIEW = {"width": 1500, "height": 1400}
 MARGIN = 12
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
-    "--disable-dev-shm-usage",
-]
 SETTINGS = {
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Workflow.Persist": False,
-    "Comfy.Minimap.Visible": False,
-    "Comfy.VueNodes.Enabled": False,
+    VUE_NODES: False,
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
     "Comfy.NodeBadge.NodeIdBadgeMode": "None",
 }
-READY = """() => window.app && app.extensionManager && app.graph
-    && Object.keys(LiteGraph.registered_node_types).length > 50"""
 # Far from the page's own bars, whole pixels, no zoom: letters stay sharp. The graph is not cleared:
 # that starts node numbers anew, and the page gives a number's old widget values to the next node.
 PLACE = """async ([id, x, y]) => {
@@ -84,31 +72,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tree", required=True, help="ComfyUI folder")
     parser.add_argument("--frontend", help="folder of the web page, if it is not installed")
-    parser.add_argument("--browser", default=shutil.which("chromium"), help="Chromium's program")
+    parser.add_argument("--browser", default=chromium(), help="Chromium's program")
     parser.add_argument("--only", nargs="*", help="node ids; default: all")
     options = parser.parse_args()
     if not options.browser:
         raise SystemExit("Name a Chromium with --browser: none is called 'chromium' here.")
-    from playwright.sync_api import sync_playwright
-
     more = ("--front-end-root", str(Path(options.frontend).resolve())) if options.frontend else ()
     with (
         tempfile.TemporaryDirectory() as base,
         ComfyServer(options.tree, base, arguments=more, frontend=True) as server,
-        sync_playwright() as play,
+        browser(options.browser) as running,
     ):
-        browser = play.chromium.launch(executable_path=options.browser, args=FLAGS)
-        page = browser.new_page(viewport=VIEW)
-        # Before the page opens, or its welcome covers the canvas.
-        page.request.post(f"{server.url}/api/settings", data=SETTINGS)
-        page.goto(server.url)
-        page.wait_for_function(READY, timeout=120_000)
+        page = running.new_page(viewport=VIEW)
+        open_page(page, server.url, SETTINGS)
         page.wait_for_timeout(2000)
         for node_id in sorted(options.only or pack_node_ids()):
             picture = take(page, node_id)
             picture.save(HELP / f"{node_id}.png", optimize=True)
             print(f"{node_id}: {picture.width} x {picture.height}")
-        browser.close()
 
 
 if __name__ == "__main__":

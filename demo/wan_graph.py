@@ -7,6 +7,8 @@ from .public_files import ENCODER, I2V_LARGE, T2V_SMALL, VAE, VISION, wan_file
 
 NEGATIVE = "blurry, distorted, static, worst quality"
 TALL = 420
+WIDE = {"width": 832, "height": 480, "length": 81}
+UPRIGHT = {"width": 480, "height": 832, "length": 81}
 
 
 def _loaders(model: str) -> dict[str, Node]:
@@ -36,8 +38,10 @@ def _text(key: str, column: int, text: str, title: str = "") -> dict[str, Node]:
     }
 
 
-def _planned(latent: tuple[str, int]) -> dict[str, Node]:
-    """shift -> constant context -> memory plan -> attention, with the plan's picture."""
+def _planned(latent: tuple[str, int], size: dict[str, int]) -> dict[str, Node]:
+    """shift -> constant context -> memory plan -> attention, with the plan's picture. size: width,
+    height and length of the clip, as on the node that makes the latent.
+    """
     return {
         "shift": Node("ModelSamplingSD3", 2, {"shift": 8.0}, {"model": ("wan", 0)}),
         "context": Node(
@@ -46,7 +50,12 @@ def _planned(latent: tuple[str, int]) -> dict[str, Node]:
         "plan": Node(
             "FrugalMemoryPlan",
             2,
-            {"budget_gb": 12.0},
+            {
+                "width": size["width"],
+                "height": size["height"],
+                "frames": size["length"],
+                "budget_gb": 12.0,
+            },
             {"model": ("context", 0), "vae": ("vae", 0), "latent": latent},
             size=(380, TALL),
         ),
@@ -73,12 +82,8 @@ def wan_t2v() -> dict[str, Node]:
             "a red fox walks through fresh snow, soft morning light, the camera follows",
             "Your prompt",
         )
-        | {
-            "latent": Node(
-                "EmptyHunyuanLatentVideo", 1, {"width": 832, "height": 480, "length": 81}
-            )
-        }
-        | _planned(("latent", 0))
+        | {"latent": Node("EmptyHunyuanLatentVideo", 1, WIDE)}
+        | _planned(("latent", 0), WIDE)
         | _made(settings, ("text", 0), ("text", 1), ("latent", 0), "frugal/t2v")
     )
 
@@ -107,7 +112,7 @@ def wan_i2v() -> dict[str, Node]:
             "i2v": Node(
                 "WanImageToVideo",
                 1,
-                {"width": 480, "height": 832, "length": 81},
+                UPRIGHT,
                 {
                     "positive": ("text", 0),
                     "negative": ("text", 1),
@@ -117,7 +122,7 @@ def wan_i2v() -> dict[str, Node]:
                 },
             )
         }
-        | _planned(("i2v", 2))
+        | _planned(("i2v", 2), UPRIGHT)
         | _made(settings, ("i2v", 0), ("i2v", 1), ("i2v", 2), "frugal/i2v")
     )
 
@@ -158,7 +163,7 @@ def causal_video() -> dict[str, Node]:
     for key, (text, title) in prompts.items():
         nodes |= _text(key, 1, text, title)
     nodes |= {
-        "latent": Node("EmptyHunyuanLatentVideo", 0, {"width": 832, "height": 480, "length": 81}),
+        "latent": Node("EmptyHunyuanLatentVideo", 0, WIDE),
         "causal": Node(
             "FrugalCausalModel",
             2,
