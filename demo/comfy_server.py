@@ -25,7 +25,7 @@ __all__ = ["PACK", "ComfyServer", "Result", "ServerError", "link_folder", "pack_
 
 PACK = Path(__file__).resolve().parent.parent
 LINK_NAME = "ComfyUI-Frugal"
-BOOT_SECONDS = 300
+BOOT_SECONDS = 600
 
 
 class ComfyServer(ComfyClient):

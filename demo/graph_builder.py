@@ -14,6 +14,8 @@ WIDTH = 340
 ROW, HEAD = 26, 46
 GAP, TITLE, MARGIN = 40, 30, 20
 MUTED = 2
+# The page puts "control after generate" behind these, whether the node asks for it or not.
+SEEDS = ("seed", "noise_seed")
 
 
 @dataclass
@@ -150,7 +152,7 @@ def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str,
                 }
             )
         widgets.append(node.values.get(name, _default(kind, options)))
-        if options.get("control_after_generate"):
+        if kind == "INT" and options.get("control_after_generate", name in SEEDS):
             widgets.append("fixed")
     if any(rest and rest[0].get("image_upload") for _, *rest in declared.values()):
         widgets.append("image")  # the upload button, which the page adds after all others

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE, EDGE = 800, 36
 TITLE, SLOT = 30, 26
-HEADING, STEP = 58, 40
+HEADING, STEP = 54, 38
+BADGE = 118  # the page lays "Node graph" over the upper left corner, down to here
 LINK_COLORS = {"MODEL": "#b39ddb", "IMAGE": "#64b5f6", "MASK": "#81c784", "VAE": "#ff6e6e"}
 
 
@@ -24,11 +25,11 @@ def card(graph: dict[str, Any], pictures: Sequence[Image.Image] = ()) -> Image.I
     """
     made = Image.new("RGB", (SIDE, SIDE), "#1c1c1c")
     pen = ImageDraw.Draw(made)
-    y = EDGE
+    y = BADGE
     for line in textwrap.wrap(heading(graph), 25):
         pen.text((EDGE, y), line, "white", ImageFont.load_default(HEADING))
         y += HEADING + 10
-    y += 14
+    y += 8
     for group in graph["groups"]:
         pen.rounded_rectangle((EDGE, y, SIDE - EDGE, y + STEP + 22), 12, fill=group["color"])
         pen.text((EDGE + 20, y + 6), group["title"], "white", ImageFont.load_default(STEP))

@@ -24,7 +24,7 @@ def quantize_wan() -> dict[str, Node]:
             0,
             {"model_name": T2V_LARGE, "to": target, "filename_prefix": "wan2.1_t2v_14B"},
             title=f"To {target}",
-            size=(380, 440),
+            size=(380, 540),
             models=wan_file(T2V_LARGE, "diffusion_models"),
         )
         nodes[f"{key}_chart"] = _chart(1, key, 2, f"What {target} loses")

@@ -91,8 +91,11 @@ def comfy_tree() -> Path:
 
 @pytest.fixture(scope="session")
 def server(comfy_tree: Path, tmp_path_factory: pytest.TempPathFactory):
-    """One real ComfyUI server with the pack for the whole run; see demo/comfy_server.py."""
+    """One real ComfyUI server with the pack for the whole run, with its web page where that is
+    installed; see demo/comfy_server.py.
+    """
     from frugal.demo.comfy_server import ComfyServer
 
-    with ComfyServer(comfy_tree, tmp_path_factory.mktemp("comfy")) as running:
+    page = importlib.util.find_spec("comfyui_frontend_package") is not None
+    with ComfyServer(comfy_tree, tmp_path_factory.mktemp("comfy"), frontend=page) as running:
         yield running

@@ -1,0 +1,51 @@
+"""What browser tests share: the server with the demo's files in place, one browser, one tab."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from frugal.demo import batch_graph, mask_graph, web_page
+from frugal.demo import run as demo
+from frugal.demo.layout import MODELS
+from frugal.demo.tiny_wan import build_demo_wan
+from frugal.tests.bed import canvas
+
+MODES = {"classic": False, "nodes2": True}
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    pytest.importorskip("playwright", reason="no playwright; tests/requirements.txt lists it")
+    found = web_page.chromium()
+    if not found:
+        pytest.skip("no Chromium: 'apt-get install chromium', or name one in FRUGAL_CHROMIUM")
+    with web_page.browser(found) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def site(server):
+    """The shared server with the demo's models and pictures where its graphs look for them."""
+    pytest.importorskip(
+        "comfyui_frontend_package", reason="no web page; tests/requirements.txt lists it"
+    )
+    shutil.copytree(MODELS, server.models, dirs_exist_ok=True)
+    build_demo_wan(server.models)
+    pictures = server.base / "input"
+    for name, pixels in zip(demo.INPUTS, demo.swap(demo.SHOWN), strict=False):
+        Image.fromarray(pixels).save(pictures / name)
+    mask_graph.write_inputs(pictures)
+    batch_graph.draw_into(pictures)
+    return server
+
+
+@pytest.fixture(scope="session")
+def tab(chromium, site, request):
+    """A fresh tab; drawn by Nodes 2.0 where a test asks for `nodes2`."""
+    seen = canvas.Canvas(chromium.new_page(viewport=canvas.SIZE), site.url)
+    seen.open(MODES[getattr(request, "param", "classic")])
+    yield seen
+    seen.page.close()

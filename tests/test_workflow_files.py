@@ -1,0 +1,73 @@
+"""What every shipped graph must say of the files it names, so that the page can offer them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from frugal.demo.tiny_wan import build_demo_wan
+
+ROOT = Path(__file__).resolve().parent.parent
+GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
+WEIGHTS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".bin")
+MUTED = 2
+FOLDERS = {"CatVTON", "checkpoints", "clip_vision", "diffusion_models", "text_encoders", "vae"}
+
+
+def nodes(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["nodes"]
+
+
+def weights(node: dict) -> list[str]:
+    """Weight files that the node's widgets name."""
+    values = [value for value in node.get("widgets_values", []) if isinstance(value, str)]
+    return [value for value in values if "\n" not in value and value.endswith(WEIGHTS)]
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> set[str]:
+    """Weights that come with the demo or that it makes, as a loader may name them."""
+    made = tmp_path_factory.mktemp("models")
+    build_demo_wan(made)
+    found = set()
+    for models in (ROOT / "demo" / "models", made):
+        for path in models.rglob("*.safetensors"):
+            kind, *rest = path.relative_to(models).parts
+            found |= {"/".join(rest), "/".join([kind, *rest])}
+    return found
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_every_file_is_offered_or_comes_with_the_demo(path, ours):
+    text = "\n".join(n["widgets_values"][0] for n in nodes(path) if n["type"] == "MarkdownNote")
+    for node in nodes(path):
+        offered = node["properties"].get("models", [])
+        for entry in offered:
+            assert entry["url"].startswith("https://") and entry["url"].endswith(entry["name"])
+            assert entry["directory"] in FOLDERS
+        for named in weights(node):
+            if node["mode"] == MUTED or named in ours:
+                continue
+            file = PurePosixPath(named)
+            entries = [entry for entry in offered if entry["name"] == file.name]
+            assert entries, f"{node['type']} names {named} without saying where it is from"
+            # For those who read, and for a page that offers nothing.
+            assert file.name in text, f"the note leaves out {named}"
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_every_node_names_its_pack(path):
+    """The page looks missing nodes up by these."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for node in nodes(path):
+        if node["type"] == "MarkdownNote":
+            continue
+        said = (node["properties"]["cnr_id"], node["properties"]["ver"])
+        if node["type"].startswith("Frugal"):
+            assert said == (project["name"], project["version"]), node["type"]
+        else:
+            assert said[0] == "comfy-core" and said[1], node["type"]
