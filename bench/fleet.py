@@ -23,6 +23,7 @@ import harness
 JOBS, AT_ONCE, QUEUE, KILLS, SEED = 100, 16, 20, 5, 7
 WAIT_SECONDS, PATIENCE = 0.5, 1800.0
 ROUNDS = 40
+WORDS, TRIES = ("--queue", str(QUEUE), "--job-seconds", "120"), 10
 
 
 def graph(number: int) -> bytes:
@@ -203,7 +204,7 @@ def main(results: Path, tree: Path) -> None:
 
     with tempfile.TemporaryDirectory(prefix="frugal-fleet-") as place:
         folder = Path(place)
-        with fleet_process(tree, folder, "--queue", str(QUEUE), "--job-seconds", "120") as fleet:
+        with fleet_process(tree, folder, *WORDS, tries=TRIES) as fleet:
             began = time.monotonic()
             fleet.wait()
             up = time.monotonic() - began

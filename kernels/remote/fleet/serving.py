@@ -15,7 +15,6 @@ from ...errors import FrugalError
 from . import token
 from .app import Fleet, build
 
-TRIES = 3
 NEEDED = ("ray", "starlette", "multipart", "filelock", "prometheus_client")
 
 
@@ -109,20 +108,17 @@ def running(fleet: Fleet, place: Place, say: Callable[[str], None]) -> Iterator[
 
 
 def _join(ray: Any, options: Mapping[str, Any]) -> None:
-    # Ray gives its own processes 30 s, which a busy machine may not be able to keep.
-    for left in reversed(range(TRIES)):
-        try:
-            ray.init(**options)
-            return
-        except Exception as error:
-            ray.shutdown()
-            if not left:
-                reason = ascii(" ".join(str(error).split()))[1:-1][:400]
-                raise FrugalError(
-                    f"Ray did not start ({type(error).__name__}: {reason})",
-                    "a Ray cluster",
-                    "try it when the machine is less busy, or correct --cluster",
-                ) from None
+    try:
+        ray.init(**options)
+    except Exception as error:
+        # Ray gives its own processes 30 s, which a busy machine may not be able to keep. What it
+        # has started ends with this process, so trying again is for a new one.
+        reason = ascii(" ".join(str(error).split()))[1:-1][:400]
+        raise FrugalError(
+            f"Ray did not start ({type(error).__name__}: {reason})",
+            "a Ray cluster",
+            "start it again when the machine is less busy, or correct --cluster",
+        ) from None
 
 
 def _check_room(fleet: Fleet, there: Mapping[str, float]) -> None:
