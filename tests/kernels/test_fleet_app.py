@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,3 +116,135 @@ def test_the_kubernetes_example_starts_what_there_is(monkeypatch):
     assert json.loads(json.loads(head.strip("'"))) == {"fleet_store": 1}
     worker = desk.init_args[1]._bound_deployment
     assert worker._deployment_config.autoscaling_config.max_replicas == 8
+
+
+# Answers as ComfyUI does, and writes one file per graph: enough for the wiring. The real one is in
+# tests/workflows.
+PRETENDED = """
+import os, pathlib, sys
+from aiohttp import web
+place = dict(zip(sys.argv, sys.argv[1:]))
+history = {}
+async def prompt(request):
+    asked = await request.json()
+    node = asked["prompt"]["1"]["inputs"]
+    if node["color"] == 13:
+        os._exit(3)
+    read = (pathlib.Path(place["--input-directory"]) / "a.txt").read_bytes()
+    output = pathlib.Path(place["--output-directory"]) / "r.txt"
+    output.write_bytes(read + str(node["color"]).encode())
+    history[asked["prompt_id"]] = {"status": {"status_str": "success"}, "outputs": {}}
+    return web.json_response({})
+async def told(request):
+    name = request.match_info["name"]
+    return web.json_response({name: history[name]} if name in history else {})
+async def fixed(request):
+    stats = {"devices": [{"vram_total": 5 * 10**9}]}
+    return web.json_response(stats if request.path == "/system_stats" else {})
+app = web.Application()
+app.router.add_post("/prompt", prompt)
+app.router.add_get("/history/{name}", told)
+app.router.add_route("*", "/{tail:.*}", fixed)
+web.run_app(app, host="127.0.0.1", port=int(place["--port"]))
+"""
+
+
+class Handle:
+    """What a handle of Serve does: one call at a time, on a worker that is replaced if lost."""
+
+    def __init__(self, make):
+        self.make, self.workers, self.turn = make, [], asyncio.Lock()
+
+    async def worker(self):
+        if not self.workers or not self.workers[-1].comfy.alive():
+            self.workers.append(await self.make())
+        return self.workers[-1]
+
+    def options(self, stream):
+        assert stream
+        return self
+
+    @property
+    def run(self):
+        return SimpleNamespace(remote=lambda *order: Events(self._events(*order)))
+
+    @property
+    def facts(self):
+        async def remote():
+            async with self.turn:
+                return await (await self.worker()).facts()
+
+        return SimpleNamespace(remote=remote)
+
+    async def _events(self, *order):
+        async with self.turn:
+            async for event in (await self.worker()).run(*order):
+                yield event
+
+
+class Events:
+    """An async iterator that can be cancelled, as Serve's are."""
+
+    def __init__(self, inner):
+        self.inner, self.cancelled = inner, False
+
+    def __aiter__(self):
+        return self.inner
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
+    from frugal.kernels.remote.fleet import app
+    from frugal.kernels.remote.fleet.orders import order
+
+    (tmp_path / "main.py").write_text(PRETENDED)
+    fleet = app.Fleet(
+        str(tmp_path), str(tmp_path / "store"), str(tmp_path / "work"), gpus=0, attempts=2
+    )
+    gone = []
+    monkeypatch.setattr(app.os, "_exit", gone.append)
+
+    class Worker(app.Worker):
+        def __del__(self):
+            # Serve awaits the one of the base class; here nobody would.
+            pass
+
+    async def make(cls, *words):
+        # Serve awaits a constructor that is a coroutine.
+        made = cls.__new__(cls)
+        await made.__init__(*words)
+        return made
+
+    def job(color):
+        graph = {"1": {"class_type": "A", "inputs": {"color": color}}}
+        return order(json.dumps(graph), {"a.txt": b"in "})
+
+    async def main():
+        handle = Handle(lambda: make(Worker, fleet))
+        front = await make(app.FrontDesk, fleet, handle)
+        try:
+            jobs = [front.desk.accept(job(color))[0].id for color in (5, 13, 6)]
+            for _ in range(1500):
+                done = [front.desk.store.job(each) for each in jobs]
+                if not front.desk.store.open_jobs():
+                    break
+                await asyncio.sleep(0.02)
+            assert [each.status for each in done] == ["completed", "failed", "completed"]
+            assert "lost in each of 2 attempts" in done[1].error
+            for each, text in ((jobs[0], b"in 5"), (jobs[2], b"in 6")):
+                assert front.desk.store.file(each, "r.txt").read_bytes() == text
+            assert front.desk.memory == 5 * 10**9
+            assert front.desk.rules.at_once == 4 and front.desk.rules.attempts == 2
+            with pytest.raises(RuntimeError, match="has ended"):
+                await handle.workers[0].check_health()
+            assert gone == [1, 1] and len(handle.workers) == 3
+            assert not handle.workers[0].comfy.place.folder.exists()
+        finally:
+            await front.desk.close()
+            for worker in handle.workers:
+                worker._watcher.cancel()
+                await worker.comfy.stop()
+
+    asyncio.run(main())
