@@ -3,8 +3,10 @@
 Kovesi, "Fast Almost-Gaussian Filtering", 2010: three boxes of two odd widths have the standard
 deviation asked for to within a fraction of a pixel. Each pass repeats the edge values, on both
 axes, exactly like three calls of `scipy.ndimage.uniform_filter(mode="nearest")`; sums are exact,
-so there is no drift and no rounding before the end. Columns come first, as running sums that keep
-only the rows in reach: a picture of any height then works in the cache, and in little memory.
+so there is no drift, no rounding before the end, and the two axes may come in either order. Rows
+come first: a row of 0 and 1 is a sum of steps, and three boxes turn a step into one fixed curve,
+so that a row costs as much as it has edges. Columns follow as running sums that keep only the rows
+in reach: a picture of any height then works in the cache, and in little memory.
 """
 
 from __future__ import annotations
@@ -12,21 +14,19 @@ from __future__ import annotations
 import numpy as np
 
 from ._jit import leaf
-from .bits import BYTE, assign, set_where
-from .bits import narrow as take_byte
+from .bits import ONE, assign, trailing_zeros
 
-BLOCK = 64
+# Above this many cells added for each cell of a row, sums along the row are cheaper than curves.
+DENSE = 32
 
 
 def exact_dtypes(widths: tuple[int, int, int]) -> tuple[type, type]:
-    """Smallest unsigned dtypes whose sums stay exact: of the first vertical box, and of all three.
+    """Smallest dtypes in which the sums of three boxes, and of six, stay exact.
 
-    The sums of all six boxes are kept in uint64; where the second dtype is uint16 they need no
-    more than 32 bits, and two rows share a word.
+    Signed where it fits, because only signed 32 bits turn into floats at full SIMD width.
     """
     product = widths[0] * widths[1] * widths[2]
-    narrow = np.uint8 if max(widths) <= 0xFF else np.uint16
-    return narrow, np.uint16 if product <= 0xFFFF else np.uint32
+    return (np.uint16, np.int32) if product**2 < 2**31 else (np.uint32, np.uint64)
 
 
 def unit_scale(widths: tuple[int, int, int]) -> np.float32:
@@ -37,43 +37,56 @@ def unit_scale(widths: tuple[int, int, int]) -> np.float32:
     return np.nextafter(np.float32(1 / full), np.float32(1))
 
 
-@leaf
-def add_row(total, entering):
-    small = total.dtype.type
-    for x in range(total.shape[0]):
-        total[x] = small(total[x] + entering[x])
-
-
-@leaf
-def slide_row(before, entering, leaving, now):
-    small = now.dtype.type
-    for x in range(now.shape[0]):
-        now[x] = small(before[x] + small(entering[x] - leaving[x]))
-
-
-@leaf
-def widen_row(source, target):
-    """Copy into a wider dtype; apart from the sums, so that both loops run at full SIMD width."""
-    wide = target.dtype.type
-    for x in range(target.shape[0]):
-        target[x] = wide(source[x])
-
-
-@leaf
-def next_sum(ring, y, first, r, height, before, now):
-    """Vertical box sum of row y into `now` from the rows of `ring`, where row n lies in slot n
-    modulo its length; `before` is the sum of row y - 1, unless y is the `first` one.
-
-    One integer dtype. Past the picture its first and last rows repeat.
+def step_curve(widths: tuple[int, int, int]) -> np.ndarray:
+    """What three boxes make of a step from 0 to 1: their sums at the sum(w // 2) cells before it
+    and as many from it on; 0 before those, the product of the widths after.
     """
-    slots = ring.shape[0]
-    if y == first:
-        now[:] = now.dtype.type(0)
-        for n in range(y - r, y + r + 1):
-            add_row(now, ring[min(max(n, 0), height - 1) % slots])
-    else:
-        entering, leaving = min(y + r, height - 1) % slots, max(y - r - 1, 0) % slots
-        slide_row(before, ring[entering], ring[leaving], now)
+    kernel = np.ones(1, np.int64)
+    for width in widths:
+        kernel = np.convolve(kernel, np.ones(width, np.int64))
+    return np.cumsum(kernel)[:-1].astype(exact_dtypes(widths)[0])
+
+
+def ring_rows(radius: int) -> int:
+    """Rows to keep for a box of half width `radius`: a power of two, so that a slot costs no
+    division.
+    """
+    return 1 << (2 * radius + 1).bit_length()
+
+
+@leaf
+def find_edges(word, edges, count):
+    """Columns where a pixel differs from the one before, row by row, from one word row: int32 [64,
+    W] `edges`, of which each row holds the first `count` [64].
+    """
+    count[:] = 0
+    for x in range(1, word.shape[0]):
+        left = word[x] ^ word[x - 1]
+        while left != np.uint64(0):
+            j = np.int64(trailing_zeros(left))
+            edges[j, count[j]] = x
+            count[j] += 1
+            left &= left - ONE
+
+
+@leaf
+def fill(value, out):
+    for x in range(out.shape[0]):
+        out[x] = value
+
+
+@leaf
+def add_curve(curve, out):
+    small = out.dtype.type
+    for x in range(out.shape[0]):
+        out[x] = small(out[x] + curve[x])
+
+
+@leaf
+def take_curve(curve, out):
+    small = out.dtype.type
+    for x in range(out.shape[0]):
+        out[x] = small(out[x] - curve[x])
 
 
 @leaf
@@ -102,154 +115,125 @@ def box_row(values, total, r):
 
 
 @leaf
-def third_difference(f, wa, wb, wc, out):
-    """Differences over wa, wb and wc of the threefold running sum f [n + wa + wb + wc]."""
-    wide = out.dtype.type
-    n = out.shape[0]
-    fa, fb, fc = f[wa : wa + n], f[wb : wb + n], f[wc : wc + n]
-    fab, fac, fbc = f[wa + wb :], f[wa + wc :], f[wb + wc :]
-    fabc = f[wa + wb + wc :]
-    for i in range(n):
-        plus = wide(wide(fabc[i] + fa[i]) + wide(fb[i] + fc[i]))
-        minus = wide(wide(fab[i] + fac[i]) + wide(fbc[i] + f[i]))
-        out[i] = wide(plus - minus)
+def draw(edges, value, x0, values):
+    """Cells x0.. of the 0/1 row that begins with `value` and changes at `edges`, into `values`."""
+    one = values.dtype.type(1)
+    x1 = x0 + values.shape[0]
+    at = x0
+    for n in range(edges.shape[0] + 1):
+        end = min(x1, np.int64(edges[n])) if n < edges.shape[0] else x1
+        if end > at:
+            fill(value, values[at - x0 : end - x0])
+            at = end
+        value = values.dtype.type(one - value)
 
 
 @leaf
-def box_ends(strip, ra, rb, rc, total):
-    """The three boxes one after the other, repeating before each."""
-    box_row(strip, total, ra)
-    box_row(strip, total, rb)
-    box_row(strip, total, rc)
+def box_part(edges, value, x0, radii, total, values):
+    """Cells x0.. of that row under the three boxes, repeating the end values before each."""
+    draw(edges, value, x0, values)
+    box_row(values, total, radii[0])
+    box_row(values, total, radii[1])
+    box_row(values, total, radii[2])
 
 
 @leaf
-def box_span(values, ra, rb, rc, at_start, at_end, strips, total):
-    """Three box sums of half widths ra, rb, rc along `values` [n], in place, modulo the dtype.
+def box_edges(edges, value, radii, curve, strip, total, out):
+    """Three box sums, in `out` [W], along the 0/1 row that begins with `value` and changes at
+    `edges` [n].
 
-    With end values repeated once before all three, they are a third difference of the threefold
-    running sum, one pass whatever the widths. Where the row changes near its start or end that is
-    not what repeating before each pass gives, so those ends are done box by box.
-    Scratch: strips [4 (ra + rb + rc)]; total [n + 2 (ra + rb + rc) + 3].
+    Steps nearer to an end of the row than the boxes reach meet the repeated end values, which is
+    not what a step far inside does; those ends are done box by box. Scratch: strip [2 sum(radii)],
+    total [W + 2 max(radii) + 1].
     """
-    wide = values.dtype.type
-    n, spread = values.shape[0], ra + rb + rc
-    strip = 2 * spread
-    if (at_start or at_end) and n <= strip:
-        box_ends(values, ra, rb, rc, total)
+    small = out.dtype.type
+    width, reach = out.shape[0], radii[0] + radii[1] + radii[2]
+    count = edges.shape[0]
+    at_start = count > 0 and edges[0] < reach
+    at_end = count > 0 and edges[count - 1] > width - reach
+    narrow = (at_start or at_end) and width <= 2 * reach
+    if narrow or 2 * reach * count > DENSE * width:
+        box_part(edges, value, 0, radii, total, out)
         return
-    start, end = strips[:strip], strips[strip : 2 * strip]
+    area = small((2 * radii[0] + 1) * (2 * radii[1] + 1) * (2 * radii[2] + 1))
+    inside = value != 0
+    done = 0
+    for n in range(count):
+        first = edges[n] - reach
+        a, b = max(0, first), min(width, edges[n] + reach)
+        if b > done:
+            fill(area if inside else small(0), out[done:b])
+            done = b
+        if inside:
+            take_curve(curve[a - first : b - first], out[a:b])
+        else:
+            add_curve(curve[a - first : b - first], out[a:b])
+        inside = not inside
+    fill(area if inside else small(0), out[done:])
     if at_start:
-        assign(values[:strip], start)
+        box_part(edges, value, 0, radii, total, strip)
+        assign(strip[:reach], out[:reach])
     if at_end:
-        assign(values[n - strip :], end)
-    once = twice = thrice = wide(0)
-    for i in range(3):
-        total[i] = thrice
-    for i in range(spread):
-        once = wide(once + values[0])
-        twice = wide(twice + once)
-        thrice = wide(thrice + twice)
-        total[3 + i] = thrice
-    middle = total[3 + spread : 3 + spread + n]
-    for i in range(n):
-        once = wide(once + values[i])
-        twice = wide(twice + once)
-        thrice = wide(thrice + twice)
-        middle[i] = thrice
-    for i in range(spread):
-        once = wide(once + values[n - 1])
-        twice = wide(twice + once)
-        thrice = wide(thrice + twice)
-        total[3 + spread + n + i] = thrice
-    wa, wb, wc = 2 * ra + 1, 2 * rb + 1, 2 * rc + 1
-    third_difference(total, wa, wb, wc, values)
-    if at_start:
-        box_ends(start, ra, rb, rc, total)
-        assign(start[:spread], values[:spread])
-    if at_end:
-        box_ends(end, ra, rb, rc, total)
-        assign(end[spread:], values[n - spread :])
+        box_part(edges, value, width - 2 * reach, radii, total, strip)
+        assign(strip[reach:], out[width - reach :])
 
 
 @leaf
-def is_level(row, value):
-    """Whether every cell equals `value`."""
-    other = row.dtype.type(0)
-    for x in range(row.shape[0]):
-        other |= row[x] ^ value
-    return other == 0
+def add_row(total, entering):
+    wide = total.dtype.type
+    for x in range(total.shape[0]):
+        total[x] = wide(total[x] + wide(entering[x]))
 
 
 @leaf
-def level_span(row):
-    """Where `row` changes: length of its constant head, and start of its constant tail.
+def slide_row(before, entering, leaving, now):
+    wide = now.dtype.type
+    for x in range(now.shape[0]):
+        now[x] = wide(before[x] + wide(wide(entering[x]) - wide(leaving[x])))
 
-    A row that never changes gives its length and 0.
+
+@leaf
+def next_sum(ring, x0, y, first, r, height, before, now):
+    """Vertical box sum of row y into `now` from the columns from x0 on of the rows of `ring`, where
+    row n lies in slot n modulo its length, a power of two; `before` is the sum of row y - 1, unless
+    y is the `first` one.
+
+    Past the picture its first and last rows repeat.
     """
-    n = row.shape[0]
-    head = 0
-    while head + BLOCK <= n and is_level(row[head : head + BLOCK], row[0]):
-        head += BLOCK
-    while head < n and row[head] == row[0]:
-        head += 1
-    tail = n
-    while tail >= BLOCK and is_level(row[tail - BLOCK : tail], row[n - 1]):
-        tail -= BLOCK
-    while tail > 0 and row[tail - 1] == row[n - 1]:
-        tail -= 1
-    return head, tail
+    last, x1 = ring.shape[0] - 1, x0 + now.shape[0]
+    if y == first:
+        fill(now.dtype.type(0), now)
+        for n in range(y - r, y + r + 1):
+            add_row(now, ring[min(max(n, 0), height - 1) & last, x0:x1])
+    else:
+        entering, leaving = min(y + r, height - 1) & last, max(y - r - 1, 0) & last
+        slide_row(before, ring[entering, x0:x1], ring[leaving, x0:x1], now)
 
 
 @leaf
-def scale_row(values, factor):
-    wide = values.dtype.type
-    for x in range(values.shape[0]):
-        values[x] = wide(values[x] * factor)
-
-
-@leaf
-def to_float(values, shift, scale, out):
-    """The 32 bits of every word from bit `shift` on as a number, times `scale`, at most 1."""
-    one = np.float32(1)
-    for x in range(out.shape[0]):
-        out[x] = min(np.float32(np.float32(np.uint32(values[x] >> shift)) * scale), one)
-
-
-@leaf
-def long_to_float(values, scale, out):
-    """All 64 bits of every word as a number, times `scale`, at most 1."""
+def to_float(values, scale, out):
+    """Values times `scale`, at most 1."""
     one = np.float32(1)
     for x in range(out.shape[0]):
         out[x] = min(np.float32(np.float32(values[x]) * scale), one)
 
 
 @leaf
-def join_rows(low, high, target):
-    """Two rows in one uint64 row: sums, differences and products by a number then act on both.
-
-    Carries out of the low half are undone by the differences, because the final values fit 32 bits.
+def slide_all(entering, leaving, once, once_leaving, now, twice, twice_leaving, next_, sums, scale, out):
+    """`slide_row` for all three boxes and `to_float` in one pass, for as long as every row out
+    brings one row in: `once` and `twice` go from the row before to `now` and `next_`, `sums` stays
+    in place.
     """
-    for x in range(target.shape[0]):
-        target[x] = np.uint64(low[x]) | np.uint64(high[x]) << np.uint64(32)
-
-
-@leaf
-def box_rows(values, head, tail, radii, strips, total):
-    """Three box sums along a row that is constant up to `head` and from `tail` on (`level_span`);
-    only the part that changes is computed.
-    """
-    ra, rb, rc = radii
-    width, spread = values.shape[0], ra + rb + rc
-    area = np.uint64((2 * ra + 1) * (2 * rb + 1) * (2 * rc + 1))
-    x0, x1 = max(0, head - spread), min(width, tail + spread)
-    if head == width:
-        x0, x1 = 0, 0
-    scale_row(values[:x0], area)
-    scale_row(values[x1:], area)
-    if x1 > x0:
-        at_start, at_end = head < spread, tail > width - spread
-        box_span(values[x0:x1], ra, rb, rc, at_start, at_end, strips, total)
+    wide = sums.dtype.type
+    one = np.float32(1)
+    for x in range(out.shape[0]):
+        a = wide(once[x] + wide(wide(entering[x]) - wide(leaving[x])))
+        now[x] = a
+        b = wide(twice[x] + wide(a - once_leaving[x]))
+        next_[x] = b
+        c = wide(sums[x] + wide(b - twice_leaving[x]))
+        sums[x] = c
+        out[x] = min(np.float32(np.float32(c) * scale), one)
 
 
 @leaf
@@ -258,71 +242,80 @@ def triple_box(
     height,
     y0,
     y1,
+    x0,
     radii,
+    curve,
     scale,
-    row,
-    bits,
-    first,
+    edges,
+    count,
+    strip,
+    total,
+    rows,
     once,
     twice,
-    thrice,
-    values,
-    strips,
-    total,
+    sums,
+    spare,
     out,
     oy,
     ox,
 ):
-    """Rows y0..y1 of the 0/1 picture `words` under three box filters of half widths `radii`, at
-    (oy, ox) of `out`.
+    """Rows y0..y1 and columns x0.. of the 0/1 picture `words` under three box filters of half
+    widths `radii`: float32 `out`, from (oy + y0, ox) on, as many columns as `sums` has.
 
-    scale: `unit_scale`. Scratch in the dtypes N, M of `exact_dtypes`: row uint8 [W]; bits N
-    [slots, W], slots a multiple of 8 and at least 2 radii[0] + 9; first N [2, W]; once M [2
-    radii[1] + 2, W]; twice M [2 radii[2] + 2, W]; thrice M [2, W]; values uint64 [W]; strips uint64
-    [4 sum(radii)]; total uint64 [W + 2 sum(radii) + 3].
+    curve, scale: `step_curve`, `unit_scale`. Scratch in the dtypes N, M of `exact_dtypes`, with n
+    columns to compute: edges int32 [64, W]; count int64 [64]; strip N [2 sum(radii)]; total N [W +
+    2 max(radii) + 1]; rows N [.., W], once M [.., n] and twice M [.., n] of `ring_rows` of the three
+    radii; sums and spare M [n].
     """
-    width = words.shape[1]
     ra, rb, rc = radii
+    n = sums.shape[0]
     b0 = max(0, y0 - rc)
     a0 = max(0, b0 - rb)
-    in_pairs = thrice.itemsize == 2
-    first_head, first_tail = 0, width
-    at, n1, n2 = max(0, a0 - ra) & ~(BYTE - 1), a0, b0
+    at = max(0, a0 - ra)
+    rows_last, once_last, twice_last = rows.shape[0] - 1, once.shape[0] - 1, twice.shape[0] - 1
+    known = -1
+    n1, n2 = a0, b0
     for y in range(y0, y1):
+        in_step = y > y0 and y + ra + rb + rc < height
         while n2 <= min(y + rc, height - 1):
             while n1 <= min(n2 + rb, height - 1):
                 while at <= min(n1 + ra, height - 1):
-                    take_byte(words[at >> 6], np.uint64(at & 63), row)
-                    for j in range(BYTE):
-                        set_where(row, np.uint8(1 << j), False, bits[(at + j) % bits.shape[0]])
-                    at += BYTE
-                now = first[n1 & 1]
-                next_sum(bits, n1, a0, ra, height, first[1 - (n1 & 1)], now)
-                widen_row(now, once[n1 % once.shape[0]])
+                    if known != at >> 6:
+                        known = at >> 6
+                        find_edges(words[known], edges, count)
+                    row = rows[at & rows_last]
+                    first = row.dtype.type((words[known, 0] >> np.uint64(at & 63)) & ONE)
+                    found = edges[at & 63, : count[at & 63]]
+                    box_edges(found, first, radii, curve, strip, total, row)
+                    at += 1
+                if not in_step:
+                    before = once[max(n1 - 1, 0) & once_last]
+                    next_sum(rows, x0, n1, a0, ra, height, before, once[n1 & once_last])
                 n1 += 1
-            before = twice[max(n2 - 1, 0) % twice.shape[0]]
-            next_sum(once, n2, b0, rb, height, before, twice[n2 % twice.shape[0]])
+            if not in_step:
+                before = twice[max(n2 - 1, 0) & twice_last]
+                next_sum(once, 0, n2, b0, rb, height, before, twice[n2 & twice_last])
             n2 += 1
-        sums = thrice[y & 1]
-        next_sum(twice, y, y0, rc, height, thrice[1 - (y & 1)], sums)
-        head, tail = level_span(sums)
-        if not in_pairs:
-            widen_row(sums, values)
-            box_rows(values, head, tail, radii, strips, total)
-            long_to_float(values, scale, out[y + oy, ox : ox + width])
-        elif (y - y0) & 1 == 0 and y + 1 < y1:
-            first_head, first_tail = head, tail
+        target = out[y + oy, ox : ox + n]
+        if in_step:
+            m1, m2 = n1 - 1, n2 - 1
+            slide_all(
+                rows[(m1 + ra) & rows_last, x0 : x0 + n],
+                rows[max(m1 - ra - 1, 0) & rows_last, x0 : x0 + n],
+                once[(m1 - 1) & once_last],
+                once[max(m2 - rb - 1, 0) & once_last],
+                once[m1 & once_last],
+                twice[(m2 - 1) & twice_last],
+                twice[max(y - rc - 1, 0) & twice_last],
+                twice[m2 & twice_last],
+                sums,
+                scale,
+                target,
+            )
         else:
-            other, alone = thrice[1 - (y & 1)], (y - y0) & 1 == 0
-            if alone:
-                join_rows(sums, sums, values)
-            else:
-                head, tail = min(head, first_head), max(tail, first_tail)
-                join_rows(other, sums, values)
-            box_rows(values, head, tail, radii, strips, total)
-            if not alone:
-                to_float(values, np.uint64(0), scale, out[y - 1 + oy, ox : ox + width])
-            to_float(values, np.uint64(32), scale, out[y + oy, ox : ox + width])
+            assign(sums, spare)
+            next_sum(twice, 0, y, y0, rc, height, spare, sums)
+            to_float(sums, scale, target)
 
 
 @leaf

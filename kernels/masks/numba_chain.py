@@ -6,6 +6,7 @@ the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from .settings import RefineSettings, ramp_table
 
 Run = Callable[[Sequence[Callable[["Scratch"], None]]], None]
 BAND = 256
+# Columns blurred at a time: the sums of all rows in reach then stay in a core's cache.
+STRIP = 1024
 
 
 class Scratch:
@@ -34,7 +37,7 @@ class Scratch:
 
     def plane(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """An uninitialised C-contiguous array."""
-        return self.flat(name, int(np.prod(shape)), dtype).reshape(shape)
+        return self.flat(name, math.prod(shape), dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,20 @@ class Plan:
     heights: np.ndarray
     reach: int
     tables: tuple[np.ndarray, np.ndarray]
+    curve: np.ndarray
 
     @classmethod
     def of(cls, settings: RefineSettings) -> Plan:
         unused = np.empty(0, np.float32)
-        tables, reach = (unused, unused), 0
+        tables, curve, reach = (unused, unused), unused, 0
         if settings.feather and settings.feather_mode == "gaussian":
-            reach = sum(settings.widths) // 2
+            reach = sum(w // 2 for w in settings.widths)
+            curve = boxblur.step_curve(settings.widths)
         elif settings.feather:
             tables = ramp_table(settings.feather, settings.feather_mode)
             reach = round((len(tables[0]) - 1) ** 0.5)
-        return cls(
-            settings, morphology.profile(settings.grow_shape, abs(settings.grow)), reach, tables
-        )
+        heights = morphology.profile(settings.grow_shape, abs(settings.grow))
+        return cls(settings, heights, reach, tables, curve)
 
 
 def refine_frame(
@@ -174,37 +178,20 @@ def _band(
         if not s.feather:
             bits.unpack_float(box, out, row, a, b, oy, ox)
         elif s.feather_mode == "gaussian":
-            narrow, medium = boxblur.exact_dtypes(s.widths)
-            radii = tuple(w // 2 for w in s.widths)
-            slots = -(-(2 * radii[0] + 9) // 8) * 8
-            boxblur.triple_box(
-                box,
-                height,
-                a,
-                b,
-                radii,
-                boxblur.unit_scale(s.widths),
-                row,
-                own.plane("bits", (slots, width), narrow),
-                own.plane("first", (2, width), narrow),
-                own.plane("once", (2 * radii[1] + 2, width), medium),
-                own.plane("twice", (2 * radii[2] + 2, width), medium),
-                own.plane("thrice", (2, width), medium),
-                own.flat("values", width, np.uint64),
-                own.flat("strips", 4 * sum(radii), np.uint64),
-                own.flat("total", width + 2 * sum(radii) + 3, np.uint64),
-                out,
-                oy,
-                ox,
-            )
+            for x0 in range(0, width, STRIP):
+                _blur(box, plan, out, oy, ox, a, b, x0, min(x0 + STRIP, width), own)
         else:
             dtype = np.uint8 if reach <= 15 else np.uint16
+            segments = -(-width // ramp.SEGMENT)
+            rows = ((min(height, b + reach) - 1) >> 6) - (max(0, a - reach) >> 6) + 1
             scratch = (
                 own.flat("plane", cells, np.uint8),
                 own.flat("g", cells, dtype),
-                own.flat("q", width + 2 * reach, dtype),
-                own.flat("acc", width, dtype),
-                own.flat("kinds", -(-width // ramp.SEGMENT), np.uint8),
+                own.flat("q", width + 2 * reach + ramp.ROUND, dtype),
+                own.flat("acc", width + ramp.ROUND, dtype),
+                own.flat("kinds", segments, np.uint8),
+                own.plane("some", (rows, segments), np.uint64),
+                own.plane("every", (rows, segments), np.uint64),
                 row,
             )
             outside, inside = plan.tables
@@ -215,6 +202,49 @@ def _band(
                 ramp.ramp(box, height, a, b, reach, True, inside, keep, *scratch, out, oy, ox)
 
     return task
+
+
+def _blur(
+    box: np.ndarray,
+    plan: Plan,
+    out: np.ndarray,
+    oy: int,
+    ox: int,
+    y0: int,
+    y1: int,
+    x0: int,
+    x1: int,
+    scratch: Scratch,
+) -> None:
+    """Rows y0..y1 and columns x0..x1 of the bit planes `box`, blurred, into `out` at (oy, ox)."""
+    s, reach = plan.settings, plan.reach
+    left, right = max(0, x0 - reach), min(box.shape[1], x1 + reach)
+    words = box if right - left == box.shape[1] else np.ascontiguousarray(box[:, left:right])
+    narrow, wide = boxblur.exact_dtypes(s.widths)
+    radii = tuple(w // 2 for w in s.widths)
+    width, n = right - left, x1 - x0
+    boxblur.triple_box(
+        words,
+        min(64 * len(box), out.shape[0] - oy),
+        y0,
+        y1,
+        x0 - left,
+        radii,
+        plan.curve,
+        boxblur.unit_scale(s.widths),
+        scratch.plane("edges", (64, width), np.int32),
+        scratch.flat("count", 64, np.int64),
+        scratch.flat("strip", 2 * reach, narrow),
+        scratch.flat("total", width + 2 * max(radii) + 1, narrow),
+        scratch.plane("rows", (boxblur.ring_rows(radii[0]), width), narrow),
+        scratch.plane("once", (boxblur.ring_rows(radii[1]), n), wide),
+        scratch.plane("twice", (boxblur.ring_rows(radii[2]), n), wide),
+        scratch.flat("sums", n, wide),
+        scratch.flat("spare", n, wide),
+        out,
+        oy,
+        ox + x0,
+    )
 
 
 def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch) -> None:

@@ -8,10 +8,14 @@ and a table gives the values.
 
 from __future__ import annotations
 
+import numpy as np
+
 from ._jit import leaf
-from .bits import assign, unpack_bytes
+from .bits import ALL, ONE, assign, unpack_bytes, valid_bits
 
 SEGMENT = 64
+# Cells of a full round of the vectorised loop over bytes; what is left over runs one by one.
+ROUND = 128
 FAR, AT, MIXED = 0, 1, 2
 
 
@@ -63,22 +67,6 @@ def square(distance, q):
 
 
 @leaf
-def smallest(row):
-    least = row[0]
-    for x in range(row.shape[0]):
-        least = min(least, row[x])
-    return least
-
-
-@leaf
-def largest(row):
-    most = row[0]
-    for x in range(row.shape[0]):
-        most = max(most, row[x])
-    return most
-
-
-@leaf
 def two_parabolas(left, right, left2, right2, step, step2, limit, limit2, acc):
     """Lower `acc` to the parabolas of the cells at two offsets on either side, saturating."""
     small = acc.dtype.type
@@ -116,29 +104,79 @@ def nearest_in_row(q, acc, x0, radius):
 
 
 @leaf
-def classify(q, far, radius, kinds):
-    """FAR, AT or MIXED for every segment of a row: no target in reach, targets only, or between."""
-    width = q.shape[0] - 2 * radius
+def any_bits(words, flip):
+    found = np.uint64(0)
+    for x in range(words.shape[0]):
+        found |= words[x] ^ flip
+    return found
+
+
+@leaf
+def all_bits(words, flip):
+    found = ALL
+    for x in range(words.shape[0]):
+        found &= words[x] ^ flip
+    return found
+
+
+@leaf
+def survey(words, height, to_background, radius, k0, some, every):
+    """Where targets lie, for whole segments of columns and 64 rows at a time.
+
+    uint64 [K, ceil(W / SEGMENT)], for word rows k0.. of `words`: the rows with a target within
+    `radius` columns of the segment, and those where every column of it is one.
+    """
+    width = words.shape[1]
+    for k in range(some.shape[0]):
+        word = words[k0 + k]
+        flip = valid_bits(k0 + k, height) if to_background else np.uint64(0)
+        for n in range(some.shape[1]):
+            x0 = n * SEGMENT
+            x1 = min(x0 + SEGMENT, width)
+            some[k, n] = any_bits(word[max(0, x0 - radius) : min(width, x1 + radius)], flip)
+            every[k, n] = all_bits(word[x0:x1], flip)
+
+
+@leaf
+def classify(some, every, k0, y, a, b, kinds):
+    """AT, FAR or MIXED for every segment of row y: targets only, none in rows a..b, or between."""
     for n in range(kinds.shape[0]):
-        x0 = n * SEGMENT
-        x1 = min(x0 + SEGMENT, width)
-        if smallest(q[x0 : x1 + 2 * radius]) == far:
-            kinds[n] = FAR
-        elif largest(q[radius + x0 : radius + x1]) == 0:
+        if (every[(y >> 6) - k0, n] >> np.uint64(y & 63)) & ONE:
             kinds[n] = AT
-        else:
-            kinds[n] = MIXED
+            continue
+        found = np.uint64(0)
+        for k in range(a >> 6, ((b - 1) >> 6) + 1):
+            rows = some[k - k0, n]
+            if k == a >> 6:
+                rows &= ALL << np.uint64(a & 63)
+            if k == (b - 1) >> 6:
+                rows &= ALL >> np.uint64(63 - ((b - 1) & 63))
+            found |= rows
+        kinds[n] = MIXED if found else FAR
 
 
 @leaf
 def look_up(acc, far, table, inside_only, out):
-    if inside_only:
-        for x in range(out.shape[0]):
-            if acc[x] > 0:
-                out[x] = table[min(acc[x], far)]
-    else:
-        for x in range(out.shape[0]):
-            out[x] = table[min(acc[x], far)]
+    """Table values of squared distances that are at most `far`; acc carries on to a whole word.
+
+    Most cells lie on one side of the ramp or the other, so they are told apart a word at a time.
+    """
+    words = acc.view(np.uint64)
+    each = 8 // acc.itemsize
+    beyond = np.uint64(far) * (ALL // ((ONE << np.uint64(8 * acc.itemsize)) - ONE))
+    n = out.shape[0]
+    for i in range(-(-n // each)):
+        x0, x1 = i * each, min((i + 1) * each, n)
+        word = words[i]
+        if word == np.uint64(0):
+            if not inside_only:
+                out[x0:x1] = table[0]
+        elif word == beyond:
+            out[x0:x1] = table[far]
+        else:
+            for x in range(x0, x1):
+                if not inside_only or acc[x] > 0:
+                    out[x] = table[acc[x]]
 
 
 @leaf
@@ -156,6 +194,8 @@ def ramp(
     q,
     acc,
     kinds,
+    some,
+    every,
     row,
     out,
     oy,
@@ -165,8 +205,9 @@ def ramp(
     to the set (or clear) pixels.
 
     With `inside_only` pixels of distance 0 are left as they are. Scratch: `plane` uint8 and `g` of
-    dtype T, both flat with (y1 - y0 + 2 R) W cells; q T [W + 2 R], acc T [W], kinds uint8 [ceil(W /
-    SEGMENT)], row uint8 [W]. T is uint8 up to R = 15, else uint16.
+    dtype T, both flat with (y1 - y0 + 2 R) W cells; q T [W + 2 R + ROUND], acc T [W + ROUND], kinds
+    uint8 [S] with S = ceil(W / SEGMENT), some and every uint64 [K, S] for the word rows of rows y0
+    - R to y1 + R, row uint8 [W]. T is uint8 up to R = 15, else uint16.
     """
     width = words.shape[1]
     far = g.dtype.type(radius * radius)
@@ -174,14 +215,15 @@ def ramp(
     bits = plane[: (b - a) * width].reshape((b - a, width))
     distance = g[: (b - a) * width].reshape((b - a, width))
     unpack_bytes(words, bits, not to_background, row, a, b)
-    column_distance(bits, distance, radius, acc)
+    column_distance(bits, distance, radius, acc[:width])
+    survey(words, height, to_background, radius, a >> 6, some, every)
     q[:radius] = far
     q[radius + width :] = far
     squares = q[radius : radius + width]
     for y in range(y0, y1):
         target = out[y + oy, ox : ox + width]
         square(distance[y - a], squares)
-        classify(q, far, radius, kinds)
+        classify(some, every, a >> 6, y, max(a, y - radius), min(b, y + radius + 1), kinds)
         n = 0
         while n < kinds.shape[0]:
             first, kind = n, kinds[n]
@@ -192,7 +234,8 @@ def ramp(
             if kind == FAR:
                 cells[:] = table[far]
             elif kind == MIXED:
-                nearest_in_row(q, acc[x0:x1], x0, radius)
-                look_up(acc[x0:x1], far, table, inside_only, cells)
+                nearest = acc[: -(-(x1 - x0) // ROUND) * ROUND]
+                nearest_in_row(q, nearest, x0, radius)
+                look_up(nearest, far, table, inside_only, cells)
             elif not inside_only:
                 cells[:] = table[0]
