@@ -164,7 +164,7 @@ def chains(clip: np.ndarray, slow: str) -> tuple[dict[str, Runner], dict[str, st
     slow: what to add on the clip's first frames: "" nothing, "kj" KJNodes' node, "core" that and
     ComfyUI's own nodes.
     """
-    from frugal.kernels.masks.refine import RefineSettings, invert, refine
+    from frugal.kernels.masks.refine import RefineSettings, refine, refine_both
 
     clean = dict(fill_holes=-1, drop_islands=ISLAND)
 
@@ -186,15 +186,9 @@ def chains(clip: np.ndarray, slow: str) -> tuple[dict[str, Runner], dict[str, st
     if not slow:
         return runners, pairs
     few = clip[:SLOW_FRAMES]
-    chain = ours(few, **clean, grow=GROW, feather=FEATHER, feather_mode="gaussian")
-
-    def both() -> np.ndarray:
-        made = chain()
-        invert(made)
-        return made
-
+    chain = RefineSettings(**clean, grow=GROW, feather=FEATHER, feather_mode="gaussian")
     runners |= {
-        "numba chain + inverse": both,
+        "numba chain + inverse": lambda: refine_both(few, chain, threads=THREADS)[0],
         "numba grow": ours(few, grow=GROW, grow_shape="diamond"),
         "kj grow + fill + blur": lambda: over_frames(kj_grow_blur)(few),
     }

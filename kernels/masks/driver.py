@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import pool, reference
+from . import pages, pool, reference
 from .pool import Progress
 from .settings import RefineSettings
 
@@ -64,9 +64,13 @@ def run_chain(
     progress: Progress | None = None,
     threads: int | None = None,
     use_numba: bool | None = None,
+    inverse: np.ndarray | None = None,
 ) -> np.ndarray:
     """The whole chain over float32 C-contiguous [B, H, W], none of them empty; a new float32 array
     of that shape.
+
+    inverse: float32 array of that shape, which gets 1 minus the result, frame by frame while the
+    frame is still in the cache.
 
     progress(done, total) is called in the calling thread after each share of the frames; it may
     raise to cancel.
@@ -74,15 +78,21 @@ def run_chain(
     """
     chain, scratch = _backend(use_numba)
     threads = threads or pool.thread_count()
-    out = np.empty(frames.shape, np.float32)
+    out = pages.fresh(frames.shape)
     count = len(frames)
     advance = pool.counter(count, progress)
+
+    def invert(n: int | slice) -> None:
+        if inverse is not None:
+            np.subtract(np.float32(1), out[n], out=inverse[n])
+
     if chain is None:
         frames = np.nan_to_num(frames, nan=0.0, posinf=np.inf, neginf=-np.inf)
         if settings.temporal != "off":
             frames = reference.smooth(frames, settings.temporal, settings.temporal_strength)
         for n in range(count):
             reference.refine_frame(frames[n], settings, out[n])
+            invert(n)
             advance(1)
         return out
     if settings.temporal != "off":
@@ -94,6 +104,7 @@ def run_chain(
         ]
         pool.spread(tasks, threads, lambda _: advance(0))
         if settings.only_smooths:
+            invert(slice(None))
             advance(count)
             return out
         frames = out
@@ -106,6 +117,7 @@ def run_chain(
 
         for n in range(count):
             chain.refine_frame(frames[n], plan, out[n], scratch(), threads, run)
+            invert(n)
             advance(1)
         return out
 
@@ -115,6 +127,7 @@ def run_chain(
 
     def work(n: int) -> None:
         chain.refine_frame(frames[n], plan, out[n], scratch(), 1, run_here)
+        invert(n)
 
     pool.over_frames(count, work, progress, threads)
     return out
@@ -132,7 +145,7 @@ def run_hull(
     of `run_chain`.
     """
     chain, scratch = _backend(use_numba)
-    out = np.empty(frames.shape, np.float32)
+    out = pages.fresh(frames.shape)
 
     def work(n: int) -> None:
         if chain:
@@ -160,7 +173,7 @@ def run_composite(
     """
     chain, scratch = _backend(use_numba)
     height, width, channels = destination.shape[1:]
-    out = np.empty((count, height, width, channels), np.float32)
+    out = pages.fresh((count, height, width, channels))
 
     def work(n: int) -> None:
         under, over, weight = (a[n % len(a)] for a in (destination, source, mask))
@@ -189,7 +202,7 @@ def run_agnostic(
     chain, scratch = _backend(use_numba)
     if chain:
         from . import numba_agnostic
-    out = np.empty(shape, np.float32)
+    out = pages.fresh(shape)
 
     def work(n: int) -> None:
         frame = tuple(labels[n % len(labels)] for labels in maps)

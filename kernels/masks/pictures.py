@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import FrugalError
-from . import driver
+from . import driver, pages
 from .pool import Progress
 from .refine import boxes, frames_of
 
@@ -179,7 +179,7 @@ def crop(frames: np.ndarray, where: Window, outside: str) -> np.ndarray:
     _fits(frames, where, "picture")
     count = _common(picture=len(frames), window=len(where.corners))
     width, height = where.size
-    out = np.empty((count, height, width, *frames.shape[3:]), np.float32)
+    out = pages.fresh((count, height, width, *frames.shape[3:]))
     for n in range(count):
         x, y = (int(place) for place in where.corners[n % len(where.corners)])
         frame = frames[n % len(frames)]

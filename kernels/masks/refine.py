@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import FrugalError
-from . import driver
+from . import driver, pages
 from .settings import RefineSettings
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "hull",
     "invert",
     "refine",
+    "refine_both",
     "regions",
 ]
 
@@ -64,6 +65,20 @@ def refine(
     if not len(frames):
         return np.empty(frames.shape, np.float32)
     return driver.run_chain(frames, settings, progress, threads)
+
+
+def refine_both(
+    mask: np.ndarray,
+    settings: RefineSettings,
+    progress: driver.Progress | None = None,
+    threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`refine` and 1 minus its result, both new float32 [B, H, W], in one pass."""
+    frames = frames_of(mask)
+    inverse = pages.fresh(frames.shape)
+    if not len(frames):
+        return inverse, inverse.copy()
+    return driver.run_chain(frames, settings, progress, threads, inverse=inverse), inverse
 
 
 def hull(
@@ -118,7 +133,7 @@ def regions(mask: np.ndarray) -> np.ndarray:
 
 def invert(mask: np.ndarray) -> np.ndarray:
     """1 - mask, as a new float32 array."""
-    return np.subtract(np.float32(1), mask, out=np.empty(mask.shape, np.float32))
+    return np.subtract(np.float32(1), mask, out=pages.fresh(mask.shape))
 
 
 def bbox(mask: np.ndarray) -> tuple[int, int, int, int] | None:

@@ -12,7 +12,7 @@ import torch
 from ...kernels.errors import FrugalError
 from ...kernels.masks import agnostic, driver
 from ...kernels.masks import labels as label_maps
-from ...kernels.masks.refine import RefineSettings, bbox, invert, refine, regions
+from ...kernels.masks.refine import RefineSettings, bbox, invert, refine, refine_both, regions
 
 PREVIEWS = 4
 PREPARING = "preparing: the first use after an install compiles for some seconds"
@@ -81,14 +81,21 @@ def refine_mask(
     height), a text line. The box is all 0 when the result is empty.
     """
     array = to_array(mask)
-    refined, line = measured(lambda progress: refine(array, settings, progress))
+    inverse: np.ndarray
+
+    def both(progress: Progress) -> np.ndarray:
+        nonlocal inverse
+        made, inverse = refine_both(array, settings, progress)
+        return made
+
+    refined, line = measured(both)
     found = bbox(refined)
     box = (
         f"box x {found[0]}, y {found[1]}, {found[2]} x {found[3]} px"
         if found
         else "the mask is empty"
     )
-    both = to_tensor(refined, mask), to_tensor(invert(refined), mask)
+    both = to_tensor(refined, mask), to_tensor(inverse, mask)
     return *both, found or (0, 0, 0, 0), f"{line}\n{box}"
 
 
