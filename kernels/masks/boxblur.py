@@ -138,6 +138,31 @@ def box_part(edges, value, x0, radii, total, values):
 
 
 @leaf
+def add_steps(edges, value, reach, curve, area, out):
+    """A symmetric kernel, in `out` [W], along the 0/1 row that begins with `value` and changes at
+    `edges`: exact from `reach` cells inside either end on.
+
+    curve [2 reach]: the kernel's sums over a step at the `reach` cells before it and as many from
+    it on; area: its sum over ones.
+    """
+    width = out.shape[0]
+    inside = value != 0
+    done = 0
+    for n in range(edges.shape[0]):
+        first = edges[n] - reach
+        a, b = max(0, first), min(width, edges[n] + reach)
+        if b > done:
+            fill(area if inside else out.dtype.type(0), out[done:b])
+            done = b
+        if inside:
+            take_curve(curve[a - first : b - first], out[a:b])
+        else:
+            add_curve(curve[a - first : b - first], out[a:b])
+        inside = not inside
+    fill(area if inside else out.dtype.type(0), out[done:])
+
+
+@leaf
 def box_edges(edges, value, radii, curve, strip, total, out):
     """Three box sums, in `out` [W], along the 0/1 row that begins with `value` and changes at
     `edges` [n].
@@ -156,20 +181,7 @@ def box_edges(edges, value, radii, curve, strip, total, out):
         box_part(edges, value, 0, radii, total, out)
         return
     area = small((2 * radii[0] + 1) * (2 * radii[1] + 1) * (2 * radii[2] + 1))
-    inside = value != 0
-    done = 0
-    for n in range(count):
-        first = edges[n] - reach
-        a, b = max(0, first), min(width, edges[n] + reach)
-        if b > done:
-            fill(area if inside else small(0), out[done:b])
-            done = b
-        if inside:
-            take_curve(curve[a - first : b - first], out[a:b])
-        else:
-            add_curve(curve[a - first : b - first], out[a:b])
-        inside = not inside
-    fill(area if inside else small(0), out[done:])
+    add_steps(edges, value, reach, curve, area, out)
     if at_start:
         box_part(edges, value, 0, radii, total, strip)
         assign(strip[:reach], out[:reach])

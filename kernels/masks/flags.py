@@ -5,18 +5,32 @@ from __future__ import annotations
 import numpy as np
 
 from ._jit import leaf
-from .bits import BYTE, narrow, set_where, valid_bits
+from .bits import BYTE, ONE, valid_bits
+from .boxblur import add_steps, find_edges
 
 PLANES = 7
-GAP = 64
+# Spans nearer than this are done as one, in rounds of the vectorised loop.
+GAP, ROUND = 16, 32
 
 
 @leaf
-def look_up(first, second, third, tables, shift, packed):
-    """OR the set bits of one row of three label maps, moved up by `shift`, into uint64 `packed`."""
-    for x in range(packed.shape[0]):
-        flags = tables[0, first[x]] | tables[1, second[x]] | tables[2, third[x]]
-        packed[x] |= np.uint64(flags) << shift
+def look_up(first, second, third, tables, flags):
+    """The set bits of one row of three label maps, ORed, into uint8 `flags`.
+
+    Parts are wide: eight cells at a time that are the same as the eight before take their result.
+    """
+    whole = flags.shape[0] // BYTE
+    a8, b8 = first[: BYTE * whole].view(np.uint64), second[: BYTE * whole].view(np.uint64)
+    c8, flags8 = third[: BYTE * whole].view(np.uint64), flags[: BYTE * whole].view(np.uint64)
+    for n in range(whole):
+        known = n > 0 and a8[n] == a8[n - 1] and b8[n] == b8[n - 1] and c8[n] == c8[n - 1]
+        if known:
+            flags8[n] = flags8[n - 1]
+        else:
+            for x in range(BYTE * n, BYTE * n + BYTE):
+                flags[x] = tables[0, first[x]] | tables[1, second[x]] | tables[2, third[x]]
+    for x in range(BYTE * whole, flags.shape[0]):
+        flags[x] = tables[0, first[x]] | tables[1, second[x]] | tables[2, third[x]]
 
 
 @leaf
@@ -40,19 +54,32 @@ def insert_byte(packed, byte, shift, word):
 
 
 @leaf
-def pack_flags(first, second, third, tables, planes, packed):
+def join_eight(rows, packed):
+    """Eight byte rows in one uint64 row."""
+    a, b, c, d, e, f, g, h = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7]
+    wide = np.uint64
+    for x in range(packed.shape[0]):
+        low = wide(a[x]) | wide(b[x]) << wide(8) | wide(c[x]) << wide(16) | wide(d[x]) << wide(24)
+        high = wide(e[x]) | wide(f[x]) << wide(8) | wide(g[x]) << wide(16) | wide(h[x]) << wide(24)
+        packed[x] = low | high << wide(32)
+
+
+@leaf
+def pack_flags(first, second, third, tables, planes, flags, packed):
     """Bit planes, uint64 [7, K, W]: plane b holds the pixels where bit b of the three labels' flags
     is set.
 
-    first, second, third: label maps uint8 [H, W]; tables: uint8 [3, 256]; packed: uint64 [W].
+    first, second, third: label maps uint8 [H, W]; tables: uint8 [3, 256]. Scratch: flags uint8 [8,
+    W], packed uint64 [W].
     """
     planes[:] = np.uint64(0)
     height = first.shape[0]
     for y0 in range(0, height, BYTE):
-        packed[:] = np.uint64(0)
-        for y in range(y0, min(height, y0 + BYTE)):
-            shift = np.uint64(BYTE * (y - y0))
-            look_up(first[y], second[y], third[y], tables, shift, packed)
+        if y0 + BYTE > height:
+            flags[:] = 0
+        for j in range(min(BYTE, height - y0)):
+            look_up(first[y0 + j], second[y0 + j], third[y0 + j], tables, flags[j])
+        join_eight(flags, packed)
         transpose_bytes(packed)
         for b in range(PLANES):
             insert_byte(packed, np.uint64(BYTE * b), np.uint64(y0 & 63), planes[b, y0 >> 6])
@@ -85,26 +112,36 @@ def mirror(n, size):
 
 @leaf
 def add_two(a, b, c, d, near, far, total):
-    """total += near (a + b) + far (c + d), uint16 modulo 2^16."""
-    small = np.uint16
-    for x in range(total.shape[0]):
-        first = small(near * small(a[x] + b[x]))
-        total[x] = small(total[x] + small(first + small(far * small(c[x] + d[x]))))
-
-
-@leaf
-def add_pair(left, right, tap, total):
-    """total += tap (left + right), uint32."""
+    """total += near (a + b) + far (c + d), uint32."""
     wide = np.uint32
     for x in range(total.shape[0]):
-        total[x] = wide(total[x] + wide(tap * wide(left[x] + right[x])))
+        first = wide(near * wide(wide(a[x]) + wide(b[x])))
+        total[x] = wide(total[x] + wide(first + wide(far * wide(wide(c[x]) + wide(d[x])))))
 
 
 @leaf
 def scale_into(values, tap, total):
-    one = total.dtype.type
     for x in range(total.shape[0]):
-        total[x] = one(tap * one(values[x]))
+        total[x] = np.uint32(tap * np.uint32(values[x]))
+
+
+@leaf
+def weigh_rows(ring, above, below, taps, x0, total):
+    """The kernel's sum over rows, columns from x0 on, into uint32 `total`; above and below: the
+    slots of the rows at each distance.
+    """
+    x1 = x0 + total.shape[0]
+    scale_into(ring[above[0], x0:x1], taps[0], total)
+    for d in range(1, taps.shape[0] - 1, 2):
+        add_two(
+            ring[above[d], x0:x1],
+            ring[below[d], x0:x1],
+            ring[above[d + 1], x0:x1],
+            ring[below[d + 1], x0:x1],
+            taps[d],
+            taps[d + 1],
+            total,
+        )
 
 
 @leaf
@@ -117,25 +154,36 @@ def put_bits(total, least, shift, word):
 
 
 @leaf
-def blur_threshold(padded, height, band, taps, least, byte, ring, sums, wide, total, words):
+def blur_threshold(
+    padded, height, band, taps, curve, least, edges, count, ring, near, total, words
+):
     """Where the Gaussian of a 0/1 picture reaches a value: sets or clears bits of `words`.
 
     padded: uint64 [K, W + 2 r], the picture mirrored past its sides. taps: uint32 [r + 2], the
-    centre, one side and a 0, summing to at most 2^15 with both sides. least: uint32, on the scale
-    of the squared sum. band: uint64 [K, W], the pixels that may change; eight rows and their spans
-    of columns are done together. Scratch: byte uint8 [W + 2 r]; ring uint16 [slots, W + 2 r], slots
-    a multiple of 8 and at least 2 r + 17; sums uint16 [W + 2 r]; wide and total uint32 [W + 2 r].
+    centre, one side and a 0, summing to at most 2^15 with both sides. curve: uint16 [2 r + 1], the
+    running sums of all taps. least: uint32, on the scale of the squared sum. band: uint64 [K, W],
+    the pixels that may change; eight rows and their spans of columns are done together. Scratch:
+    edges int32 [64, W + 2 r]; count int64 [64]; ring uint16 [a power of two of at least 2 r + 10, W
+    + 2 r + ROUND]; near int64 [16, r + 2]; total uint32 [W + ROUND].
     """
     width = words.shape[1]
     r = taps.shape[0] - 2
-    slots = ring.shape[0]
+    last = ring.shape[0] - 1
     ready = 0
     for y0 in range(0, height, BYTE):
         while ready < min(height, y0 + BYTE + r + 1):
-            narrow(padded[ready >> 6], np.uint64(ready & 63), byte)
-            for j in range(BYTE):
-                set_where(byte, np.uint8(1 << j), False, ring[(ready + j) % slots])
-            ready += BYTE
+            word = padded[ready >> 6]
+            if ready & 63 == 0:
+                find_edges(word, edges, count)
+            first = (word[0] >> np.uint64(ready & 63)) & ONE
+            found = edges[ready & 63, : count[ready & 63]]
+            row = ring[ready & last, : width + 2 * r]
+            add_steps(found, first, r, curve[: 2 * r], curve[2 * r], row)
+            ready += 1
+        for j in range(BYTE):
+            for d in range(r + 2):
+                near[2 * j, d] = mirror(y0 + j - d, height) & last
+                near[2 * j + 1, d] = mirror(y0 + j + d, height) & last
         word, shift = band[y0 >> 6], np.uint64(y0 & 63)
         x = 0
         while x < width:
@@ -148,23 +196,7 @@ def blur_threshold(padded, height, band, taps, least, byte, ring, sums, wide, to
                 if (word[x] >> shift) & np.uint64(0xFF) != np.uint64(0):
                     xb = x + 1
                 x += 1
-            n = xb - xa + 2 * r
-            part, row, out = sums[:n], wide[:n], total[: xb - xa]
-            for y in range(y0, min(height, y0 + BYTE)):
-                scale_into(ring[y % slots, xa : xa + n], np.uint16(taps[0]), part)
-                for d in range(1, r + 1, 2):
-                    add_two(
-                        ring[mirror(y - d, height) % slots, xa : xa + n],
-                        ring[mirror(y + d, height) % slots, xa : xa + n],
-                        ring[mirror(y - d - 1, height) % slots, xa : xa + n],
-                        ring[mirror(y + d + 1, height) % slots, xa : xa + n],
-                        np.uint16(taps[d]),
-                        np.uint16(taps[d + 1]),
-                        part,
-                    )
-                scale_into(part, np.uint32(1), row)
-                scale_into(row[r : r + xb - xa], taps[0], out)
-                for d in range(1, r + 1):
-                    left, right = row[r - d : r - d + xb - xa], row[r + d : r + d + xb - xa]
-                    add_pair(left, right, taps[d], out)
-                put_bits(out, least, np.uint64(y & 63), words[y0 >> 6, xa:xb])
+            out = total[: -(-(xb - xa) // ROUND) * ROUND]
+            for j in range(min(BYTE, height - y0)):
+                weigh_rows(ring, near[2 * j], near[2 * j + 1], taps, r + xa, out)
+                put_bits(out, least, np.uint64((y0 & 63) + j), words[y0 >> 6, xa:xb])

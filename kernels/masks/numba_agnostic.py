@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from . import agnostic, bits, flags, hull, morphology
+from . import agnostic, bits, boxblur, flags, hull, morphology
 from .numba_chain import Scratch, dilate
 
 
@@ -43,27 +43,39 @@ def _dense(labels: np.ndarray, table: np.ndarray, d: int, scratch: Scratch) -> n
     return out
 
 
+def _certain(taps: np.ndarray, least: int) -> tuple[int, int]:
+    """Radii of squares that decide a pixel's bit without a blur: 0 where the mask has no pixel in
+    the first, 1 where it has all of the second.
+    """
+    mass = int(taps[0]) + 2 * np.cumsum([0, *taps[1:-1].tolist()], dtype=np.int64)
+    every = int(mass[-1]) ** 2
+    clear = int(np.argmax(every - mass**2 < least))
+    return clear, int(np.argmax(mass**2 >= least))
+
+
 def _blurred(
     words: np.ndarray, height: int, taps: np.ndarray, least: int, scratch: Scratch
 ) -> np.ndarray:
     width, r = words.shape[1], len(taps) - 2
-    # Further than r px from an edge the window is level, and the blur changes nothing.
-    band = _grown(words, height, "square", r, scratch)
-    band &= ~_shrunk(words, height, "square", r, scratch)
+    clear, full = _certain(taps, least)
+    band = _grown(words, height, "square", clear, scratch)
+    band &= ~_shrunk(words, height, "square", full, scratch)
     padded = np.ascontiguousarray(words[:, agnostic.mirrored(width, r)])
-    slots = -(-(2 * r + 17) // 8) * 8
+    sides = taps[1:-1]
+    kernel = np.concatenate([sides[::-1], taps[:1], sides])
     out = words.copy()
     flags.blur_threshold(
         padded,
         height,
         band,
         taps,
+        np.cumsum(kernel).astype(np.uint16),
         np.uint32(least),
-        scratch.flat("row", width + 2 * r, np.uint8),
-        scratch.plane("ring16", (slots, width + 2 * r), np.uint16),
-        scratch.flat("sums16", width + 2 * r, np.uint16),
-        scratch.flat("wide", width + 2 * r, np.uint32),
-        scratch.flat("total32", width + 2 * r, np.uint32),
+        scratch.plane("edges", (64, width + 2 * r), np.int32),
+        scratch.flat("count", 64, np.int64),
+        scratch.plane("ring16", (boxblur.ring_rows(r + 5), width + 2 * r + flags.ROUND), np.uint16),
+        scratch.plane("near", (2 * bits.BYTE, r + 2), np.int64),
+        scratch.flat("total32", width + flags.ROUND, np.uint32),
         out,
     )
     return out
@@ -81,7 +93,8 @@ def agnostic_frame(
     d, k = settings.sizes(height, width)
     planes = scratch.plane("planes", (flags.PLANES, -(-height // 64), width), np.uint64)
     packed = scratch.flat("packed", width, np.uint64)
-    flags.pack_flags(*maps, np.stack(tables), planes, packed)
+    rows = scratch.plane("rows8", (bits.BYTE, width), np.uint8)
+    flags.pack_flags(*maps, np.stack(tables), planes, rows, packed)
     ends, limb, face, weak, clothes, person = planes[:6]
     strong = (_grown(ends, height, "square", d // 2, scratch) & limb) | face
     weak |= strong
@@ -99,4 +112,4 @@ def agnostic_frame(
     mask |= clothes
     mask &= ~strong
     mask = _grown(mask, height, "square", d // 2, scratch)
-    bits.unpack_float(mask, out, scratch.flat("row", width, np.uint8), 0, height, 0, 0)
+    bits.unpack_float(mask, out, rows[0], 0, height, 0, 0)
