@@ -231,7 +231,9 @@ def to_float(values, scale, out):
 
 
 @leaf
-def slide_all(entering, leaving, once, once_leaving, now, twice, twice_leaving, next_, sums, scale, out):
+def slide_all(
+    entering, leaving, once, once_leaving, now, twice, twice_leaving, next_, sums, scale, out
+):
     """`slide_row` for all three boxes and `to_float` in one pass, for as long as every row out
     brings one row in: `once` and `twice` go from the row before to `now` and `next_`, `sums` stays
     in place.
@@ -276,8 +278,8 @@ def triple_box(
 
     curve, scale: `step_curve`, `unit_scale`. Scratch in the dtypes N, M of `exact_dtypes`, with n
     columns to compute: edges int32 [64, W]; count int64 [64]; strip N [2 sum(radii)]; total N [W +
-    2 max(radii) + 1]; rows N [.., W], once M [.., n] and twice M [.., n] of `ring_rows` of the three
-    radii; sums and spare M [n].
+    2 max(radii) + 1]; rows N [.., W], once M [.., n] and twice M [.., n], as many as `ring_rows` of
+    the three radii; sums and spare M [n].
     """
     ra, rb, rc = radii
     n = sums.shape[0]

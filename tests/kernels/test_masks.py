@@ -15,6 +15,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.masks import driver
 from frugal.kernels.masks.refine import RefineSettings, bbox, invert, refine
 from frugal.kernels.masks.settings import FEATHERS, SHAPES, TEMPORAL, box_widths
+from frugal.tests.mask_bed import blobs
 
 CROSS = ndimage.generate_binary_structure(2, 1)
 SIDES = [1, 2, 3, 63, 64, 65, 100, 129]
@@ -28,14 +29,6 @@ def run(mask, backend: str = "numba", threads: int | None = 1, **changes) -> np.
     frames = np.ascontiguousarray(mask, np.float32).reshape((-1, *mask.shape[-2:]))
     chosen = RefineSettings(**changes)
     return driver.run_chain(frames, chosen, threads=threads, use_numba=backend == "numba")
-
-
-def blobs(height: int, width: int, seed: int, sigma: float = 2.0) -> np.ndarray:
-    """A smooth random picture, 0..1, whose level sets have holes and islands."""
-    noise = np.random.default_rng(seed).random((height, width))
-    smooth = ndimage.gaussian_filter(noise, sigma) if sigma else noise
-    low, high = smooth.min(), smooth.max()
-    return ((smooth - low) / max(high - low, 1e-9)).astype(np.float32)
 
 
 @st.composite
