@@ -16,6 +16,8 @@ from ._jit import leaf
 from .bits import assign, valid_bits
 
 LOWEST = np.int32(-(2**31))
+# Spans with fewer empty columns between them are dilated as one.
+GAP = 32
 
 
 def profile(shape: str, radius: int) -> np.ndarray:
@@ -88,49 +90,74 @@ def widen(v, source, k, n, radius, x0, x1):
 
 
 @leaf
-def dilate_bits(source, heights, ends, v, out, height, k0, k1):
+def join_rows(source, first, last, out):
+    """OR of word rows first..last of `source` into `out` [W]."""
+    assign(source[first], out)
+    for k in range(first + 1, last + 1):
+        add_bits(source[k], out)
+
+
+@leaf
+def add_bits(source, out):
+    for x in range(out.shape[0]):
+        out[x] |= source[x]
+
+
+@leaf
+def dilate_span(source, heights, k, v, row, xa, xb):
+    """OR columns xa..xb of word row k of `source`, dilated by `heights`, into `row` [W]."""
+    radius = heights.shape[0] - 1
+    width = row.shape[0]
+    v[max(0, xa - radius) : xb + 3 * radius] = np.uint64(0)
+    assign(source[k, xa:xb], v[radius + xa : radius + xb])
+    d = radius
+    h = 0
+    while True:
+        while d >= 0 and heights[d] == h:
+            x0, x1 = max(0, xa - d), min(width, xb + d)
+            if d >= 1 and heights[d - 1] == h:
+                or_two_shifted(row, v, d, radius, x0, x1)
+                d -= 2
+            else:
+                or_shifted(row, v, d, radius, x0, x1)
+                d -= 1
+        if d < 0:
+            break
+        if heights[d] >= h + 2 and 1 <= (h + 1) & 63 <= 62:
+            widen_by_two(v, source, k, h + 1, radius, xa, xb)
+            h += 2
+        else:
+            h += 1
+            widen(v, source, k, h, radius, xa, xb)
+
+
+@leaf
+def dilate_bits(source, heights, near, v, out, height, k0, k1):
     """Dilate bit planes by the element `heights` (radius R = len - 1): word rows k0..k1 of `out`,
     uint64 [K, W].
 
-    source: uint64 [K + 2 P, W] with P = 2 + R // 64 zero word rows above and below. ends: int64 [K
-    + 2 P, 2], its `bits.extent`. v: scratch, uint64 [W + 2 R].
+    source: uint64 [K + 2 P, W] with P = 2 + R // 64 zero word rows above and below. Only spans of
+    columns with a pixel in reach are worked on. Scratch, uint64: near [W], v [W + 2 R].
     """
-    radius = heights.shape[0] - 1
     width = out.shape[1]
-    pad = 2 + radius // 64
+    pad = 2 + (heights.shape[0] - 1) // 64
     reach = (heights[0] >> 6) + 1
     for k in range(k0, k1):
         row = out[k]
-        for x in range(width):
-            row[x] = np.uint64(0)
-        centre = k + pad
-        xa, xb = width, 0
-        for n in range(centre - reach, centre + reach + 1):
-            xa, xb = min(xa, ends[n, 0]), max(xb, ends[n, 1])
-        if xb <= xa:
-            continue
-        for x in range(v.shape[0]):
-            v[x] = np.uint64(0)
-        assign(source[centre, xa:xb], v[radius + xa : radius + xb])
-        d = radius
-        h = 0
-        while True:
-            while d >= 0 and heights[d] == h:
-                x0, x1 = max(0, xa - d), min(width, xb + d)
-                if d >= 1 and heights[d - 1] == h:
-                    or_two_shifted(row, v, d, radius, x0, x1)
-                    d -= 2
-                else:
-                    or_shifted(row, v, d, radius, x0, x1)
-                    d -= 1
-            if d < 0:
+        row[:] = np.uint64(0)
+        join_rows(source, k + pad - reach, k + pad + reach, near)
+        x = 0
+        while x < width:
+            while x < width and near[x] == np.uint64(0):
+                x += 1
+            if x == width:
                 break
-            if heights[d] >= h + 2 and 1 <= (h + 1) & 63 <= 62:
-                widen_by_two(v, source, centre, h + 1, radius, xa, xb)
-                h += 2
-            else:
-                h += 1
-                widen(v, source, centre, h, radius, xa, xb)
+            xa, xb = x, x + 1
+            while x < width and x - xb < GAP:
+                if near[x] != np.uint64(0):
+                    xb = x + 1
+                x += 1
+            dilate_span(source, heights, k + pad, v, row, xa, xb)
     if k1 == out.shape[0]:
         keep = valid_bits(k1 - 1, height)
         row = out[k1 - 1]

@@ -114,16 +114,15 @@ def dilate(
     radius = len(heights) - 1
     pad = 2 + radius // 64
     source = scratch.plane("source", (count + 2 * pad, width), np.uint64)
-    ends = scratch.plane("ends", (count + 2 * pad, 2), np.int64)
     source[:pad] = 0
     source[-pad:] = 0
     source[pad:-pad] = words
-    bits.extent(source, ends)
 
     def part(k0: int, k1: int) -> Callable[[Scratch], None]:
         def task(own: Scratch) -> None:
             v = own.flat("v", width + 2 * radius, np.uint64)
-            morphology.dilate_bits(source, heights, ends, v, words, height, k0, k1)
+            near = own.flat("near64", width, np.uint64)
+            morphology.dilate_bits(source, heights, near, v, words, height, k0, k1)
 
         return task
 
@@ -157,10 +156,15 @@ def _feather(
     out[y1:] = 0
     out[y0:y1, :x0] = 0
     out[y0:y1, x1:] = 0
-    # The ramp's planes stay in the cache by bands; the blur keeps only the rows in reach anyway.
-    rings = plan.settings.feather_mode == "gaussian"
-    most = y1 - y0 if parts == 1 and rings else BAND
-    step = min(most, -(-(y1 - y0) // parts))
+    # The ramp's planes stay in the cache by bands. The blur keeps only the rows in reach anyway,
+    # and pays for them again in each band.
+    share = -(-(y1 - y0) // parts)
+    if plan.settings.feather_mode != "gaussian":
+        step = min(BAND, share)
+    elif parts == 1:
+        step = share
+    else:
+        step = min(share, max(BAND, -(-share // 4)))
     run([_band(box, plan, out, y0, x0, a, min(a + step, y1 - y0)) for a in range(0, y1 - y0, step)])
 
 
