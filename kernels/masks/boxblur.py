@@ -23,10 +23,10 @@ DENSE = 32
 def exact_dtypes(widths: tuple[int, int, int]) -> tuple[type, type]:
     """Smallest dtypes in which the sums of three boxes, and of six, stay exact.
 
-    Signed where it fits, because only signed 32 bits turn into floats at full SIMD width.
+    The wider one is signed: unsigned numbers take several times as long to turn into floats.
     """
     product = widths[0] * widths[1] * widths[2]
-    return (np.uint16, np.int32) if product**2 < 2**31 else (np.uint32, np.uint64)
+    return (np.uint16, np.int32) if product**2 < 2**31 else (np.uint32, np.int64)
 
 
 def unit_scale(widths: tuple[int, int, int]) -> np.float32:

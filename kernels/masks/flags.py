@@ -148,7 +148,7 @@ def weigh_rows(ring, above, below, taps, x0, total):
 def put_bits(total, least, shift, word):
     """Set or clear one bit of every word: whether total >= least."""
     bit = np.uint64(1) << shift
-    for x in range(total.shape[0]):
+    for x in range(word.shape[0]):
         hit = np.uint64(total[x] >= least) << shift
         word[x] = (word[x] & ~bit) | hit
 
