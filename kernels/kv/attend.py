@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from .cache import VideoCache
+
 GATHER, MERGE = "gather", "merge"
+MERGED_FRAMES = 3  # frames brought together at a time when pages are attended run by run
 
 
 def ways() -> dict[str, str]:
@@ -50,7 +55,8 @@ def with_lse(
     q [B, H, Lq, D], k and v [B, H, Lk, D], one floating dtype.
     """
     aten = torch.ops.aten
-    if q.device.type == "cpu":
+    # Without memory there is only the question what would be made: that of the fused kernels.
+    if q.device.type in ("cpu", "meta"):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)
         return out, lse.float()
     if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
@@ -80,3 +86,30 @@ def merged(q: torch.Tensor, runs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -
     if total is None:
         raise ValueError("no run of keys and values")
     return total.transpose(1, 2).to(q.dtype)
+
+
+def over_pages(
+    cache: VideoCache,
+    layer: int,
+    streams: Sequence[int],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    whole: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Self-attention of one layer of a block over the kept frames and itself, in the way that the
+    cache is set to; the block's keys and values go into the cache if it is being written.
+
+    q, k, v [len(streams) * B, frames * tokens, heads * D], also the result. whole: the attention
+    over all keys at once, unused where pages are attended run by run.
+    """
+    split = (*k.shape[:2], heads, k.shape[-1] // heads)
+    k4, v4 = k.view(split), v.view(split)
+    cache.store(layer, streams, k4, v4)
+    if cache.options.way == MERGE:
+        parts = cache.runs(layer, streams, k4, v4, MERGED_FRAMES)
+        return merged(q.view(split), parts).flatten(2)
+    if cache.kept:
+        k, v = (each.flatten(2) for each in cache.gathered(layer, streams, k4, v4))
+    return whole(q, k, v)

@@ -198,6 +198,14 @@ class VideoCache:
             self.clean[each.frame] = clean[:, :, index : index + 1].clone()
         self.next_frame = max(self.next_frame, self._block[-1].frame + 1)
 
+    def take_back(self) -> None:
+        """Forget what the block being written has given so far, so that a failed call on it can be
+        made again.
+        """
+        if self._pending is not None:
+            _drop_all(self.pool, self._pending)
+            self._written.clear()
+
     def _check_complete(self, pending: dict[int, Stream]) -> None:
         if not pending:
             raise FrugalError(

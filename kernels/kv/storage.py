@@ -8,6 +8,8 @@ range, 2**-10 of the scale, amax / 448.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ MODEL, FP8, INT8 = "model", "fp8", "int8"
 KINDS = (MODEL, FP8, INT8)
 E4M3 = torch.float8_e4m3fn
 LARGEST = {FP8: 448.0, INT8: 127.0}
+PATCH_SIZE = 2  # pixels of a latent frame that make one token, along each side
 
 
 @dataclass
@@ -118,3 +121,13 @@ def relative_error(fmt: PageFormat, page: Page, k: torch.Tensor, v: torch.Tensor
         float((held.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30))
         for held, exact in zip(back, (k, v), strict=True)
     )
+
+
+def wan_page(
+    latent: Sequence[int], heads: int, width: int, dtype: torch.dtype, kind: str
+) -> PageFormat:
+    """Of one frame of a latent [B, C, T, h, w] in one layer of a Wan of `heads` heads, `width` wide
+    together.
+    """
+    tokens = math.ceil(latent[-2] / PATCH_SIZE) * math.ceil(latent[-1] / PATCH_SIZE)
+    return PageFormat((latent[0], tokens, heads, width // heads), dtype, kind)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.ldm.wan.model as wan
@@ -21,24 +20,13 @@ from comfy.patcher_extension import WrappersMP
 from ...kernels.errors import FrugalError
 from ...kernels.kv.attend import GATHER, ways
 from ...kernels.kv.cache import CacheOptions
-from ...kernels.kv.storage import PageFormat
+from ...kernels.kv.storage import PATCH_SIZE, PageFormat, wan_page
+from ...kernels.plan.causal import Needs
 from ...kernels.report import megabytes
-from .._comfy import ATTENTION_OVERRIDE, CAUSAL_KEY
+from .._comfy import ATTENTION_OVERRIDE, CAUSAL_KEY, CAUSAL_NEEDS_KEY, CAUSAL_RUN_KEY
 
 OPTIONS = CAUSAL_KEY
-RUN, NEEDS = f"{CAUSAL_KEY}.run", f"{CAUSAL_KEY}.needs"
-PATCH_SIZE = 2  # pixels of a latent frame that make one token, along each side
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a sampler knows of a run before it starts: frames per block, frames that a session
-    brings, sides of the guidance that run.
-    """
-
-    block: int
-    known: int
-    sides: int
+RUN, NEEDS = CAUSAL_RUN_KEY, CAUSAL_NEEDS_KEY
 
 
 class CausalForward:
@@ -129,9 +117,7 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 def page_format(network: torch.nn.Module, shape: Any, dtype: torch.dtype, kind: str) -> PageFormat:
     """Of one latent frame of one layer. shape: of the latent, [B, C, T, h, w]."""
-    tokens = math.ceil(shape[-2] / PATCH_SIZE) * math.ceil(shape[-1] / PATCH_SIZE)
-    heads = network.num_heads
-    return PageFormat((shape[0], tokens, heads, network.dim // heads), dtype, kind)
+    return wan_page(shape, network.num_heads, network.dim, dtype, kind)
 
 
 def count_cache(executor, model, noise_shape, conds, model_options=None, *args, **kwargs):

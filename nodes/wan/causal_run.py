@@ -9,11 +9,10 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 
 from ...kernels.errors import FrugalError
-from ...kernels.kv.attend import MERGE, merged
+from ...kernels.kv.attend import over_pages
 from ...kernels.kv.cache import VideoCache
 from .causal_model import OPTIONS, RUN
 
-MERGED_FRAMES = 3  # frames brought together at a time when pages are attended run by run
 # Up to this number every latent frame has a position of its own in that type.
 EXACT = {torch.bfloat16: 256, torch.float16: 2048}
 
@@ -34,6 +33,7 @@ class CausalRun:
         options = dict(model_options.get("transformer_options", {}))
         options["wrappers"] = copy_nested_dicts(options.get("wrappers", {}))
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, OPTIONS, self, options)
+        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, OPTIONS, self._conditions, options)
         model_options["transformer_options"] = options
         return {**extra_args, "model_options": model_options}
 
@@ -80,6 +80,16 @@ class CausalRun:
         self.calls += 1
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
+    def _conditions(self, executor, *args, **kwargs):
+        """A CALC_COND_BATCH wrapper. Whoever repeats a call that failed, as a memory plan does, has
+        it start anew.
+        """
+        try:
+            return executor(*args, **kwargs)
+        except BaseException:
+            self.cache.take_back()
+            raise
+
     def attention(
         self, layer: int, streams: Sequence[int], before: Callable[..., Any] | None
     ) -> Callable[..., torch.Tensor]:
@@ -95,17 +105,13 @@ class CausalRun:
                     "Wan's plain self-attention",
                     "remove the node that changes it",
                 )
-            split = (*k.shape[:2], heads, k.shape[-1] // heads)
-            k4, v4 = k.view(split), v.view(split)
-            cache.store(layer, streams, k4, v4)
-            if cache.options.way == MERGE:
-                parts = cache.runs(layer, streams, k4, v4, MERGED_FRAMES)
-                return merged(q.view(split), parts).flatten(2)
-            if cache.kept:
-                k, v = (each.flatten(2) for each in cache.gathered(layer, streams, k4, v4))
-            if before is not None:
-                return before(func, q, k, v, heads, **kwargs)
-            return func(q, k, v, heads, **kwargs)
+
+            def whole(q, k, v):
+                if before is not None:
+                    return before(func, q, k, v, heads, **kwargs)
+                return func(q, k, v, heads, **kwargs)
+
+            return over_pages(cache, layer, streams, q, k, v, heads, whole)
 
         return attend
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from ...kernels.errors import FrugalError
-from ...kernels.kv.attend import MERGE
+from ...kernels.kv.attend import MERGE, MERGED_FRAMES
 from ...kernels.kv.cache import VideoCache
 from ...kernels.kv.storage import MODEL
 from ...kernels.report import megabytes
 from .causal_model import OPTIONS, compute_dtype, page_format
-from .causal_run import MERGED_FRAMES, CausalRun
+from .causal_run import CausalRun
 
 
 @dataclass
