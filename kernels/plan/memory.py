@@ -70,15 +70,10 @@ def latent_bytes(batch: int, latent: tuple[int, ...]) -> int:
     return LATENT_COPIES * 4 * 16 * batch * math.prod(latent)
 
 
-def kv_bytes(layers: int, tokens: int, width: int, element: int = 2) -> int:
-    """Bytes of the keys and values of `tokens` tokens in all layers, `element` bytes a number."""
-    return 2 * layers * tokens * width * element
-
-
 @dataclass(frozen=True)
 class Job:
     """width and height in px, frames of video, batch: videos at once; guided: two forwards a
-    step.
+    step. block: latent frames that a causal model makes at a time, 0 for all.
     """
 
     width: int
@@ -86,6 +81,7 @@ class Job:
     frames: int
     batch: int = 1
     guided: bool = True
+    block: int = 0
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -100,9 +96,10 @@ class Job:
     def text(self) -> str:
         batch = f", batch {self.batch}" if self.batch > 1 else ""
         guided = "guided" if self.guided else "not guided"
+        blocks = f" in blocks of {self.block} latent frames" if self.block else ""
         return (
             f"{self.width} x {self.height}, {self.frames} frames{batch}, {guided}: "
-            f"{self.tokens:,} tokens"
+            f"{self.tokens:,} tokens{blocks}"
         )
 
 
@@ -208,14 +205,16 @@ def make_plan(
     encoder: Phase | None = None,
     decoding: Decoding | None = None,
     notes: Iterable[str] = (),
+    latents: int | None = None,
 ) -> MemoryPlan:
     """Find the switches that cost the least time with which the run fits into `budget`; a notch
     that lowers nothing is left out.
 
     peak: bytes alive in a forward under these switches, both conditions counted unless sequential.
+    latents: bytes of latents around a forward, if not those of an ordinary sampler.
     """
     beside = {
-        LATENTS: latent_bytes(job.batch, job.latent),
+        LATENTS: latent_bytes(job.batch, job.latent) if latents is None else latents,
         EXPANDED: weights.expanded,
         **weights.caches,
     }

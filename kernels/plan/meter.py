@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -43,12 +44,24 @@ class Meter:
 
     def __init__(self) -> None:
         self._started: float | None = None
+        self._earlier = 0
 
     def start(self, device: torch.device) -> None:
         """A run begins: restart the clock and, on CUDA, the allocator's peak."""
         self._started = time.perf_counter()
+        self._earlier = 0
         if device.type == GPU:
             torch.cuda.reset_peak_memory_stats(device)
+
+    def part(self, device: torch.device) -> Callable[[], int | None]:
+        """A part of the run begins: returns a function that tells the allocator's peak since then,
+        in bytes, or None on devices without such a count. The peak of the run stays known.
+        """
+        if device.type != GPU:
+            return lambda: None
+        self._earlier = max(self._earlier, torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device)
 
     def seconds(self) -> float | None:
         """Seconds since `start`, or None if no start was seen."""
@@ -61,7 +74,7 @@ class Meter:
             return Memory(
                 GPU,
                 torch.cuda.get_device_name(device),
-                torch.cuda.max_memory_allocated(device),
+                max(self._earlier, torch.cuda.max_memory_allocated(device)),
                 torch.cuda.memory_allocated(device),
                 total,
                 total - free,

@@ -20,6 +20,13 @@ class ContextPlan:
     text_row_bytes: int
     image_row_bytes: int
 
+    def kept(self, prompts: int, row: int) -> int:
+        """Bytes kept at the most in a run with so many prompts and one start image. row: bytes of
+        a row of what the projections are given, which is kept to know it again.
+        """
+        image = IMAGE_TOKENS * (self.image_row_bytes + prompts * row) if self.image_row_bytes else 0
+        return prompts * TEXT_TOKENS * (self.text_row_bytes + row) + image
+
     @property
     def share(self) -> float:
         """Of the blocks' weights, 0..1."""

@@ -17,6 +17,7 @@ import torch
 
 from ...kernels.plan.memory import Switches
 from ...kernels.plan.pieces import in_pieces
+from .._comfy import CAUSAL_RUN_KEY
 
 GROUPS = ("blocks", "vace_blocks")
 WHOLE = "frugal_whole"
@@ -74,7 +75,9 @@ def _self_attention(attention: Any, whole: Forward, state: InForce) -> Forward:
         pieces = state.now.attention
         # These patches get queries and keys of all tokens, as ComfyUI's own code has them.
         patched = "attn1_patch" in options.get("patches", {})
-        if pieces <= 1 or patched or freqs.shape[1] != x.shape[1]:
+        # A causal run keeps keys and values of all heads of a layer together.
+        whole_only = patched or CAUSAL_RUN_KEY in options
+        if pieces <= 1 or whole_only or freqs.shape[1] != x.shape[1]:
             return whole(x, freqs, transformer_options=options)
         return _by_heads(attention, x, freqs, options, pieces)
 

@@ -27,6 +27,16 @@ def start_run() -> None:
     METER.start(device())
 
 
+def obtainable(device: torch.device) -> int:
+    """Bytes that ComfyUI has on `device` once it has put its models away."""
+    management = comfy.model_management
+    free = management.get_free_memory(device)
+    if device.type != "cpu":
+        loaded = (each for each in management.current_loaded_models if each.device == device)
+        free += sum(each.model_loaded_memory() for each in loaded)
+    return int(free)
+
+
 def model_facts(model: Any) -> LoadReport | ModelFacts:
     """What the loader left on the MODEL, else what can be read off the model itself."""
     left = model.get_attachment(REPORT_KEY)

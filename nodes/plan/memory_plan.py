@@ -57,6 +57,19 @@ class FrugalMemoryPlan(io.ComfyNode):
                     step=0.5,
                     tooltip="Memory that may be used, in GB (10^9 bytes). 0: all that is free.",
                 ),
+                io.Int.Input(
+                    "frames_per_block",
+                    default=3,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    # A socket: most graphs have no use for one more box.
+                    force_input=True,
+                    tooltip=(
+                        "Causal models only: latent frames made at a time, as in the sampler. "
+                        "Not connected: 3."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("planned_model", tooltip="The model, working as planned."),
@@ -93,9 +106,10 @@ class FrugalMemoryPlan(io.ComfyNode):
         vae=None,
         clip=None,
         latent=None,
+        frames_per_block=3,
     ) -> io.NodeOutput:
         job = planning.job_of(latent, width, height, frames, batch_size, guidance)
-        plan, peaks = planning.plan_of(model, job, budget_gb, vae, clip)
+        plan, peaks = planning.plan_of(model, job, budget_gb, vae, clip, frames_per_block)
         node = cls.hidden.unique_id
         planned = planning.apply(model, plan, peaks, bool(budget_gb), node)
         text, data = plan.text(), plan.json()

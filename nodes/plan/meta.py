@@ -13,7 +13,7 @@ import torch
 
 from ...kernels.checkpoints.wan_shapes import IMAGE_DIM, IMAGE_TOKENS, TEXT_DIM, TEXT_TOKENS
 from ...kernels.errors import FrugalError
-from ...kernels.plan.memory import Job, Switches
+from ...kernels.plan.memory import Job, Switches, latent_bytes
 from ...kernels.plan.trace import (
     BLOCK,
     Decomposed,
@@ -30,15 +30,24 @@ from .chunking import PARTS, InForce, forwards
 
 META = torch.device("meta")
 KNOWN = ("WanModel", "VaceWanModel", "CameraWanModel")
+# ComfyUI's own causal class; it can be planned once this pack's causal run keeps the cache.
+CAUSAL = ("CausalWanModel",)
 ROTATION = "comfy_kitchen::apply_rope1"
 # Latent pixels of a 256 px tile; latent frames until a VAE's caches are full; those traced at most.
 TILE, STREAM, LONGEST = 32, 5, 21
 
 
-def check(model: Any) -> None:
+def check(model: Any, causal: bool = False) -> None:
     """Raises FrugalError unless `model` (of a MODEL) is a Wan that can be planned."""
     name = type(model.diffusion_model).__name__
-    if name not in KNOWN or not isinstance(model.diffusion_model, comfy.ldm.wan.model.WanModel):
+    if name in CAUSAL and not causal:
+        raise FrugalError(
+            f"the MODEL is a {type(model).__name__} ({name}) for ComfyUI's own causal sampler",
+            "one whose cache is known",
+            "put Causal Model (Frugal) between the loader and Memory Plan",
+        )
+    known = (*KNOWN, *CAUSAL)
+    if name not in known or not isinstance(model.diffusion_model, comfy.ldm.wan.model.WanModel):
         raise FrugalError(
             f"the MODEL is a {type(model).__name__} ({name})",
             "a Wan 2.1 or 2.2 text-to-video, image-to-video, VACE or camera model",
@@ -52,8 +61,8 @@ class ForwardPeaks:
     device: for which kernels to count.
     """
 
-    def __init__(self, model: Any, device: torch.device):
-        check(model)
+    def __init__(self, model: Any, device: torch.device, causal: bool = False):
+        check(model, causal)
         self._class = type(model.diffusion_model)
         self._config = dict(model.model_config.unet_config)
         self._dtype = compute_dtype(model)
@@ -68,6 +77,16 @@ class ForwardPeaks:
             self._known[key] = of_layers(self.trace(3, batch, latent, switches), self._layers)
         return self._known[key]
 
+    def beside(self, batch: int, latent: tuple[int, ...]) -> int:
+        """Bytes that a run of `batch` latents T, H, W holds beside its forwards and weights."""
+        return latent_bytes(batch, latent)
+
+    def begin(self, shape: tuple[int, ...], transformer_options: dict[str, Any]) -> None:
+        """A run of latents of this shape, [B, C, T, H, W], starts with these options."""
+
+    def prepare(self, model: Any, batch: int, latent: tuple[int, ...]) -> None:
+        """Put in place what else changes a forward of `model`, which is without memory."""
+
     def of_job(self, job: Job, switches: Switches) -> int:
         """Peak in bytes of the forwards of a job under `switches`."""
         rows = job.batch * (2 if job.guided and not switches.sequential else 1)
@@ -76,6 +95,7 @@ class ForwardPeaks:
     def trace(self, layers: int, batch: int, latent: tuple[int, ...], switches: Switches) -> Trace:
         """The trace of a model of so many layers."""
         model = self.model(layers, switches)
+        self.prepare(model, batch, latent)
         parts = {BLOCK.format(index): block for index, block in enumerate(model.blocks)}
         for index, block in enumerate(model.blocks):
             parts |= {f"{name} {index}": getattr(block, name) for name in PARTS}

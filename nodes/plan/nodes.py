@@ -7,10 +7,12 @@ import itertools
 from comfy_api.v0_0_2 import io
 
 from ...kernels.plan.run_report import RunReport
+from .. import _offers
 from .._comfy import CATEGORY, known, show_text
 from . import glue
 from .doctor import FrugalDoctor
 from .memory_plan import FrugalMemoryPlan
+from .of_run import plan_run
 
 RUNS = itertools.count(1)
 
@@ -87,3 +89,4 @@ class FrugalReport(io.ComfyNode):
 
 
 NODES = [FrugalReport, FrugalDoctor, FrugalMemoryPlan]
+_offers.offer(_offers.PLAN, plan_run)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 from comfy.patcher_extension import WrappersMP
 
-from ...kernels.checkpoints.wan_shapes import IMAGE_TOKENS, TEXT_TOKENS, detect_config
+from ...kernels.checkpoints.wan_shapes import detect_config
 from ...kernels.errors import FrugalError
 from ...kernels.plan import fit
 from ...kernels.plan.doctor import SLOW_ATTENTION
+from ...kernels.plan.in_force import PlanInForce
 from ...kernels.plan.memory import (
+    CAUSAL_KV,
     CROSS_KV,
     TEXT,
     WEIGHTS,
@@ -21,20 +25,17 @@ from ...kernels.plan.memory import (
     MemoryPlan,
     Phase,
     Weights,
-    kv_bytes,
     make_plan,
 )
-from ...kernels.report import LoadReport
-from .._comfy import compute_dtype, show_text
-from . import facts, glue
+from ...kernels.report import LoadReport, megabytes
+from ...kernels.wan.context_report import ContextPlan
+from .._comfy import CONTEXT_KEY, EXPERTS_KEY, PLAN_KEY, compute_dtype, show_text
+from . import causal, facts, glue
 from .chunking import InForce, forwards
-from .meta import ForwardPeaks, decoded
+from .meta import ForwardPeaks, check, decoded
 from .policy import Policy
 
 GB = 10**9
-PROMPTS = 2  # the wanted and the unwanted one
-# The name under which Constant Context follows a run.
-CONTEXT = "frugal.constant_context"
 
 
 def job_of(latent: dict | None, width: int, height: int, frames: int, batch: int, guided: bool):
@@ -53,13 +54,14 @@ def job_of(latent: dict | None, width: int, height: int, frames: int, batch: int
 
 
 def plan_of(
-    model: Any, job: Job, budget_gb: float, vae: Any = None, clip: Any = None
+    model: Any, job: Job, budget_gb: float, vae: Any = None, clip: Any = None, block: int = 3
 ) -> tuple[MemoryPlan, ForwardPeaks]:
     """The plan of a run of `model`, and the peaks that it rests on. budget_gb: 10^9 bytes, 0 for
-    all that ComfyUI could have. Raises FrugalError for models that are not Wan.
+    all that ComfyUI could have. block: latent frames that a causal model makes at a time. Raises
+    FrugalError for models that are not Wan.
     """
+    check(model.model, causal=True)
     device = model.load_device
-    peaks = ForwardPeaks(model.model, device)
     budget, budget_from = int(budget_gb * GB), "budget typed in"
     if not budget_gb:
         budget, budget_from = available(device), f"free for ComfyUI on {device}"
@@ -69,45 +71,93 @@ def plan_of(
             f"attention '{facts.active_attention()}' makes scores that are not counted: use "
             "--use-pytorch-cross-attention"
         )
+    options, latents = causal.options_of(model), None
+    if options is None:
+        peaks = ForwardPeaks(model.model, device)
+    else:
+        job = replace(job, block=block)
+        peaks = causal.peaks_of(model.model, device, options, job)
+    weights, said = held_by(model, job)
+    if isinstance(peaks, causal.CausalPeaks):
+        memory = peaks.memory(job.batch, job.latent)
+        weights = replace(weights, caches={**weights.caches, CAUSAL_KV: memory.pages})
+        latents = memory.latents(*job.latent[1:])
+        notes += peaks.notes(job)
     plan = make_plan(
         title_of(model),
         job,
-        weights_of(model),
+        weights,
         lambda switches: peaks.of_job(job, switches),
         budget,
         budget_from,
         None if clip is None else encoder_of(clip),
         None if vae is None else decoding_of(vae, job),
-        notes,
+        [*notes, *said],
+        latents,
     )
+    if isinstance(peaks, causal.CausalPeaks):
+        plan = replace(plan, advice=(*peaks.advice(plan), *plan.advice))
     return plan, peaks
 
 
 def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: str | None) -> Any:
-    """A clone of `model` that works as planned. limit: keep its weights within the budget too."""
-    clone = model.clone()
-    state = InForce.of(plan.switches)
-    top = "diffusion_model."
-    for path, forward in list(
-        forwards(
-            clone.model.diffusion_model, state, lambda path: clone.get_model_object(top + path)
+    """A clone of `model` that works as planned; of two experts both do. limit: keep its weights
+    within the budget too. The plan is attached under PLAN_KEY, as a PlanInForce.
+    """
+
+    def policy() -> Policy:
+        return Policy(
+            InForce.of(plan.switches),
+            copy.copy(peaks),
+            plan.budget if limit else None,
+            lambda line: show_text(node, line),
+            in_force.changes,
         )
-    ):
-        clone.add_object_patch(top + path, forward)
-    budget = plan.budget if limit else None
-    Policy(state, peaks, budget, lambda line: show_text(node, line)).attach(clone)
+
+    in_force = PlanInForce(plan)
+    ours = policy()
+    clone, paths = _working(model, ours)
+    switch = experts_of(model)
+    if switch is not None:
+        # What is put on a pair after it was joined must be on its first expert too, the very same.
+        high = switch.high.clone()
+        for path in paths:
+            high.add_object_patch(path, clone.object_patches[path])
+        ours.attach(high)
+        switch = copy.copy(switch)
+        switch.high, switch.low = high, _working(switch.low, policy())[0]
+        clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, EXPERTS_KEY)
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, EXPERTS_KEY, switch)
+    clone.set_attachments(PLAN_KEY, in_force)
     return clone
 
 
+def _working(model: Any, policy: Policy) -> tuple[Any, list[str]]:
+    """A clone that works by the policy, and the paths of its forwards that are in pieces."""
+    clone, paths, top = model.clone(), [], "diffusion_model."
+    for path, forward in list(
+        forwards(
+            clone.model.diffusion_model,
+            policy.state,
+            lambda path: clone.get_model_object(top + path),
+        )
+    ):
+        clone.add_object_patch(top + path, forward)
+        paths.append(top + path)
+    policy.attach(clone)
+    return clone, paths
+
+
+def experts_of(model: Any) -> Any:
+    """The switch of a MODEL that is two experts, with attributes `high` and `low`; else None."""
+    found = model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(EXPERTS_KEY)
+    return found[0] if found else None
+
+
 def available(device: Any) -> int:
-    """Bytes that ComfyUI has on `device` once it has put its models away."""
-    management = comfy.model_management
-    free = management.get_free_memory(device)
-    if device.type != "cpu":
-        loaded = (each for each in management.current_loaded_models if each.device == device)
-        free += sum(each.model_loaded_memory() for each in loaded)
-        free -= management.extra_reserved_memory()
-    return int(free)
+    """Bytes that a run may use on `device`."""
+    reserved = 0 if device.type == "cpu" else comfy.model_management.extra_reserved_memory()
+    return glue.obtainable(device) - int(reserved)
 
 
 def title_of(model: Any) -> str:
@@ -116,7 +166,25 @@ def title_of(model: Any) -> str:
     return next(iter(found.files), found.title) if isinstance(found, LoadReport) else found.title
 
 
-def weights_of(model: Any) -> Weights:
+def held_by(model: Any, job: Job) -> tuple[Weights, list[str]]:
+    """What the MODEL's weights take, and notes on them. Of two experts, which ComfyUI loads one at
+    a time, it is the larger.
+    """
+    switch = experts_of(model)
+    if switch is None:
+        return weights_of(model, job.guided), _context_notes(model)
+    pair = [weights_of(each, job.guided) for each in (switch.high, switch.low)]
+    high, low = (megabytes(each.total) for each in pair)
+    note = (
+        f"two experts, one at a time on the device: high noise {high}, low noise {low}; main "
+        "memory keeps the other, and the switch reads it once"
+    )
+    larger = max(pair, key=lambda each: each.total + sum(each.caches.values()))
+    # A LoRA or a cache may be on one of them only.
+    return larger, [note, *dict.fromkeys(_context_notes(switch.high) + _context_notes(switch.low))]
+
+
+def weights_of(model: Any, guided: bool = True) -> Weights:
     """What the MODEL's weights take, by format."""
     diffusion = model.model.diffusion_model
     dtype = compute_dtype(model.model)
@@ -133,15 +201,28 @@ def weights_of(model: Any) -> Weights:
         w4a8 = fit.wan_bytes(detect_config("the MODEL", shapes), "W4A8")
     except FrugalError:
         w4a8 = None
-    caches = {}
-    if model.wrappers.get(WrappersMP.SAMPLER_SAMPLE, {}).get(CONTEXT):
-        image = IMAGE_TOKENS if diffusion.img_emb is not None else 0
-        caches[CROSS_KV] = PROMPTS * kv_bytes(
-            len(diffusion.blocks), TEXT_TOKENS + image, diffusion.dim, dtype.itemsize
-        )
+    context, caches = _context_of(model), {}
+    if context is not None:
+        caches[CROSS_KV] = context.kept(2 if guided else 1, diffusion.dim * dtype.itemsize)
     return Weights(
         int(model.model_size()), found.formats, max(stored), max(multiplied), w4a8, caches
     )
+
+
+def _context_of(model: Any) -> ContextPlan | None:
+    """What Constant Context keeps in a run of this MODEL, None without that node."""
+    present = CONTEXT_KEY in model.wrappers.get(WrappersMP.SAMPLER_SAMPLE, {})
+    return model.get_attachment(CONTEXT_KEY) if present else None
+
+
+def _context_notes(model: Any) -> list[str]:
+    context = _context_of(model)
+    if context is None:
+        return []
+    return [
+        f"constant context: {megabytes(context.weight_bytes)} of these weights are read in the "
+        "first steps only, once per prompt, and may leave the device then"
+    ]
 
 
 def encoder_of(clip: Any) -> Phase:

@@ -10,19 +10,21 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 
 from ...kernels.errors import FrugalError
-from ...kernels.plan.memory import latent_bytes, notches
+from ...kernels.plan.memory import notches
 from ...kernels.report import megabytes
+from .._comfy import PLAN_KEY
+from . import glue
 from .chunking import InForce
 from .meta import ForwardPeaks
 
-KEY = "frugal.memory_plan"
+KEY = PLAN_KEY
 # Share of the weights that leave the device at once when nothing else is left to do.
 SHARE = 0.1
 Shape = list[int] | tuple[int, ...]
@@ -30,12 +32,15 @@ Shape = list[int] | tuple[int, ...]
 
 @dataclass
 class Policy:
-    """budget: bytes for everything, None for all that is free. say: gets what was done."""
+    """budget: bytes for everything, None for all that is free. say: gets what was done. changes:
+    the same, of the latest run.
+    """
 
     state: InForce
     peaks: ForwardPeaks
     budget: int | None
     say: Callable[[str], None]
+    changes: list[str] = field(default_factory=list)
 
     def attach(self, patcher: Any) -> None:
         """Follow the runs of this ModelPatcher, in place of a plan that it may have."""
@@ -52,13 +57,17 @@ class Policy:
         patcher = executor.class_obj.model_patcher
         batch = noise.shape[0]
 
-        def to_load(shape: Shape, cond_shapes: Any = None) -> float:
+        # The names are those of ComfyUI's own method, which is called by them too.
+        def to_load(input_shape: Shape, cond_shapes: Any = None) -> float:
             # ComfyUI asks for two conditions at once and for one.
-            rows = min(shape[0], batch) if self.state.now.sequential else shape[0]
-            needed = self.peak(rows, shape) + latent_bytes(batch, tuple(shape[2:]))
+            rows = min(input_shape[0], batch) if self.state.now.sequential else input_shape[0]
+            needed = self.peak(rows, input_shape) + self.peaks.beside(batch, tuple(noise.shape[2:]))
             return needed + self.withheld(patcher)
 
         self.state.now = self.state.planned
+        self.changes.clear()
+        options = executor.class_obj.model_options.get("transformer_options", {})
+        self.peaks.begin(tuple(noise.shape), options)
         try:
             with answering(patcher.model, noise.shape, to_load):
                 return executor(noise, *args, **kwargs)
@@ -70,10 +79,10 @@ class Policy:
     ) -> Any:
         """Around the forwards of one model call, repeated with less memory if it runs out."""
 
-        def at_once(shape: Shape, cond_shapes: Any = None) -> float:
-            if self.state.now.sequential and shape[0] > x.shape[0]:
+        def at_once(input_shape: Shape, cond_shapes: Any = None) -> float:
+            if self.state.now.sequential and input_shape[0] > x.shape[0]:
                 return math.inf
-            return self.peak(shape[0], shape)
+            return self.peak(input_shape[0], input_shape)
 
         with answering(model, x.shape, at_once):
             while True:
@@ -89,12 +98,13 @@ class Policy:
         return self.peaks.of(rows, tuple(shape[2:]), self.state.now)
 
     def withheld(self, patcher: Any) -> int:
-        """Bytes of the device that lie beyond the budget."""
+        """Bytes of the device that lie beyond the budget. Models on it that this run does not use,
+        such as the other one of two experts, have to make room first.
+        """
         device = patcher.load_device
         if self.budget is None or device.type == "cpu":
             return 0
-        free = comfy.model_management.get_free_memory(device) + patcher.loaded_size()
-        return max(0, int(free) - self.budget)
+        return max(0, glue.obtainable(device) - self.budget)
 
     def make_room(self, patcher: Any, shape: Shape) -> None:
         """One notch less memory from now on. Raises ComfyUI's out-of-memory error at the end."""
@@ -121,6 +131,7 @@ class Policy:
     def tell(self, what: str) -> None:
         line = f"out of memory: this step is repeated and the run {what}"
         logging.warning("[Frugal] %s", line)
+        self.changes.append(line)
         self.say(line)
 
 

@@ -26,9 +26,9 @@ from ...kernels.errors import FrugalError
 from ...kernels.wan.context_report import ContextPlan, ContextReport
 from ...kernels.wan.contexts import Context, Contexts
 from ...kernels.wan.kept_rows import keep
-from .._comfy import compute_dtype
+from .._comfy import CONTEXT_KEY, compute_dtype
 
-KEY = "frugal.constant_context"
+KEY = CONTEXT_KEY
 # Tensors that a call holds on to, so that it knows them again; a stock model has 2.
 HELD = 8
 TEXT, IMAGE = ("k", "v"), ("k_img", "v_img")
@@ -53,6 +53,7 @@ def apply(model: Any, options: Options, show: Callable[[ContextReport], None]) -
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _each_run(options, show))
+    model.set_attachments(KEY, planned)
     return model, planned
 
 

@@ -21,9 +21,9 @@ from comfy.patcher_extension import WrappersMP
 
 from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
-from .._comfy import REPORT_KEY
+from .._comfy import EXPERTS_KEY, REPORT_KEY
 
-KEY = "frugal.two_experts"
+KEY = EXPERTS_KEY
 # Small parameters that no format quantises; two trainings never agree on all of them.
 TELLING = ("modulation", "bias", "norm_q.weight", "norm_k.weight")
 # Settings of a model that say nothing about its weights, so both experts can take them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import comfy.ldm.wan.model
 import comfy.ops
 import comfy.sd
@@ -141,3 +143,22 @@ def test_pieces_lower_the_prediction_and_layers_do_not_change_it():
     assert most[0] > most[1] > most[3] and most[0] > most[3]
     deep = peaks.trace(8, 1, SHAPE, Switches()).peak
     assert deep == most[0]
+
+
+@pytest.mark.parametrize("switches", [Switches(), Switches(False, 8), Switches(False, 8, 8)])
+def test_the_peak_never_lies_in_norms_and_modulation(switches):
+    """Which are left whole: in a 14B at 480p it is inside attention or feed-forward."""
+    config = dict(
+        image_model="wan2.1", model_type="i2v", dim=5120, ffn_dim=13824, num_heads=40,
+        num_layers=3, in_dim=36, out_dim=16,
+    )  # fmt: skip
+    model = SimpleNamespace(
+        model_config=SimpleNamespace(unet_config=config),
+        manual_cast_dtype=torch.bfloat16,
+        diffusion_model=comfy.ldm.wan.model.WanModel(
+            **config, device="meta", operations=comfy.ops.disable_weight_init
+        ),
+    )
+    found = meta.ForwardPeaks(model, CPU).trace(3, 1, (21, 60, 104), switches)
+    parts = {name: size for name, size in found.phases.items() if not name.startswith("block")}
+    assert len(parts) == 9 and max(parts.values()) == found.peak

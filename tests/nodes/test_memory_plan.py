@@ -118,15 +118,11 @@ def test_a_budget_holds_back_what_lies_beyond_it(model, monkeypatch):
     (policy,) = (
         wrapper.__self__ for wrapper in clone.wrappers["outer_sample"]["frugal.memory_plan"]
     )
+    card = torch.device("cuda", 0)
+    loaded = SimpleNamespace(device=card, model_loaded_memory=lambda: 2 * 10**9)
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 5 * 10**9)
-
-    class Card:
-        load_device = torch.device("cuda", 0)
-
-        def loaded_size(self):
-            return 2 * 10**9
-
-    assert policy.withheld(Card()) == 6 * 10**9
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [loaded])
+    assert policy.withheld(SimpleNamespace(load_device=card)) == 6 * 10**9
     assert policy.withheld(clone) == 0
 
 
@@ -155,7 +151,8 @@ def test_report_data_and_chart(model, vae):
     )  # fmt: skip
     _, text, data, chart = out.args
     found = json.loads(data)
-    assert found["job"] == {"width": 96, "height": 64, "frames": 9, "batch": 1, "guided": True}
+    job = {"width": 96, "height": 64, "frames": 9, "batch": 1, "guided": True, "block": 0}
+    assert found["job"] == job
     assert found["tokens"] == 3 * 4 * 6 and "96 x 64, 9 frames" in text
     weights = sum(found["formats"].values())
     assert weights == sum(value.nbytes for value in model.model.diffusion_model.parameters())
@@ -168,8 +165,8 @@ def test_report_data_and_chart(model, vae):
 
 def test_kept_text_is_counted_and_changes_no_bit(model, prompts):
     kept, _ = context_cache.apply(model, context_cache.Options(), lambda _: None)
-    # Two prompts, two layers, keys and values of 512 tokens, 256 wide, 4 bytes.
-    assert planning.weights_of(kept).caches == {CROSS_KV: 2 * 2 * 2 * 512 * 256 * 4}
+    # Two prompts: what the layers are given, and two layers' keys and values of it, 512 tokens.
+    assert planning.weights_of(kept).caches == {CROSS_KV: 2 * (1 + 2 * 2) * 512 * 256 * 4}
     assert planning.weights_of(model).caches == {}
     switches = Switches(True, 2, 2)
     out = bed.sample(planned(kept, switches), prompts, STEPS)

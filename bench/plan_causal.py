@@ -1,0 +1,165 @@
+"""Is the plan of a causal run what the run takes, and where in a forward the peak lies.
+
+`python bench/plan_causal.py RESULTS.json TREE [TREE ...]` runs, per ComfyUI tree and in a process
+of its own: plans of causal models of real size (predictions that no run here has checked); for
+every pair of pieces and groups of heads the part of the blocks in which the peak lies; and tiny
+causal models in fp32 on a CPU, whole runs predicted, counted on real tensors by the same counter,
+and counted by torch's allocator, which knows nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import plan
+
+FRAMES, BLOCK, SIDE = 24, 2, 16
+TINY = {
+    "window 6, sink 2": {"window": 6, "sink": 2, "relative": True},
+    "window 6, int8": {"window": 6, "kind": "int8"},
+    "window 6, fp8, main memory": {"window": 6, "kind": "fp8", "on_host": True},
+    "window 6, run by run": {"window": 6, "way": "merge"},
+    "all kept": {},
+}
+REAL = {
+    "gathered": {},
+    "run by run": {"way": "merge"},
+    "int8 pages": {"kind": "int8"},
+    "main memory": {"on_host": True},
+}
+
+
+def causal_runs() -> list[dict]:
+    """Causal runs of FRAMES latent frames: weights apart, everything that is alive at most."""
+    import tempfile
+
+    import torch
+
+    from frugal.kernels.plan.memory import CAUSAL_KV, LATENTS, WORK, Job
+    from frugal.kernels.plan.trace import trace
+    from frugal.nodes.plan import meta, planning
+    from frugal.tests import causal_bed as videos
+    from frugal.tests.memory_bed import allocator_peak
+
+    meta.TEXT_TOKENS, rows = videos.WORDS, []
+    with tempfile.TemporaryDirectory() as folder:
+        plain = videos.load(Path(folder))
+    videos.fused(plain)
+    for name, options in TINY.items():
+        for cfg in (1.0, 3.0):
+            model = videos.causal(plain, **options)
+            job = Job(*(8 * SIDE,) * 2, 4 * FRAMES - 3, 1, cfg != 1)
+            plan, _ = planning.plan_of(model, job, 0, block=BLOCK)
+            parts = plan.phases[0].parts
+
+            def call(model=model, cfg=cfg):
+                return videos.run(model, FRAMES, BLOCK, SIDE, cfg)
+
+            rows.append(
+                {
+                    "options": name, "cfg": cfg,
+                    "forward": parts[WORK], "pages": parts[CAUSAL_KV], "latents": parts[LATENTS],
+                    "predicted": parts[WORK] + parts[CAUSAL_KV] + parts[LATENTS],
+                    "counted": trace(call, decomposed=meta.kernels(torch.device("cpu"))[0]).peak,
+                    "allocator": allocator_peak(call),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def causal_sizes() -> list[dict]:
+    """Plans of causal models of real size: a minute at 480p, guided, window 21, sink 3."""
+    import torch
+
+    from frugal.kernels.kv.cache import CacheOptions
+    from frugal.kernels.plan.memory import Job, Switches
+    from frugal.nodes.plan import causal
+
+    rows = []
+    for name, shape in plan.REAL.items():
+        model = plan.shape_of(*shape, torch.bfloat16)
+        for label, options in REAL.items():
+            job = Job(*plan.SIZES["480p"], 961, block=3)
+            peaks = causal.peaks_of(
+                model, torch.device("cpu"), CacheOptions(21, 3, relative=True, **options), job
+            )
+            memory = peaks.memory(1, job.latent)
+            rows.append(
+                {
+                    "model": name, "options": label, "pages": memory.pages,
+                    "latents": memory.latents(*job.latent[1:]),
+                    "forward": peaks.of_job(job, Switches(True)),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def peak_part(trace) -> str:
+    """The part of a block in which the peak lies; "between" if in none: norms and modulation."""
+    parts = {name: size for name, size in trace.phases.items() if not name.startswith("block")}
+    most = max(parts, key=parts.get)
+    if parts[most] == trace.peak:
+        return most.rpartition(" ")[0]
+    return "between"
+
+
+def peak_parts() -> list[dict]:
+    """81 frames, one condition; on a card with fused kernels and without."""
+    import torch
+
+    from frugal.kernels.plan.memory import Job, Switches
+    from frugal.nodes.plan import facts, meta
+
+    rows, rotation = [], facts.eager_rotation
+    for name, shape in plan.REAL.items():
+        model = plan.shape_of(*shape, torch.bfloat16)
+        for device in ("cpu", "cuda"):
+            # A card computes the rotation in a kernel of its own, which cannot be asked here.
+            facts.eager_rotation = rotation if device == "cpu" else lambda _: None
+            peaks = meta.ForwardPeaks(model, torch.device(device))
+            facts.eager_rotation = rotation
+            found = {}
+            for pieces in (1, 2, 4, 8):
+                for groups in (1, 2, 4, 8):
+                    switches = Switches(True, pieces, groups)
+                    # Every activation is in proportion to the tokens, so one size tells.
+                    traced = peaks.trace(3, 1, Job(*plan.SIZES["480p"], 81).latent, switches)
+                    found[f"{pieces}/{groups}"] = [peak_part(traced), traced.peak]
+            rows.append({"model": name, "kernels of": device, "peak in": found})
+    return rows
+
+
+def measure(tree: str) -> dict:
+    harness.enter(tree)
+    import torch
+
+    torch.set_num_threads(1)
+    found = {"torch": torch.__version__, "sizes": causal_sizes(), "parts": peak_parts()}
+    # Last, since they change what a text is.
+    return found | {"runs": causal_runs()}
+
+
+def main() -> None:
+    results, *trees = sys.argv[1:]
+    found = {"device": "cpu", "commit": harness.commit(), "load_average": os.getloadavg()}
+    for tree in trees:
+        command = [sys.executable, __file__, "--one", tree]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[Path(tree).name] = json.loads(done.stdout.splitlines()[-1])
+        harness.write(Path(results), found)
+        for row in found[Path(tree).name]["runs"]:
+            print(Path(tree).name, row["options"], row["cfg"],
+                  f"{row['predicted'] / row['counted'] - 1:+.2%}",
+                  f"{row['predicted'] / row['allocator'] - 1:+.2%}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--one":
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        main()

@@ -1,0 +1,164 @@
+"""The memory plan of two experts, and of a model that keeps the constant part of its context."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import comfy.model_management
+import pytest
+import torch
+
+from frugal.kernels.plan import pieces
+from frugal.kernels.plan.memory import CROSS_KV, SAMPLE, WEIGHTS, Job, Switches
+from frugal.kernels.wan import context_report
+from frugal.nodes.plan import planning, policy
+from frugal.nodes.wan import context_cache, expert_switch, glue
+from frugal.tests import context_bed as contexts
+from frugal.tests import sampling_bed as runs
+from frugal.tests import wan_bed as bed
+
+JOB, STEPS = Job(64, 64, 5), 4
+SWITCHES = Switches(True, 2, 2)
+
+
+def load(folder, name, seed, config=bed.T2V):
+    path = bed.write(
+        folder / f"{name}.safetensors", bed.base(bed.weights(config, seed), torch.float32)[0]
+    )
+    with torch.inference_mode():
+        return glue.load_wan(path, "fp32")[0]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory_experts")
+    return load(folder, "high", 1), load(folder, "low", 2)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return runs.two_prompts()
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "ROWS", 8)
+
+
+def planned(model, switches=SWITCHES):
+    plan, peaks = planning.plan_of(model, JOB, 0)
+    object.__setattr__(plan, "switches", switches)
+    return planning.apply(model, plan, peaks, False, None)
+
+
+def join(high, low):
+    return expert_switch.join(high, low, 0.9, 0.0)[0]
+
+
+def test_one_expert_is_on_the_device_at_a_time(experts, monkeypatch):
+    plan, _ = planning.plan_of(join(*experts), JOB, 0)
+    alone, _ = planning.plan_of(experts[0], JOB, 0)
+    (phase,) = (each for each in plan.phases if each.name == SAMPLE)
+    (expected,) = (each for each in alone.phases if each.name == SAMPLE)
+    assert phase.parts == expected.parts
+    # Buffers of the schedule are no weights.
+    assert sum(plan.formats.values()) == pytest.approx(phase.parts[WEIGHTS], rel=1e-3)
+    assert any("two experts, one at a time" in note for note in plan.notes)
+    # The larger one counts, whichever it is.
+    whole = experts[0].model_size()
+    for larger in experts:
+        monkeypatch.setattr(
+            planning,
+            "weights_of",
+            lambda model, guided, larger=larger: planning.Weights(
+                2 * whole if model.model is larger.model else whole, {}, 0
+            ),
+        )
+        plan, _ = planning.plan_of(join(*experts), JOB, 0)
+        assert plan.phases[0].parts[WEIGHTS] == 2 * whole
+
+
+def test_both_experts_work_as_planned(experts, prompts):
+    """On the pair, and on each before they are joined: the same video as without."""
+    expected = runs.sample(join(*experts), prompts, STEPS)
+    for model in (planned(join(*experts)), join(*(planned(each) for each in experts))):
+        assert model.wrappers["outer_sample"][expert_switch.KEY][0].low is not experts[1]
+        out = runs.sample(model, prompts, STEPS)
+        assert torch.allclose(out, expected, atol=1e-4)
+        assert all("memory_required" not in vars(each.model) for each in experts)
+    one_by_one = runs.sample(planned(join(*experts), Switches(True)), prompts, STEPS)
+    assert torch.equal(runs.sample(planned(join(*experts)), prompts, STEPS), one_by_one)
+
+
+def test_pieces_are_at_work_in_both_experts(experts, prompts):
+    hooks, counts = [], []
+    for each in experts:
+        seen = []
+        counts.append(seen)
+        first = each.model.diffusion_model.blocks[0].ffn[0]
+        hooks.append(
+            first.register_forward_pre_hook(
+                lambda _, given, seen=seen: seen.append(tuple(given[0].shape[:2]))
+            )
+        )
+    try:
+        runs.sample(planned(join(*experts)), prompts, STEPS)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # 32 tokens of one condition, in two pieces.
+    assert all(set(seen) == {(1, 16)} for seen in counts)
+    assert sum(map(len, counts)) == STEPS * 2 * 2
+
+
+def test_what_is_put_on_the_pair_reaches_both_in_spite_of_the_plan(experts, prompts):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    def shifted(model):
+        return ModelSamplingSD3().patch(model, 8.0)[0]
+
+    expected = runs.sample(join(*map(shifted, experts)), prompts, STEPS)
+    for model in (planned(shifted(join(*experts))), shifted(planned(join(*experts)))):
+        assert torch.allclose(runs.sample(model, prompts, STEPS), expected, atol=1e-4)
+    with pytest.raises(planning.FrugalError, match="was put on the joined model"):
+        clone = planned(join(*experts))
+        clone.add_wrapper_with_key("apply_model", "other", lambda executor, *a: executor(*a))
+        runs.sample(clone, prompts, STEPS)
+
+
+def test_the_other_expert_makes_room_within_a_budget(experts, monkeypatch):
+    plan, peaks = planning.plan_of(join(*experts), JOB, 1.0)
+    clone = planning.apply(join(*experts), plan, peaks, True, None)
+    (wrapper,) = clone.wrappers["outer_sample"][policy.KEY]
+    card = torch.device("cuda", 0)
+    other = SimpleNamespace(device=card, model_loaded_memory=lambda: 3 * 10**9)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 5 * 10**9)
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [other])
+    # 8 GB could be had, 1 GB may be used.
+    assert wrapper.__self__.withheld(SimpleNamespace(load_device=card)) == 7 * 10**9
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["exact", "fp8"])
+@pytest.mark.parametrize("config", [bed.T2V, bed.I2V, bed.VACE], ids=["T2V", "I2V", "VACE"])
+def test_kept_context_is_what_a_run_keeps(config, fp8, tmp_path, monkeypatch):
+    monkeypatch.setattr(context_report, "TEXT_TOKENS", contexts.ROWS)
+    model = load(tmp_path, "wan", 3, config)
+    reports = []
+    kept, found = context_cache.apply(model, context_cache.Options(fp8), reports.append)
+    given = [
+        [[contexts.text(seed, contexts.ROWS), contexts.image() if config.image else {}]]
+        for seed in (5, 6)
+    ]
+    for cfg, guided in ((3.0, True), (1.0, False)):
+        planned_bytes = planning.weights_of(kept, guided).caches[CROSS_KV]
+        with torch.inference_mode():
+            contexts.sample(kept, given, cfg=cfg)
+        assert planned_bytes == pytest.approx(reports[-1].bytes, rel=0.01)
+    plan, _ = planning.plan_of(kept, JOB, 0)
+    assert plan.phases[0].parts[CROSS_KV] == planning.weights_of(kept, True).caches[CROSS_KV]
+    assert any("read in the first steps only" in note for note in plan.notes)
+    assert found.weight_bytes > 0
+    assert planning.weights_of(model).caches == {}
+    clone = kept.clone()
+    clone.remove_wrappers_with_key("sampler_sample", context_cache.KEY)
+    assert planning.weights_of(clone).caches == {}
