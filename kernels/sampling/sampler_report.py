@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from ..attention.table import Table
+from ..plan.in_force import PlanOutcome
 from .step_report import StepCacheReport
 
 
@@ -13,7 +14,8 @@ from .step_report import StepCacheReport
 class SamplerReport:
     """seconds: of the whole run, loading the model included. attention: the kernels of this run, if
     they were chosen here. caches: one report for each run of
-    steps (two where experts switch). notes: what the preset changed and what it left alone.
+    steps (two where experts switch). memory: what was planned and what it took, if there was a
+    plan. notes: what the preset changed and what it left alone.
     """
 
     preset: str
@@ -25,6 +27,7 @@ class SamplerReport:
     attention: Table | None = None
     caches: tuple[StepCacheReport, ...] = ()
     notes: tuple[str, ...] = ()
+    memory: PlanOutcome | None = None
 
     def text(self) -> str:
         lines = [
@@ -34,6 +37,7 @@ class SamplerReport:
             "loading included",
         ]
         lines += [cache.text() for cache in self.caches]
+        lines += [self.memory.text()] if self.memory else []
         lines += [self.attention.text()] if self.attention else []
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -48,6 +52,7 @@ class SamplerReport:
                 "cfg": self.cfg,
                 "seconds": round(self.seconds, 3),
                 "attention": asdict(self.attention) if self.attention else None,
+                "memory": self.memory.data() if self.memory else None,
                 "step_cache": [cache.data() for cache in self.caches],
                 "notes": list(self.notes),
             }

@@ -12,6 +12,8 @@ import nodes as comfy_nodes
 from ...kernels.sampling.presets import PRESETS
 from ...kernels.sampling.sampler_report import SamplerReport
 from ...kernels.sampling.step_report import FEW_STEPS, StepCacheReport
+from .._comfy import PLAN_KEY
+from .._offers import PLAN, offered
 from . import attention, guidance_run, preview, step_cache_run
 
 
@@ -35,6 +37,10 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
     """
     caches: list[StepCacheReport] = []
     model, cfg, notes = _prepared(model, job, caches)
+    planned = _planned(model, latent, job, cfg, notes)
+    if planned is not None:
+        model = planned.model
+        planned.start()
     kernels = model.get_attachment(attention.KEY)
     by_hand = model.get_attachment(step_cache_run.KEY)
     earlier = None if by_hand is None else by_hand.report
@@ -55,6 +61,7 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
         None if kernels is None else kernels.table,
         tuple(caches),
         tuple(notes),
+        None if planned is None else planned.outcome(),
     )
     logging.info("[Frugal] %s", report.text())
     return result, report
@@ -81,3 +88,21 @@ def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any,
         options = step_cache_run.Options(preset.threshold)
         model = step_cache_run.apply(model, options, caches.append)
     return model, cfg, notes
+
+
+def _planned(model: Any, latent: dict, job: Job, cfg: float, notes: list[str]) -> Any:
+    """The run with the memory plan that the preset asks for, or that is on the model; else None."""
+    there = model.get_attachment(PLAN_KEY) is not None
+    if not (PRESETS[job.preset].plan or there):
+        return None
+    plan_run = offered(PLAN)
+    if plan_run is None:
+        notes.append("no memory plan: the plan nodes are not loaded")
+        return None
+    found = plan_run(model, latent, cfg != 1)
+    if isinstance(found, str):
+        notes.append(f"no memory plan: {found}")
+        return None
+    if there and PRESETS[job.preset].plan:
+        notes.append("the memory plan that is on the model stays as it was made there")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -14,13 +15,18 @@ from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
 import nodes as stock
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.plan.memory import Job, Switches
 from frugal.kernels.sampling.presets import PRESETS
+from frugal.nodes import _offers
+from frugal.nodes.plan import meta, planning
+from frugal.nodes.plan import nodes as plan_family
 from frugal.nodes.sampling import guidance_run, sampler_run, step_cache_run
 from frugal.nodes.sampling.guidance_range import FrugalGuidanceRange
 from frugal.nodes.sampling.preview import AS_SET, MIDDLE_FRAME
 from frugal.nodes.sampling.sampler import FrugalSampler
 from frugal.tests import flow_bed, sampling_bed
 
+assert plan_family.NODES  # the family that offers memory plans, loaded as ComfyUI loads it
 STEPS, CFG = 16, sampling_bed.CFG
 
 
@@ -203,3 +209,57 @@ def test_every_preset_is_in_the_nodes_list():
     combo = next(i for i in FrugalSampler.define_schema().inputs if i.id == "preset")
     assert list(combo.options) == list(PRESETS)
     assert sampler_run.PRESETS is PRESETS
+
+
+@pytest.mark.parametrize("preset", ["quality", "distilled"])
+def test_presets_plan_the_memory_and_say_what_it_took(random_wan, prompts, preset):
+    latent = {"samples": sampling_bed.latent_of(3)}
+    _, text, data = ours(random_wan, prompts, preset, steps=2, cfg=1.0, latent=latent)
+    found = data["memory"]
+    plan, _ = planning.plan_of(random_wan, Job(64, 64, 9, 1, False), 0)
+    assert found["predicted"] == plan.phases[0].total > random_wan.model_size()
+    assert found["measured"] is None and found["fits"] and not found["changes"]
+    assert "memory while sampling" in text and "pieces: none" in text
+    assert not [note for note in data["notes"] if "plan" in note]
+
+
+def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(random_wan, prompts):
+    plan, peaks = planning.plan_of(random_wan, Job(64, 64, 5), 0)
+    object.__setattr__(plan, "switches", Switches(True, 2))
+    model = planning.apply(random_wan, plan, peaks, False, None)
+    # Even with the preset off, since the plan is at work.
+    mine, text, data = ours(model, prompts, steps=2)
+    assert "one after the other, feed-forward and cross-attention in 2 pieces" in text
+    assert torch.equal(mine["samples"], theirs(model, prompts, steps=2)["samples"])
+    assert data["notes"] == []
+    _, _, data = ours(model, prompts, "distilled", steps=2, cfg=1.0)
+    assert data["notes"] == ["the memory plan that is on the model stays as it was made there"]
+    assert "2 pieces" in data["memory"]["switches"]
+
+
+def test_off_makes_no_plan_and_what_cannot_be_planned_is_said(random_wan, prompts, monkeypatch):
+    _, text, data = ours(random_wan, prompts, steps=1)
+    assert data["memory"] is None and "memory" not in text
+    monkeypatch.setattr(meta, "KNOWN", ())
+    _, _, data = ours(random_wan, prompts, "distilled", steps=1, cfg=1.0)
+    assert data["memory"] is None
+    assert data["notes"] == ["no memory plan: the MODEL is a WAN21 (WanModel)"]
+    monkeypatch.setattr(_offers, "_OFFERS", {})
+    _, _, data = ours(random_wan, prompts, "distilled", steps=1, cfg=1.0)
+    assert data["notes"] == ["no memory plan: the plan nodes are not loaded"]
+
+
+def test_memory_that_ran_out_is_in_the_report(random_wan, prompts):
+    failed = []
+
+    def once(executor, x, *args, **kwargs):
+        if not failed:
+            failed.append(x.shape)
+            raise comfy.model_management.OOM_EXCEPTION("injected: CUDA out of memory")
+        return executor(x, *args, **kwargs)
+
+    model = random_wan.clone()
+    model.add_wrapper_with_key("apply_model", "test.oom", once)
+    _, text, data = ours(model, prompts, "quality", steps=2)
+    assert failed and len(data["memory"]["changes"]) == 1
+    assert "out of memory: this step is repeated" in text
