@@ -221,8 +221,7 @@ def main(results: Path, tree: Path) -> None:
 
             flat, told, refused, counters = asyncio.run(first())
             before = digests(client, fleet)
-            fleet.stop()
-            left = len(fleet.processes())
+            left = fleet.stop()
             fleet.start()
             fleet.wait_for_http()
             time.sleep(5)

@@ -165,15 +165,19 @@ class FleetProcess:
         """Ray's processes by the name they give themselves."""
         return [p for p in self.processes() if " ".join(_line(p)).startswith(start)]
 
-    def stop(self) -> None:
-        """As Ctrl-C does; what is left is killed."""
+    def stop(self) -> list[str]:
+        """As Ctrl-C does. What is left half a minute later is killed, and its names returned."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(90)
-        for each in self.processes():
+        _, left = psutil.wait_procs(self.processes(), 30)
+        names = [" ".join(_line(each))[:200] for each in left]
+        for each in left:
             with contextlib.suppress(psutil.Error):
                 each.kill()
+        psutil.wait_procs(left, 30)
+        return names
 
 
 def _line(process: psutil.Process) -> list[str]:

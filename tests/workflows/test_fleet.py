@@ -144,8 +144,7 @@ def test_results_outlive_the_fleet(fleet):
     before = asyncio.run(main(client_of))
     assert before[0] == 7
     secret = fleet.token
-    fleet.stop()
-    assert not fleet.processes()
+    assert fleet.stop() == []
     (fleet.folder / "later" / "out" / "p_00001_.png").unlink()
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{fleet.url}/health", timeout=5)
