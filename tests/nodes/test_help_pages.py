@@ -54,6 +54,9 @@ def faults(schema, page: str) -> list[str]:
         shown = (output.id, output.display_name or output.id)
         if not any(names(word, found.get("Outputs", "")) for word in shown):
             missing.append(f"output {shown[-1]} is not named under Outputs")
+    if re.search(r"^\| (input|output) \|[^|]*\|.*\|", page, flags=re.MULTILINE):
+        # The panel is 260 px wide: a third column is cut off.
+        missing.append("a table of inputs or outputs with three columns")
     return missing
 
 
@@ -75,6 +78,7 @@ def test_what_is_left_out_is_seen(schemas):
     assert faults(schema, page.replace("## Cost", "## Price")) == ["no section 'Cost'"]
     assert len(faults(schema, page.replace("![The node]", "![A picture]"))) == 1
     assert len(faults(schema, page.replace("**inverted**", "the rest"))) == 1
+    assert len(faults(schema, page.replace("| input |", "| input | unit |"))) == 1
     assert len(faults(schema, page.replace("# Grow Mask (px)\n", "# Grow\n"))) == 1
 
 
