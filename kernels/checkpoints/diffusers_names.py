@@ -57,11 +57,11 @@ _BACK_OUTSIDE = _turned(OUTSIDE | _BARE_OUTSIDE)
 _BACK_INSIDE = _turned(INSIDE | _BARE_INSIDE)
 
 
-def to_diffusers(layer: str) -> str:
-    """The diffusers name of a layer given by its original name, such as blocks.0.self_attn.q; a
-    name that is in no table stays.
+def to_diffusers(name: str) -> str:
+    """The diffusers name of a layer or tensor given by its original name, such as
+    blocks.0.self_attn.q, whatever follows the layer's name; a name that is in no table stays.
     """
-    return _renamed(layer, OUTSIDE, INSIDE)
+    return _renamed(name, OUTSIDE | _BARE_OUTSIDE, INSIDE | _BARE_INSIDE)
 
 
 def to_original(name: str) -> str:

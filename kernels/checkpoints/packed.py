@@ -32,6 +32,9 @@ LIGHTX2V_PAIRS = (("alpha", "input_global_scale"), ("weight_global_scale", "inpu
 LIGHTX2V = tuple(leaf for pair in LIGHTX2V_PAIRS for leaf in pair)
 # The largest value that NVFP4 with e4m3 block scales holds: 6 x 448.
 NVFP4_LARGEST = 2688.0
+# AutoRound's own label for GPTQ's packing, whose first version it keeps to.
+AUTO_ROUND = ("auto-round", "intel/auto-round")
+AUTO_ROUND_GPTQ = "auto_round:auto_gptq"
 REPACK = "use a file that ComfyUI-Frugal lists in docs/wan-files.md"
 
 
@@ -51,6 +54,9 @@ def settings(file: str, metadata: Mapping[str, str]) -> dict[str, Any]:
                 "settings of GPTQ or AWQ",
                 "download the file and its settings again",
             )
+        gptq = found.get("packing_format") == AUTO_ROUND_GPTQ
+        if gptq and found.get("quant_method") in AUTO_ROUND:
+            found["quant_method"] = GPTQ
         if "checkpoint_format" not in found and "format" in found:
             found["checkpoint_format"] = found["format"]
     for key in ("checkpoint_format", "bits"):

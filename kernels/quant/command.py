@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from ..errors import FrugalError
-from . import formats
+from . import formats, gptq_layer
+from .calibration import read_calibration
 from .convert import Merge
 from .job import ALLOWED, Job, Progress, budget_bytes, run
+from .server_folder import ServerJob, export
 from .weights import Weights
 
 NAMES = {
@@ -24,6 +26,8 @@ NAMES = {
     "w4a8-g64": formats.W4A8_G64,
     "awq": formats.AWQ,
 }
+# Not a format of a file for ComfyUI but a folder for a server.
+SERVER = "vllm-int4"
 LoraReader = Callable[[Weights, Sequence[tuple[Path, float]]], Merge]
 WIDTH = 30
 
@@ -31,13 +35,17 @@ WIDTH = 30
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m frugal.quantize",
-        description="Writes a Wan model anew in ComfyUI's own quantised formats. An interrupted "
-        "run goes on when the same command is given again.",
+        description="Writes a Wan model anew in ComfyUI's own quantised formats, or in INT4 as a "
+        "folder for vLLM-Omni. An interrupted run goes on when the same command is given again.",
     )
     found.add_argument("source", type=Path, help="a model file, or the index of a model in parts")
-    found.add_argument("target", type=Path, help="the safetensors file to write")
+    found.add_argument(
+        "target", type=Path, help=f"the safetensors file to write; the folder with --to {SERVER}"
+    )
     goal = found.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--to", choices=NAMES, help="format of the large layers of the blocks")
+    goal.add_argument(
+        "--to", choices=[*NAMES, SERVER], help="format of the large layers of the blocks"
+    )
     goal.add_argument(
         "--budget",
         type=float,
@@ -58,6 +66,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE:STRENGTH",
         help="merge a LoRA before quantising; may be given more than once; needs ComfyUI",
     )
+    found.add_argument(
+        "--rest",
+        type=Path,
+        metavar="FOLDER",
+        help=f"with --to {SERVER}: the unquantised model as diffusers saves it, whose other parts "
+        "are taken over (default: the transformer alone is written)",
+    )
+    found.add_argument(
+        "--group-size",
+        type=int,
+        choices=gptq_layer.GROUPS,
+        default=gptq_layer.GROUPS[-1],
+        help=f"with --to {SERVER}: weights that share a scale (default: %(default)s)",
+    )
     found.add_argument("--report", action="store_true", help="measure every layer's error")
     found.add_argument("--device", default=None, help="where to compute (default: cuda, else cpu)")
     found.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
@@ -70,10 +92,18 @@ def main(arguments: Sequence[str] | None = None, loras: LoraReader | None = None
     """
     given = parser().parse_args(arguments)
     try:
-        job = _job(given)
         wanted = [_lora(text) for text in given.lora]
-        with _Bar() as bar:
-            outcome = run(job, lambda weights: _merge(weights, wanted, loras), bar)
+
+        def merge_for(weights: Weights) -> Merge | None:
+            return _merge(weights, wanted, loras)
+
+        if given.to == SERVER:
+            job = _server_job(given)
+            with _Bar() as bar:
+                outcome = export(job, merge_for, lambda done, total: bar("write", done, total))
+        else:
+            with _Bar() as bar:
+                outcome = run(_job(given), merge_for, bar)
     except FrugalError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1
@@ -88,6 +118,8 @@ def main(arguments: Sequence[str] | None = None, loras: LoraReader | None = None
 
 
 def _job(given: argparse.Namespace) -> Job:
+    if given.rest is not None:
+        raise FrugalError(f"--rest without --to {SERVER}", "a folder for a server", "leave it out")
     allowed = []
     for name in filter(None, given.allow.split(",")):
         if name.strip() not in NAMES:
@@ -97,7 +129,6 @@ def _job(given: argparse.Namespace) -> Job:
                 "correct the command",
             )
         allowed.append(NAMES[name.strip()])
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Job(
         given.source,
         given.target,
@@ -105,10 +136,27 @@ def _job(given: argparse.Namespace) -> Job:
         budget_bytes(given.budget or 0),
         tuple(allowed),
         given.calibration,
-        device,
+        _device(given),
         given.overwrite,
         given.report,
     )
+
+
+def _server_job(given: argparse.Namespace) -> ServerJob:
+    if given.overwrite or given.report:
+        raise FrugalError(
+            f"--{'overwrite' if given.overwrite else 'report'} with --to {SERVER}",
+            "neither --overwrite nor --report, which are for files",
+            "leave it out, and delete a folder that is in the way yourself",
+        )
+    known = None if given.calibration is None else read_calibration(given.calibration)
+    return ServerJob(
+        given.source, given.target, given.rest, given.group_size, known, _device(given)
+    )
+
+
+def _device(given: argparse.Namespace) -> str:
+    return given.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _lora(text: str) -> tuple[Path, float]:

@@ -20,7 +20,7 @@ inputs on the same device give the same bytes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -278,18 +278,34 @@ def _w4a8(
 def _awq(
     target: str, weight: torch.Tensor, shape: Curvature, rotation: int, run: int
 ) -> dict[str, torch.Tensor]:
-    device, (out, inside) = shape.hessian.device, weight.shape
-    kind = formats.half(weight.dtype)
-    scales = torch.empty(inside // run, out, dtype=kind)
-    zeros, codes = torch.empty_like(scales), torch.empty(out, inside // 2, dtype=torch.int8)
-    runs = _run_order(shape.order, run).cpu()
-    places = torch.argsort(shape.order)
-    for rows, columns in parts(weight, shape, rotation):
-        grid = AffineGrid(columns.shape[1], inside, run, kind, device)
-        values = solve_rows(columns, shape, grid)
-        codes[rows] = formats.pack_nibbles(grid.codes(values)[:, places]).cpu()
-        scales[runs, rows], zeros[runs, rows] = grid.scales.cpu(), grid.zeros.cpu()
+    kind, device = formats.half(weight.dtype), shape.hessian.device
+
+    def grid(rows: int) -> AffineGrid:
+        return AffineGrid(rows, weight.shape[1], run, kind, device)
+
+    codes, scales, zeros = solve_affine(weight, shape, grid)
+    codes = formats.pack_nibbles(codes)
     return {"weight": codes, "weight_scale": scales, "weight_zeros": zeros}
+
+
+def solve_affine(
+    weight: torch.Tensor, shape: Curvature, make: Callable[[int], AffineGrid]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 0..15 [out, in], scales and zeros [groups, out] of a float weight [out, in], on
+    the CPU. make(rows): the grid for that many rows; `shape` was prepared with its run and without
+    rotation.
+    """
+    out, inside = weight.shape
+    codes, held = torch.empty(out, inside, dtype=torch.uint8), []
+    places = torch.argsort(shape.order)
+    for rows, columns in parts(weight, shape, 0):
+        grid = make(columns.shape[1])
+        values = solve_rows(columns, shape, grid)
+        codes[rows] = grid.codes(values)[:, places].cpu()
+        back = torch.argsort(_run_order(shape.order, grid.run))
+        held.append((grid.scales[back].cpu(), grid.zeros[back].cpu()))
+    scales, zeros = (torch.cat(part, dim=1) for part in zip(*held, strict=True))
+    return codes, scales, zeros
 
 
 def _run_order(order: torch.Tensor, run: int) -> torch.Tensor:

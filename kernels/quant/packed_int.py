@@ -90,6 +90,19 @@ def dequantise(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     return out.t()
 
 
+def pack_gptq(codes: torch.Tensor, scales: torch.Tensor, spec: PackedSpec) -> PackedWeight:
+    """A symmetric layer in GPTQ's packing: values q from 0 to `spec.largest` [rows, width], scales
+    [groups, rows], every zero point in the middle, w = (q - middle) * scale; inputs in their order.
+    """
+    middle = (spec.largest + 1) // 2 - spec.zero_offset
+    zeros = torch.full(scales.shape, middle, dtype=torch.int32, device=codes.device)
+    words = torch.empty(spec.words_shape(), dtype=torch.int32, device=codes.device)
+    for start, stop in _pieces(spec):
+        _store(words, codes[:, start:stop].t().int(), spec, start, stop)
+    g_idx = _groups(None, spec, 0, spec.width, codes.device).int()
+    return PackedWeight(words, scales, _pack(zeros, spec, along_rows=True), g_idx, spec)
+
+
 def requantise(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
     """Round a float weight [rows, width] to the nearest values of the same layout as `like`: same
     groups, new scales and zero points from each group's smallest and largest value (0 included, but

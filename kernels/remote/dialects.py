@@ -47,8 +47,8 @@ class VideoWish:
 
 @dataclass(frozen=True)
 class Dialect:
-    """body(wish): arguments of one request, made anew for each try. flow_shift: it has that
-    field.
+    """body(wish): arguments of one request, made anew for each try. flow_shift: the server heeds
+    that field for Wan. SGLang accepts it and does so for other models only.
     """
 
     name: str
@@ -130,7 +130,7 @@ def checked(wish: VideoWish, dialect: Dialect) -> VideoWish:
     if wish.flow_shift and not dialect.flow_shift:
         raise FrugalError(
             f"flow_shift {wish.flow_shift:g} for {dialect.name}",
-            "0, since it has no such field and uses the model's",
+            "0, since it takes none for Wan and uses its own",
             "set flow_shift to 0",
         )
     return replace(wish, prompt=wish.prompt.strip())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy.model_management
@@ -14,7 +14,7 @@ import folder_paths
 from ...kernels.errors import FrugalError
 from ...kernels.quant.convert import Merge
 from ...kernels.quant.curve_file import SUFFIX as CURVES
-from ...kernels.quant.job import Job, Outcome, run
+from ...kernels.quant.job import Job, Outcome, Progress, run
 from ...kernels.quant.quality import SUFFIX as QUALITY
 from ...kernels.quant.weights import Weights
 from .._models import FOLDER
@@ -87,29 +87,42 @@ def _folder() -> Path:
     return next((place for place in folders if place.name == FOLDER), folders[0])
 
 
-def convert(
-    job: Job, loras: list[tuple[Path, float]], say: Callable[[str], None] = lambda text: None
-) -> Outcome:
-    """Do a job with ComfyUI's progress bar and cancelling; `say` gets a line about the stage."""
-    if job.device.type != "cpu":
-        comfy.model_management.free_memory(MEMORY, job.device)
+def shown_progress(stages: Mapping[str, str], say: Callable[[str], None]) -> Progress:
+    """ComfyUI's progress bar, which also asks for its cancel button; `say` gets what `stages` calls
+    a stage when it begins.
+    """
     bar, last = comfy.utils.ProgressBar(TICKS), ["", -1]
 
     def progress(stage: str, done: float, total: float) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         tick = int(TICKS * done / total) if total else TICKS
         if stage != last[0]:
-            say({"measure": "measuring every layer in every format", "write": "writing"}[stage])
+            say(stages[stage])
         if [stage, tick] != last:
             last[:] = [stage, tick]
             bar.update_absolute(tick, TICKS)
 
-    def merge_for(weights: Weights) -> Merge | None:
-        return LoraMerge(weights, loras) if loras else None
+    return progress
+
+
+def merge_of(weights: Weights, loras: list[tuple[Path, float]]) -> Merge | None:
+    """The LoRA files with their strengths as changes to these weights."""
+    return LoraMerge(weights, loras) if loras else None
+
+
+def convert(
+    job: Job, loras: list[tuple[Path, float]], say: Callable[[str], None] = lambda text: None
+) -> Outcome:
+    """Do a job with ComfyUI's progress bar and cancelling; `say` gets a line about the stage."""
+    if job.device.type != "cpu":
+        comfy.model_management.free_memory(MEMORY, job.device)
+    progress = shown_progress(
+        {"measure": "measuring every layer in every format", "write": "writing"}, say
+    )
 
     ended = False
     try:
-        outcome = run(job, merge_for, progress)
+        outcome = run(job, lambda weights: merge_of(weights, loras), progress)
         ended = True
     finally:
         kept = [job.output.with_name(job.output.name + end) for end in (PART, CURVES)]

@@ -6,5 +6,12 @@ from .calibrate import FrugalCalibrate
 from .check import FrugalQualityCheck
 from .convert import FrugalQuantize
 from .lora_side import FrugalLoraSide
+from .server_export import FrugalServerExport
 
-NODES: list = [FrugalQuantize, FrugalCalibrate, FrugalQualityCheck, FrugalLoraSide]
+NODES: list = [
+    FrugalQuantize,
+    FrugalCalibrate,
+    FrugalQualityCheck,
+    FrugalLoraSide,
+    FrugalServerExport,
+]

@@ -1,0 +1,223 @@
+"""The video node and the INT4 export against the real vLLM-Omni, on a CPU with tiny Wan models.
+
+Random weights: this shows protocol, bytes and loading, never quality. Runs when asked for only, see
+docs/engines.md. One set of servers serves every ComfyUI found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from frugal.demo.comfy_server import ComfyServer
+from frugal.kernels.quant.server_folder import ServerJob, export
+from frugal.tests import engine_bed as bed
+
+pytestmark = pytest.mark.skipif(not bed.PYTHON, reason=bed.NEEDED)
+TREES = bed.TREES
+GROUP = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def t2v(folder):
+    return made(folder, "tiny-t2v")
+
+
+@pytest.fixture(scope="module")
+def i2v(folder):
+    return made(folder, "tiny-i2v", "image")
+
+
+def made(folder: Path, name: str, *kind: str) -> Path:
+    bed.inside(folder, str(bed.PLATFORM / "tiny_wan_folder.py"), str(folder / name), *kind)
+    index = folder / name / "model_index.json"
+    kept = json.loads(index.read_text())
+    # The I2V loader of 0.30 takes the mere key for a second model.
+    kept.pop("transformer_2", None)
+    index.write_text(json.dumps(kept))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def server(folder, t2v):
+    """vLLM-Omni with a text to video model."""
+    with bed.omni(folder, t2v, "tiny-t2v") as running:
+        bed.record("start", seconds=round(running.seconds, 1))
+        yield running
+
+
+@pytest.fixture(scope="module", params=TREES, ids=lambda tree: tree.name)
+def comfy(request, folder):
+    with bed.comfy(request.param, folder) as running:
+        yield running
+
+
+def film(comfy: ComfyServer, graph: dict) -> tuple[bytes, str, float]:
+    """The file that the video node left, its report, and seconds."""
+    began = time.monotonic()
+    result = comfy.run(graph)
+    assert (result.status, result.errors) == ("success", [])
+    [name] = {e["filename"] for _, e in result.files() if e["filename"].endswith(".mp4")}
+    assert sum(e["filename"].startswith("far") for _, e in result.files()) == 5
+    report = result.outputs["3"]["text"][0]
+    return (comfy.output / "video" / name).read_bytes(), report, time.monotonic() - began
+
+
+FILMS: dict[str, bytes] = {}
+
+
+def test_text_becomes_a_video(comfy, server):
+    data, report, seconds = film(comfy, bed.video_graph(server.url))
+    assert "5 frames of 64x64" in report and "note:" not in report, report
+    # The same wish from another ComfyUI is a job of its own, and the same bytes.
+    assert FILMS.setdefault("t2v", data) == data
+    other, *_ = film(comfy, bed.video_graph(server.url, seed=8))
+    assert other != data
+    bed.record(f"text to video, {comfy.tree.name}", seconds=round(seconds, 1), bytes=len(data))
+
+
+def test_the_same_order_again_is_not_made_twice(comfy, server):
+    graph = bed.video_graph(server.url, seed=21)
+    film(comfy, graph)
+    jobs = server.get("/videos?limit=100")[1]["data"]
+    # Another name of the file makes the node run again; for the server it is the same wish.
+    _, report, _ = film(comfy, bed.video_graph(server.url, seed=21, filename_prefix="video/again"))
+    assert "found the job of an earlier run again" in report
+    assert len(server.get("/videos?limit=100")[1]["data"]) == len(jobs)
+
+
+def test_what_the_server_refuses_or_ignores_is_said(comfy, server):
+    result = comfy.run(bed.video_graph(server.url, model="another"))
+    assert result.status == "error" and "another" in str(result.errors)
+    result = comfy.run(bed.video_graph(server.url, seed=31, key_variable=""))
+    assert result.status == "error" and "401" in str(result.errors)
+    graph = bed.video_graph(server.url, image=["4", 0])
+    graph["4"] = picture()
+    result = comfy.run(graph)
+    assert result.status == "error" and "take the image off" in str(result.errors)
+
+
+def picture() -> dict:
+    return {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0x3060C0},
+    }
+
+
+def during(comfy: ComfyServer, server: bed.Engine, graph: dict, act) -> tuple[object, str]:
+    """Run a graph and call `act` once its job is under way; the result, and the job."""
+    before = {job["id"] for job in server.get("/videos?limit=100")[1]["data"]}
+    seen: list[str] = []
+
+    def watch() -> None:
+        end = time.monotonic() + 300
+        while not seen and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                listed = server.get("/videos?limit=100")[1]["data"]
+                seen.extend(job["id"] for job in listed if job["id"] not in before)
+            time.sleep(0.1)
+        if seen:
+            act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = comfy.run(graph)
+    thread.join()
+    assert seen, "the job never came"
+    return result, seen[0]
+
+
+def test_cancel_takes_the_job_off(comfy, server):
+    graph = bed.video_graph(server.url, seed=41, steps=200, frames=17)
+    result, job = during(comfy, server, graph, comfy.interrupt)
+    assert result.status in ("error", "interrupted"), result
+    end = time.monotonic() + 30
+    while server.get(f"/videos/{job}")[0] != 404 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert server.get(f"/videos/{job}")[0] == 404
+    # The server works on the cancelled job to its end; the next one waits for it and is made.
+    _, _, seconds = film(comfy, bed.video_graph(server.url, seed=42))
+    bed.record(f"after a cancelled job, {comfy.tree.name}", seconds=round(seconds, 1))
+
+
+def test_a_killed_server_is_left_for_the_next(comfy, server, folder, t2v):
+    with bed.omni(folder, t2v, "tiny-t2v-2") as second:
+        both = f"{second.url}\n{server.url}"
+        _, report, _ = film(comfy, bed.video_graph(both, seed=51))
+        assert f"127.0.0.1:{second.port}" in report and "was left" not in report
+        graph = bed.video_graph(both, seed=52, steps=200, frames=17)
+        began = time.monotonic()
+        result, _ = during(comfy, second, graph, second.kill)
+        seconds = time.monotonic() - began
+    assert (result.status, result.errors) == ("success", [])
+    report = result.outputs["3"]["text"][0]
+    assert "was left" in report and f"made by 127.0.0.1:{server.port}" in report
+    # Down before the order is placed: the same.
+    _, report, _ = film(comfy, bed.video_graph(both, seed=53))
+    assert "was left" in report
+    bed.record(f"failover, {comfy.tree.name}", seconds=round(seconds, 1), report=report)
+
+
+@pytest.fixture(scope="module")
+def image_server(folder, i2v):
+    with bed.omni(folder, i2v, "tiny-i2v") as running:
+        yield running
+
+
+def test_a_picture_becomes_a_video(comfy, image_server):
+    result = comfy.run(bed.video_graph(image_server.url))
+    assert result.status == "error" and "connect an image" in str(result.errors)
+    graph = bed.video_graph(image_server.url, image=["4", 0])
+    graph["4"] = picture()
+    data, report, seconds = film(comfy, graph)
+    assert "5 frames of 64x64" in report and "note:" not in report, report
+    assert FILMS.setdefault("i2v", data) == data
+    graph["4"]["inputs"]["color"] = 0xC06030
+    assert film(comfy, graph)[0] != data
+    bed.record(f"image to video, {comfy.tree.name}", seconds=round(seconds, 1), bytes=len(data))
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_our_int4_folder_is_served(kind, request, folder, comfy):
+    if comfy.tree != TREES[-1]:
+        pytest.skip("the export is the same whatever the ComfyUI: once is enough")
+    plain = request.getfixturevalue(kind)
+    source = plain / "transformer" / "diffusion_pytorch_model.safetensors"
+    report = export(ServerJob(source, folder / f"{kind}-int4", plain, GROUP))
+    with bed.omni(folder, folder / f"{kind}-int4", f"tiny-{kind}-int4") as running:
+        graph = bed.video_graph(running.url)
+        if kind == "i2v":
+            graph["1"]["inputs"]["image"] = ["4", 0]
+            graph["4"] = picture()
+        data, told, _ = film(comfy, graph)
+        log = running.text()
+    assert "5 frames of 64x64" in told
+    assert "Using CPUWNA16LinearKernel" in log
+    # A tensor that it does not know is a warning there, and a layer of noise here.
+    assert "Skipping weight" not in log
+    # 4 bits move pixels, or they were not used.
+    assert data != FILMS.get(kind)
+    bed.record(f"INT4 export {kind}", layers=report.layers, group=GROUP, error=report.error)
+
+
+def test_two_ranks_give_the_same_bytes(comfy, server, folder, t2v):
+    if comfy.tree != TREES[-1]:
+        pytest.skip("the server is the same whatever the ComfyUI: once is enough")
+    alone, *_ = film(comfy, bed.video_graph(server.url))
+    two = ("--usp", "2", "--num-gpus", "2")
+    with bed.omni(folder, t2v, "tiny-t2v-ranks", *two, ranks=2) as running:
+        shared, *_ = film(comfy, bed.video_graph(running.url))
+        log = running.text()
+    assert "rank1" in log.lower().replace(" ", "").replace("_", "") or "SP1" in log
+    assert shared == alone
+    bed.record("two ranks (Ulysses)", identical=True, bytes=len(alone))
