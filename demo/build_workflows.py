@@ -32,6 +32,7 @@ from .quantize_graph import (
     calibrate_wan,
     quantize_wan,
 )
+from .remote_graph import REMOTE_GROUPS, REMOTE_NOTE, remote_video
 from .tiny_wan import build_demo_wan
 from .wan_graph import (
     CAUSAL_GROUPS,
@@ -357,6 +358,7 @@ def described() -> list[tuple[str, dict[str, Node], Note, list[Group]]]:
         ("wan_t2v_1.3b", wan_t2v(), T2V_NOTE, WAN_GROUPS),
         ("wan_i2v_14b_12gb", wan_i2v(), I2V_NOTE, WAN_GROUPS),
         ("causal_video", causal_video(), CAUSAL_NOTE, CAUSAL_GROUPS),
+        ("remote_video", remote_video(), REMOTE_NOTE, REMOTE_GROUPS),
     ]
 
 

@@ -25,7 +25,7 @@ PYTHON = os.environ.get("FRUGAL_VLLM_OMNI", "")
 RESULTS = os.environ.get("FRUGAL_ENGINE_RESULTS", "")
 NEEDED = "real servers: set FRUGAL_VLLM_OMNI to the Python of an environment with vLLM-Omni"
 PLATFORM = Path(__file__).resolve().parent / "omni_cpu"
-BOOT_SECONDS = 600
+BOOT_SECONDS = 1500
 KEY_VARIABLE, KEY = "FRUGAL_TEST_KEY", "a-key-for-loopback"
 VLLM = "0.30.0+cpu"
 # Every ComfyUI found, oldest first.
@@ -131,7 +131,9 @@ class Engine:
 
     def get(self, path: str) -> tuple[int, Any]:
         """Status and JSON of a GET with the key."""
-        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
+        request = urllib.request.Request(
+            self.url + path, headers={"Authorization": f"Bearer {KEY}"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.loads(answer.read())

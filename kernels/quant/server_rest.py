@@ -1,4 +1,4 @@
-"""What a diffusers folder of Wan holds beside its transformer: checked, and taken over into another."""
+"""What a diffusers folder of Wan holds beside its transformer: checked, and taken to another."""
 
 from __future__ import annotations
 

@@ -62,6 +62,12 @@ def comfy(request, folder):
         yield running
 
 
+def once(comfy: ComfyServer) -> None:
+    """Skip for all but the newest ComfyUI what costs the start of a server and is the same in all."""
+    if comfy.tree != TREES[-1]:
+        pytest.skip("the same in every ComfyUI, so once is enough")
+
+
 def film(comfy: ComfyServer, graph: dict) -> tuple[bytes, str, float]:
     """The file that the video node left, its report, and seconds."""
     began = time.monotonic()
@@ -151,6 +157,7 @@ def test_cancel_takes_the_job_off(comfy, server):
 
 
 def test_a_killed_server_is_left_for_the_next(comfy, server, folder, t2v):
+    once(comfy)
     with bed.omni(folder, t2v, "tiny-t2v-2") as second:
         both = f"{second.url}\n{server.url}"
         _, report, _ = film(comfy, bed.video_graph(both, seed=51))
@@ -189,8 +196,7 @@ def test_a_picture_becomes_a_video(comfy, image_server):
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_our_int4_folder_is_served(kind, request, folder, comfy):
-    if comfy.tree != TREES[-1]:
-        pytest.skip("the export is the same whatever the ComfyUI: once is enough")
+    once(comfy)
     plain = request.getfixturevalue(kind)
     source = plain / "transformer" / "diffusion_pytorch_model.safetensors"
     report = export(ServerJob(source, folder / f"{kind}-int4", plain, GROUP))
@@ -211,8 +217,7 @@ def test_our_int4_folder_is_served(kind, request, folder, comfy):
 
 
 def test_two_ranks_give_the_same_bytes(comfy, server, folder, t2v):
-    if comfy.tree != TREES[-1]:
-        pytest.skip("the server is the same whatever the ComfyUI: once is enough")
+    once(comfy)
     alone, *_ = film(comfy, bed.video_graph(server.url))
     two = ("--usp", "2", "--num-gpus", "2")
     with bed.omni(folder, t2v, "tiny-t2v-ranks", *two, ranks=2) as running:

@@ -1,0 +1,81 @@
+"""The graph that lets servers work: one extends the prompt, one makes the video."""
+
+from __future__ import annotations
+
+from .graph_builder import Group, Node, Note
+from .wan_graph import NEGATIVE
+
+PROMPT = "a red fox walks through fresh snow"
+SHOWN = (420, 260)
+
+
+def _film(prefix: str, links: dict[str, tuple[str, int]], title: str, muted: bool = False) -> Node:
+    values = {
+        "negative_prompt": NEGATIVE,
+        "flow_shift": 3.0,
+        "seed": 7,
+        "filename_prefix": f"frugal/{prefix}",
+    }
+    return Node("FrugalRemoteVideo", 1, values, links, title=title, size=(440, 720), muted=muted)
+
+
+def remote_video() -> dict[str, Node]:
+    """Words -> a language model's words -> a video from text; and, muted, one from a picture."""
+    return {
+        "extend": Node(
+            "FrugalPromptExtend",
+            0,
+            {"text": PROMPT},
+            title="Your prompt, extended by a language model",
+            size=(420, 480),
+        ),
+        "words": Node(
+            "PreviewAny", 0, {}, {"source": ("extend", 0)}, title="What the video gets", size=SHOWN
+        ),
+        "picture": Node(
+            "LoadImage", 0, {"image": "example.png"}, title="First frame", size=(340, 340),
+            muted=True,
+        ),
+        "film": _film("remote", {"prompt": ("extend", 0)}, "Text to video"),
+        "film_from_picture": _film(
+            "remote_i2v",
+            {"prompt": ("extend", 0), "image": ("picture", 0)},
+            "Image to video (muted)",
+            muted=True,
+        ),
+        "told": Node(
+            "PreviewAny", 2, {}, {"source": ("film", 2)}, title="Who made it", size=SHOWN
+        ),
+    }  # fmt: skip
+
+
+REMOTE_GROUPS = [
+    Group("1. Prompt", 0, 0),
+    Group("2. Video", 1, 1, "#3f9e6b"),
+    Group("3. Report", 2, 2, "#9e6b3f"),
+]
+REMOTE_NOTE = Note(
+    """## Two servers do the work
+
+Nothing is loaded on this machine. Start a server for each part, then type its address:
+
+- **Prompt**: any OpenAI-compatible server, such as
+  `vllm serve Qwen/Qwen3-4B --port 8000`. Without one the prompt goes on as it is, and the node says
+  why.
+- **Video**: `vllm serve Wan-AI/Wan2.1-T2V-1.3B-Diffusers --omni --port 8091` (with vllm-omni), or
+  TensorRT-LLM or SGLang: set **dialect**. Several addresses, one per line: a server that is gone or
+  full is left for the next.
+
+Prompt and picture are sent to these addresses, and to no other. A server with a key: put the key
+into an environment variable, and the variable's NAME into **key_variable**.
+
+**flow_shift** 3 is for 480p, 5 for 720p; TensorRT-LLM and SGLang take 0 only.
+
+For image to video start a server with an I2V model, unmute the picture and the lower video node
+(Ctrl+M), mute the upper one, and set **task** of the first node.
+
+The video is in `output/frugal` as the server sent it. Which server for which machine:
+`docs/engines.md`.""",
+    2,
+    (440, 560),
+)
