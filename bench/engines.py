@@ -4,6 +4,7 @@
                                           docs/engines.md for how to make one
 
 Runs tests/engines with every ComfyUI in the cache folder and keeps what passed and what was seen.
+Further arguments go to pytest; such a part of the run is added to the results of the others.
 Models have random weights but for SmolLM2 135M, and run on the CPU: seconds are upper bounds of a
 machine, bytes and protocol are what counts.
 """
@@ -52,20 +53,28 @@ def main(python: str, *arguments: str) -> int:
             outcomes[found.group(1)] = found.group(2).lower()
         closing = line
     code = process.wait()
+    path = harness.RESULTS / "engines.json"
+    held = json.loads(path.read_text()) if arguments and path.exists() else {}
+    if held.get("versions") != json.loads(versions.stdout):
+        held = {}
+    run = {
+        "commit": harness.commit(),
+        "arguments": arguments,
+        "seconds": round(time.monotonic() - began),
+        "closing": closing.strip(" =\n"),
+    }
     result = {
         "what": "FrugalRemoteVideo, FrugalPromptExtend and the INT4 export against real servers "
         "on a CPU, tiny random models: protocol and bytes, never quality; seconds are upper bounds",
-        "commit": harness.commit(),
         "command": "python bench/engines.py PYTHON",
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "versions": json.loads(versions.stdout),
-        "seconds": round(time.monotonic() - began),
-        "closing": closing.strip(" =\n"),
-        "tests": outcomes,
-        "seen": json.loads(seen.read_text()) if seen.exists() else {},
+        "runs": [*held.get("runs", []), run],
+        "tests": held.get("tests", {}) | outcomes,
+        "seen": held.get("seen", {}) | (json.loads(seen.read_text()) if seen.exists() else {}),
     }
-    harness.write(harness.RESULTS / "engines.json", result)
+    harness.write(path, result)
     return code
 
 
