@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from frugal.demo import comfy_server
 from frugal.demo.comfy_server import ComfyServer, free_port
 from frugal.dev import CACHE
 
@@ -27,6 +29,7 @@ NEEDED = "real servers: set FRUGAL_VLLM_OMNI to the Python of an environment wit
 PLATFORM = Path(__file__).resolve().parent / "omni_cpu"
 BOOT_SECONDS = 1500
 KEY_VARIABLE, KEY = "FRUGAL_TEST_KEY", "a-key-for-loopback"
+RECORDING = threading.Lock()
 VLLM = "0.30.0+cpu"
 # Every ComfyUI found, oldest first.
 TREES = sorted(path.parent for path in CACHE.glob("*/main.py"))
@@ -36,8 +39,9 @@ def record(name: str, **facts: Any) -> None:
     """Keep what a test saw, for the file that FRUGAL_ENGINE_RESULTS names."""
     if RESULTS:
         path = Path(RESULTS)
-        held = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(held | {name: facts}, indent=1) + "\n")
+        with RECORDING:
+            held = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(held | {name: facts}, indent=1) + "\n")
 
 
 def shim(folder: Path) -> str:
@@ -87,9 +91,11 @@ class Engine:
         self._command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
         self._environment = environment(folder, ranks)
         self._process: subprocess.Popen | None = None
+        self._up, self._stopped = threading.Event(), False
         self.seconds = 0.0
 
-    def __enter__(self) -> Engine:
+    def start(self) -> None:
+        """Start the process and wait until it answers."""
         began = time.monotonic()
         with self.log.open("wb") as log:
             # A session of its own, since it has children that must end with it.
@@ -100,13 +106,24 @@ class Engine:
             )  # fmt: skip
         try:
             while not self._healthy():
-                assert self._process.poll() is None, self.text()[-4000:]
+                assert not self._stopped and self._process.poll() is None, self.text()[-4000:]
                 assert time.monotonic() - began < BOOT_SECONDS, self.text()[-4000:]
                 time.sleep(1)
         except BaseException:
             self.kill()
             raise
         self.seconds = time.monotonic() - began
+        self._up.set()
+
+    def ready(self) -> Engine:
+        """The server, once another thread has started it."""
+        end = time.monotonic() + 3 * BOOT_SECONDS
+        while not self._up.wait(1):
+            assert not self._stopped and time.monotonic() < end, self.text()[-4000:]
+        return self
+
+    def __enter__(self) -> Engine:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,6 +137,7 @@ class Engine:
 
     def kill(self) -> None:
         """End the process and its children at once, as a crash does."""
+        self._stopped = True
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -127,7 +145,7 @@ class Engine:
             process.wait()
 
     def text(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def get(self, path: str) -> tuple[int, Any]:
         """Status and JSON of a GET with the key."""
@@ -141,6 +159,29 @@ class Engine:
             return error.code, None
 
 
+@contextlib.contextmanager
+def one_by_one(engines: dict[str, Engine]) -> Iterator[dict[str, Engine]]:
+    """Start servers in a thread, each when the one before is up: see Engine.ready."""
+
+    def chain() -> None:
+        for name, engine in engines.items():
+            try:
+                engine.start()
+                record(f"start of {name}", seconds=round(engine.seconds, 1))
+            except (AssertionError, OSError):
+                # The test that wants it tells; the others have theirs.
+                engine.kill()
+
+    thread = threading.Thread(target=chain)
+    thread.start()
+    try:
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.kill()
+        thread.join()
+
+
 def omni(folder: Path, model: Path, name: str, *arguments: str, ranks: int = 1) -> Engine:
     """vLLM-Omni with a diffusers folder, which it calls `name`."""
     command = ["-m", "vllm_omni.entrypoints.cli.main", "serve", str(model), "--omni"]
@@ -152,6 +193,8 @@ def omni(folder: Path, model: Path, name: str, *arguments: str, ranks: int = 1) 
 def comfy(tree: Path, folder: Path) -> Iterator[ComfyServer]:
     """A real ComfyUI that knows the servers' key by KEY_VARIABLE."""
     os.environ[KEY_VARIABLE] = KEY
+    # The machine has the servers to carry besides.
+    comfy_server.BOOT_SECONDS = BOOT_SECONDS
     try:
         with ComfyServer(tree, folder / tree.name) as running:
             yield running

@@ -29,13 +29,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def t2v(folder):
-    return made(folder, "tiny-t2v")
-
-
-@pytest.fixture(scope="module")
-def i2v(folder):
-    return made(folder, "tiny-i2v", "image")
+def engines(folder):
+    """Every server that is needed; they start one after the other while the tests begin."""
+    t2v, i2v = made(folder, "tiny-t2v"), made(folder, "tiny-i2v", "image")
+    two = ("--usp", "2", "--num-gpus", "2")
+    servers = {
+        "text to video": bed.omni(folder, t2v, "tiny-t2v"),
+        "INT4 text to video": bed.omni(folder, exported(folder, t2v), "tiny-t2v-int4"),
+        "INT4 image to video": bed.omni(folder, exported(folder, i2v), "tiny-i2v-int4"),
+        "two ranks": bed.omni(folder, t2v, "tiny-t2v-ranks", *two, ranks=2),
+    }
+    with bed.one_by_one(servers) as running:
+        yield running
 
 
 def made(folder: Path, name: str, *kind: str) -> Path:
@@ -48,16 +53,25 @@ def made(folder: Path, name: str, *kind: str) -> Path:
     return folder / name
 
 
-@pytest.fixture(scope="module")
-def server(folder, t2v):
+@pytest.fixture
+def server(engines):
     """vLLM-Omni with a text to video model."""
-    with bed.omni(folder, t2v, "tiny-t2v") as running:
-        bed.record("start", seconds=round(running.seconds, 1))
-        yield running
+    return engines["text to video"].ready()
+
+
+@pytest.fixture
+def int4_server(engines):
+    return engines["INT4 text to video"].ready()
+
+
+@pytest.fixture
+def image_server(engines):
+    """An image to video model, in our INT4 too: one start for both."""
+    return engines["INT4 image to video"].ready()
 
 
 @pytest.fixture(scope="module", params=TREES, ids=lambda tree: tree.name)
-def comfy(request, folder):
+def comfy(request, folder, engines):
     with bed.comfy(request.param, folder) as running:
         yield running
 
@@ -172,12 +186,6 @@ def check_int4(running: bed.Engine) -> None:
     assert "Skipping weight" not in log
 
 
-@pytest.fixture(scope="module")
-def int4_server(folder, t2v):
-    with bed.omni(folder, exported(folder, t2v), "tiny-t2v-int4") as running:
-        yield running
-
-
 def test_our_int4_folder_is_served(comfy, server, int4_server):
     once(comfy)
     data, report, _ = film(comfy, bed.video_graph(int4_server.url))
@@ -207,25 +215,6 @@ def test_a_killed_server_is_left_for_the_next(comfy, server, int4_server):
     bed.record("failover", seconds=round(seconds, 1), report=report)
 
 
-def test_two_ranks_give_the_same_bytes(comfy, server, folder, t2v):
-    once(comfy)
-    alone, *_ = film(comfy, bed.video_graph(server.url))
-    two = ("--usp", "2", "--num-gpus", "2")
-    with bed.omni(folder, t2v, "tiny-t2v-ranks", *two, ranks=2) as running:
-        shared, *_ = film(comfy, bed.video_graph(running.url))
-        log = running.text()
-    assert "Worker 1: Initialized device" in log
-    assert shared == alone
-    bed.record("two ranks (Ulysses)", identical=True, bytes=len(alone))
-
-
-@pytest.fixture(scope="module")
-def image_server(folder, i2v):
-    """An image to video model, in our INT4 too: one start for both."""
-    with bed.omni(folder, exported(folder, i2v), "tiny-i2v-int4") as running:
-        yield running
-
-
 def test_a_picture_becomes_a_video(comfy, image_server):
     result = comfy.run(bed.video_graph(image_server.url))
     assert result.status == "error" and "connect an image" in str(result.errors)
@@ -238,3 +227,13 @@ def test_a_picture_becomes_a_video(comfy, image_server):
     assert film(comfy, graph)[0] != data
     check_int4(image_server)
     bed.record(f"image to video, {comfy.tree.name}", seconds=round(seconds, 1), bytes=len(data))
+
+
+def test_two_ranks_give_the_same_bytes(comfy, engines, server):
+    once(comfy)
+    alone, *_ = film(comfy, bed.video_graph(server.url))
+    both = engines["two ranks"].ready()
+    shared, *_ = film(comfy, bed.video_graph(both.url))
+    assert "Worker 1: Initialized device" in both.text()
+    assert shared == alone
+    bed.record("two ranks (Ulysses)", identical=True, bytes=len(alone))
