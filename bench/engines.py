@@ -41,7 +41,9 @@ def main(python: str, *arguments: str) -> int:
         "FRUGAL_VLLM_OMNI": python,
         "FRUGAL_ENGINE_RESULTS": str(seen),
     }
-    command = [sys.executable, "-P", "-m", "pytest", "-v", "tests/engines", *arguments]
+    named = [each for each in arguments if each.startswith("tests/")]
+    chosen = [*([] if named else ["tests/engines"]), *arguments]
+    command = [sys.executable, "-P", "-m", "pytest", "-v", *chosen]
     began, outcomes, closing = time.monotonic(), {}, ""
     process = subprocess.Popen(
         command, cwd=harness.ROOT, env=environment, stdout=subprocess.PIPE, text=True

@@ -10,17 +10,9 @@ from ...kernels.quant import formats
 from ...kernels.quant.job import Job, budget_bytes
 from ...kernels.quant.quality_picture import picture
 from .._comfy import CATEGORY, known, show_text
-from .._models import (
-    FOLDER,
-    WAN_PAGE,
-    file_path,
-    fingerprint,
-    model_names,
-    model_path,
-    offered,
-    state_of,
-)
+from .._models import FOLDER, WAN_PAGE, model_names, model_path, offered
 from . import glue
+from .ports import calibration_input, calibration_path, lora_inputs, loras, state
 
 BUDGET = "a size"
 ENDINGS = {
@@ -83,29 +75,8 @@ class FrugalQuantize(io.ComfyNode):
                     )
                     for name, (label, default, text) in ALLOW.items()
                 ),
-                io.Combo.Input(
-                    "calibration",
-                    options=glue.files(glue.CALIBRATION),
-                    default=glue.NONE,
-                    tooltip=(
-                        "What the layers' inputs look like, from the calibration node. With it, "
-                        "values are chosen for the least error of the outputs."
-                    ),
-                ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=glue.files("loras"),
-                    default=glue.NONE,
-                    tooltip="A LoRA to merge before quantising.",
-                ),
-                io.Float.Input(
-                    "lora_strength",
-                    default=1.0,
-                    min=-20.0,
-                    max=20.0,
-                    step=0.01,
-                    tooltip="Strength of the LoRA, 1 as trained.",
-                ),
+                calibration_input("values are chosen for the least error of the outputs."),
+                *lora_inputs(),
                 io.Boolean.Input(
                     "measure",
                     default=True,
@@ -137,9 +108,7 @@ class FrugalQuantize(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, calibration, lora_name, **_):
-        beside = ((glue.CALIBRATION, calibration), ("loras", lora_name))
-        paths = [file_path(kind, name) for kind, name in beside if name != glue.NONE]
-        return f"{fingerprint(model_name)};{state_of(*paths)}"
+        return state(model_name, calibration, lora_name)
 
     @classmethod
     def validate_inputs(cls, model_name=None):
@@ -161,24 +130,19 @@ class FrugalQuantize(io.ComfyNode):
     ) -> io.NodeOutput:
         ending = f"{size_gb:g}GB" if to == BUDGET else ENDINGS[to]
         path = glue.output_path(filename_prefix, ending)
-        loras = []
-        if lora_name != glue.NONE:
-            loras.append((file_path("loras", lora_name), lora_strength))
-        chosen = None
-        if calibration != glue.NONE:
-            chosen = file_path(glue.CALIBRATION, calibration)
         job = Job(
             model_path(model_name),
             path,
             None if to == BUDGET else to,
             budget_bytes(size_gb),
             (formats.BF16, *(label for name, (label, *_) in ALLOW.items() if allowed[name])),
-            chosen,
+            calibration_path(calibration),
             comfy.model_management.get_torch_device(),
             overwrite,
             measure,
         )
-        outcome = glue.convert(job, loras, lambda text: show_text(cls.hidden.unique_id, text))
+        merged = loras(lora_name, lora_strength)
+        outcome = glue.convert(job, merged, lambda text: show_text(cls.hidden.unique_id, text))
         text = outcome.text()
         show_text(cls.hidden.unique_id, text)
         chart = torch.zeros(1, 64, 64, 3)

@@ -9,8 +9,9 @@ from ...kernels.quant.calibration import read_calibration
 from ...kernels.quant.gptq_layer import GROUPS
 from ...kernels.quant.server_folder import ServerJob
 from .._comfy import CATEGORY, known, show_text
-from .._models import file_path, fingerprint, model_names, model_path, state_of
+from .._models import FOLDER, WAN_PAGE, model_names, model_path, offered
 from . import glue, server_glue
+from .ports import calibration_input, calibration_path, lora_inputs, loras, state
 
 
 class FrugalServerExport(io.ComfyNode):
@@ -40,35 +41,14 @@ class FrugalServerExport(io.ComfyNode):
                         "encoder and so on are taken over. none: only the transformer is written."
                     ),
                 ),
-                io.Combo.Input(
-                    "calibration",
-                    options=glue.files(glue.CALIBRATION),
-                    default=glue.NONE,
-                    tooltip=(
-                        "What the layers' inputs look like, from the calibration node. With it, "
-                        "values are chosen by GPTQ for the least error of the outputs."
-                    ),
-                ),
+                calibration_input("values are chosen by GPTQ for the least error of the outputs."),
                 io.Combo.Input(
                     "group_size",
                     options=[str(group) for group in GROUPS],
                     default=str(GROUPS[-1]),
                     tooltip="Weights that share a scale. 32 is most exact and 5 % larger.",
                 ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=glue.files("loras"),
-                    default=glue.NONE,
-                    tooltip="A LoRA to merge before quantising.",
-                ),
-                io.Float.Input(
-                    "lora_strength",
-                    default=1.0,
-                    min=-20.0,
-                    max=20.0,
-                    step=0.01,
-                    tooltip="Strength of the LoRA, 1 as trained.",
-                ),
+                *lora_inputs(),
                 io.String.Input(
                     "folder_name",
                     default="wan_int4",
@@ -88,30 +68,31 @@ class FrugalServerExport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, calibration, lora_name, **_):
-        beside = ((glue.CALIBRATION, calibration), ("loras", lora_name))
-        paths = [file_path(kind, name) for kind, name in beside if name != glue.NONE]
-        return f"{fingerprint(model_name)};{state_of(*paths)}"
+        return state(model_name, calibration, lora_name)
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        return offered(model_name, model_names(), FOLDER, WAN_PAGE)
 
     @classmethod
     def execute(
         cls, model_name, rest, calibration, group_size, lora_name, lora_strength, folder_name
     ) -> io.NodeOutput:
         folder = server_glue.output_folder(folder_name)
-        loras = []
-        if lora_name != glue.NONE:
-            loras.append((file_path("loras", lora_name), lora_strength))
-        known_inputs = None
-        if calibration != glue.NONE:
-            known_inputs = read_calibration(file_path(glue.CALIBRATION, calibration))
+        recorded = calibration_path(calibration)
         job = ServerJob(
             model_path(model_name),
             folder,
             server_glue.folder_path(rest),
             int(group_size),
-            known_inputs,
+            None if recorded is None else read_calibration(recorded),
             comfy.model_management.get_torch_device(),
         )
-        report = server_glue.write(job, loras, lambda text: show_text(cls.hidden.unique_id, text))
+        report = server_glue.write(
+            job,
+            loras(lora_name, lora_strength),
+            lambda text: show_text(cls.hidden.unique_id, text),
+        )
         text = report.text()
         show_text(cls.hidden.unique_id, text)
         return io.NodeOutput(str(folder), text, ui=ui.PreviewText(text))
