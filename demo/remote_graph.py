@@ -55,7 +55,7 @@ REMOTE_GROUPS = [
     Group("3. Report", 2, 2, "#9e6b3f"),
 ]
 REMOTE_NOTE = Note(
-    """## Two servers do the work
+    """## A video made by servers
 
 Nothing is loaded on this machine. Start a server for each part, then type its address:
 

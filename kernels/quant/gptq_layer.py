@@ -3,8 +3,9 @@
     w[n, k] = (q[n, k] - 8) * s[k / group, n],  q from 0 to 15
 
 stored as AutoGPTQ's first format has it (packed_int): words `qweight`, zero points `qzeros` one
-below their value, `scales` in float16, and `g_idx` that numbers the groups in the order of the
-inputs (desc_act off). vLLM's kernels want groups of 32, 64 or 128 and sides in multiples of 32.
+below their value, `scales` in float16. Inputs stay in their order (desc_act off), so there is no
+`g_idx`: vLLM-Omni 0.30 warns of one. vLLM's kernels want groups of 32, 64 or 128 and sides in
+multiples of 32.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ def leaves(shape: tuple[int, int], group: int) -> formats.Leaves:
     return {
         "qweight": (torch.int32, (inside // 8, out)),
         "qzeros": (torch.int32, (inside // group, out // 8)),
-        "g_idx": (torch.int32, (inside,)),
         "scales": (torch.float16, (inside // group, out)),
     }
 
@@ -88,19 +88,13 @@ def encode(
             "download the model again",
         )
     packed = pack_gptq(codes, scales, spec(shape, group))
-    assert packed.g_idx is not None
-    return {
-        "qweight": packed.words,
-        "qzeros": packed.zeros,
-        "g_idx": packed.g_idx,
-        "scales": packed.scales,
-    }
+    return {"qweight": packed.words, "qzeros": packed.zeros, "scales": packed.scales}
 
 
 def decode(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], group: int) -> torch.Tensor:
     """The float32 weight [out, in] that the tensors of `leaves` stand for."""
-    words, zeros, index, scales = (tensors[leaf] for leaf in leaves(shape, group))
-    return dequantise(PackedWeight(words, scales, zeros, index, spec(shape, group)), torch.float32)
+    words, zeros, scales = (tensors[leaf] for leaf in leaves(shape, group))
+    return dequantise(PackedWeight(words, scales, zeros, None, spec(shape, group)), torch.float32)
 
 
 def spec(shape: tuple[int, int], group: int) -> PackedSpec:

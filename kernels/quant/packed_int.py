@@ -99,8 +99,7 @@ def pack_gptq(codes: torch.Tensor, scales: torch.Tensor, spec: PackedSpec) -> Pa
     words = torch.empty(spec.words_shape(), dtype=torch.int32, device=codes.device)
     for start, stop in _pieces(spec):
         _store(words, codes[:, start:stop].t().int(), spec, start, stop)
-    g_idx = _groups(None, spec, 0, spec.width, codes.device).int()
-    return PackedWeight(words, scales, _pack(zeros, spec, along_rows=True), g_idx, spec)
+    return PackedWeight(words, scales, _pack(zeros, spec, along_rows=True), None, spec)
 
 
 def requantise(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:

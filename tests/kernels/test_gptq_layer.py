@@ -43,9 +43,8 @@ def test_the_words_say_what_was_chosen(bed, group, calibrated):
         shape, group
     )
     assert np.array_equal(gptq_layer.decode(made, shape, group).numpy(), unpacked(made, group))
-    # Symmetric: all zero points in the middle; the order of the inputs is kept.
+    # Symmetric: all zero points in the middle.
     assert set(made["qzeros"].unique().tolist()) == {0x77777777}
-    assert made["g_idx"].tolist() == [k // group for k in range(shape[1])]
     # A server that computes in bfloat16 reads the scales without rounding them.
     assert torch.equal(made["scales"].bfloat16().float(), made["scales"].float())
 

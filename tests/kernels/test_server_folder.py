@@ -21,7 +21,7 @@ T2V = bed.variant(bed.T2V, dim=128, ffn_dim=256, layers=1)
 I2V = bed.variant(bed.I2V, dim=128, ffn_dim=256, layers=1)
 KINDS = {"t2v": (T2V, "WanPipeline"), "i2v": (I2V, "WanImageToVideoPipeline")}
 GROUP = 64
-PACKED = ("qweight", "qzeros", "g_idx", "scales")
+PACKED = ("qweight", "qzeros", "scales")
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -2,7 +2,8 @@
 
 Runs inside the server's environment, not in the pack's. What differs from a card: memory is the
 machine's, attention is torch's, finished videos are packed without a second stream, and the INT4
-kernel, which wants matrices, gets its inputs flattened.
+kernel, which wants matrices, gets its inputs flattened. vLLM builds that kernel for AVX-512 only:
+elsewhere the weights that it was given are unpacked by vLLM's own function and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 CPU = torch.device("cpu")
+BY_TORCH = "INT4 products by torch: vLLM has no kernel for this processor"
 
 
 class CpuOmniPlatform(OmniPlatform, CpuPlatform):
@@ -98,7 +100,10 @@ def _flatten_int4() -> None:
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 
     inner = CPUWNA16LinearKernel.apply_weights
-    if inner.__name__ == "flattened":
+    if inner.__name__ in ("flattened", "multiplied"):
+        return
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        _multiply_by_torch(CPUWNA16LinearKernel)
         return
 
     def flattened(self, layer, x, bias=None):
@@ -106,6 +111,26 @@ def _flatten_int4() -> None:
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     CPUWNA16LinearKernel.apply_weights = flattened
+
+
+def _multiply_by_torch(kernel: type) -> None:
+    from vllm.model_executor.layers.quantization.utils.quant_utils import (
+        unpack_quantized_values_into_int32,
+    )
+
+    print(BY_TORCH, flush=True)  # noqa: T201
+
+    def unpacked(self, layer) -> None:
+        words, scales, _ = self._get_weight_params(layer)
+        kind = self.config.weight_type
+        values = unpack_quantized_values_into_int32(words.data, kind, 0) - kind.bias
+        steps = scales.data.float().repeat_interleave(len(values) // len(scales), 0)
+        layer.frugal_weight = (values * steps).t().to(scales.dtype).contiguous()
+
+    def multiplied(self, layer, x, bias=None):
+        return torch.nn.functional.linear(x, layer.frugal_weight, bias)
+
+    kernel.process_weights_after_loading, kernel.apply_weights = unpacked, multiplied
 
 
 def _pack_without_stream() -> None:
