@@ -25,6 +25,8 @@ from frugal.dev import CACHE
 
 PYTHON = os.environ.get("FRUGAL_VLLM_OMNI", "")
 RESULTS = os.environ.get("FRUGAL_ENGINE_RESULTS", "")
+# Where models are kept from run to run; else they are made anew.
+MODELS = os.environ.get("FRUGAL_ENGINE_MODELS", "")
 NEEDED = "real servers: set FRUGAL_VLLM_OMNI to the Python of an environment with vLLM-Omni"
 PLATFORM = Path(__file__).resolve().parent / "omni_cpu"
 BOOT_SECONDS = 1500

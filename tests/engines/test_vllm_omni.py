@@ -44,13 +44,15 @@ def engines(folder):
 
 
 def made(folder: Path, name: str, *kind: str) -> Path:
-    bed.inside(folder, str(bed.PLATFORM / "tiny_wan_folder.py"), str(folder / name), *kind)
-    index = folder / name / "model_index.json"
-    kept = json.loads(index.read_text())
-    # The I2V loader of 0.30 takes the mere key for a second model.
-    kept.pop("transformer_2", None)
-    index.write_text(json.dumps(kept))
-    return folder / name
+    place = Path(bed.MODELS or folder) / name
+    index = place / "model_index.json"
+    if not index.exists():
+        bed.inside(folder, str(bed.PLATFORM / "tiny_wan_folder.py"), str(place), *kind)
+        kept = json.loads(index.read_text())
+        # The I2V loader of 0.30 takes the mere key for a second model.
+        kept.pop("transformer_2", None)
+        index.write_text(json.dumps(kept))
+    return place
 
 
 @pytest.fixture
