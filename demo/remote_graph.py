@@ -6,7 +6,6 @@ from .graph_builder import Group, Node, Note
 from .wan_graph import NEGATIVE
 
 PROMPT = "a red fox walks through fresh snow"
-SHOWN = (420, 260)
 
 
 def _film(prefix: str, links: dict[str, tuple[str, int]], title: str, muted: bool = False) -> Node:
@@ -16,7 +15,7 @@ def _film(prefix: str, links: dict[str, tuple[str, int]], title: str, muted: boo
         "seed": 7,
         "filename_prefix": f"frugal/{prefix}",
     }
-    return Node("FrugalRemoteVideo", 1, values, links, title=title, size=(440, 720), muted=muted)
+    return Node("FrugalRemoteVideo", 1, values, links, title=title, size=(440, 800), muted=muted)
 
 
 def remote_video() -> dict[str, Node]:
@@ -27,10 +26,7 @@ def remote_video() -> dict[str, Node]:
             0,
             {"text": PROMPT},
             title="Your prompt, extended by a language model",
-            size=(420, 480),
-        ),
-        "words": Node(
-            "PreviewAny", 0, {}, {"source": ("extend", 0)}, title="What the video gets", size=SHOWN
+            size=(420, 560),
         ),
         "picture": Node(
             "LoadImage", 0, {"image": "example.png"}, title="First frame", size=(340, 340),
@@ -43,16 +39,12 @@ def remote_video() -> dict[str, Node]:
             "Image to video (muted)",
             muted=True,
         ),
-        "told": Node(
-            "PreviewAny", 2, {}, {"source": ("film", 2)}, title="Who made it", size=SHOWN
-        ),
     }  # fmt: skip
 
 
 REMOTE_GROUPS = [
     Group("1. Prompt", 0, 0),
     Group("2. Video", 1, 1, "#3f9e6b"),
-    Group("3. Report", 2, 2, "#9e6b3f"),
 ]
 REMOTE_NOTE = Note(
     """## A video made by servers
@@ -74,8 +66,8 @@ into an environment variable, and the variable's NAME into **key_variable**.
 For image to video start a server with an I2V model, unmute the picture and the lower video node
 (Ctrl+M), mute the upper one, and set **task** of the first node.
 
-The video is in `output/frugal` as the server sent it. Which server for which machine:
-`docs/engines.md`.""",
+Each node says who answered it. The video is in `output/frugal` as the server sent it. Which server
+for which machine: `docs/engines.md`.""",
     2,
     (440, 560),
 )

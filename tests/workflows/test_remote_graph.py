@@ -31,7 +31,7 @@ def opened(server, unmuted: bool) -> dict:
     if unmuted:
         for node in graph["nodes"]:
             upper = node["type"] == "FrugalRemoteVideo" and not node["mode"]
-            node["mode"] = 2 if upper or "made" in node.get("title", "") else 0
+            node["mode"] = 2 if upper else 0
     prompt = server.convert(graph)
     assert faults(prompt, server.object_info()) == []
     return prompt
