@@ -6,6 +6,7 @@ import json
 
 import pytest
 from aiohttp import web
+from PIL import Image
 
 from frugal.demo.layout import WORKFLOWS
 from frugal.demo.remote_graph import PROMPT
@@ -40,6 +41,7 @@ def opened(server, unmuted: bool) -> dict:
 @pytest.mark.parametrize("picture", [False, True], ids=["text", "picture"])
 def test_words_become_more_words_and_a_video(server, picture):
     films = Videos(VLLM, "tiny-i2v" if picture else "tiny-t2v")
+    Image.new("RGB", (64, 48), "teal").save(server.base / "input" / "remote_first.png")
     prompt = opened(server, picture)
     with scripted(chat) as words, scripted(films) as videos:
         for node in prompt.values():
@@ -47,6 +49,8 @@ def test_words_become_more_words_and_a_video(server, picture):
                 case "FrugalPromptExtend":
                     assert node["inputs"]["text"] == PROMPT
                     node["inputs"] |= {"server_url": f"{words.url}/v1", "model": "words"}
+                case "LoadImage":
+                    node["inputs"]["image"] = "remote_first.png"
                 case "FrugalRemoteVideo":
                     node["inputs"] |= {"servers": f"{videos.url}/v1", **SMALL}
         result = server.run(prompt)
