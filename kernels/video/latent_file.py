@@ -20,3 +20,31 @@ def write_latent(samples: torch.Tensor, path: Path) -> None:
     tensors = {LATENT: samples.detach().cpu().contiguous(), VERSION: torch.tensor([])}
     with replacing(path) as unfinished:
         save_file(tensors, unfinished)
+
+
+class GrowingLatent:
+    """Latents as they are made, [B, C, t, h, w] at a time, kept in a file that is whole at every
+    moment. A file cannot grow along time in place, so it is written anew each time a quarter has
+    come since: five times the final size in all, and a process that dies loses at most a fifth.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.frames = path, 0
+        self._parts: list[torch.Tensor] = []
+        self._written = 0
+
+    def add(self, latents: torch.Tensor) -> None:
+        self._parts.append(latents.detach().cpu())
+        self.frames += latents.shape[2]
+        if self.frames >= 1.25 * self._written:
+            self.write()
+
+    def write(self) -> None:
+        """All of them, now."""
+        if self._written < self.frames:
+            self._parts = [torch.cat(self._parts, dim=2)]
+            write_latent(self._parts[0], self.path)
+            self._written = self.frames
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

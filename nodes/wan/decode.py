@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from comfy_api.v0_0_2 import io
 
-from comfy.cli_args import args
-from comfy_api.v0_0_2 import InputImpl, io, ui
-
-from ...kernels.video.writer import FORMATS, QUALITIES
 from .._comfy import CATEGORY, known, show_text
 from . import vae_decode
 from .vae_ports import latent_input, report_output, tile_inputs, vae_input
+from .video_file import file_inputs, metadata, shown_videos, video_output
 
 
 class FrugalWanDecode(io.ComfyNode):
@@ -59,42 +56,11 @@ class FrugalWanDecodeToFile(io.ComfyNode):
             inputs=[
                 latent_input(),
                 vae_input(),
-                io.String.Input(
-                    "filename_prefix",
-                    default="video/wan",
-                    tooltip=(
-                        "Folder and start of the file name inside output; a number is added. "
-                        "%width%, %height%, %year%, %month%, %day% are filled in."
-                    ),
-                ),
-                io.Float.Input(
-                    "fps",
-                    default=16.0,
-                    min=1.0,
-                    max=240.0,
-                    step=0.01,
-                    tooltip="Frames per second of the file. Wan 2.1: 16. Wan 2.2 5B: 24.",
-                ),
-                io.Combo.Input(
-                    "format",
-                    options=list(FORMATS),
-                    tooltip="H.264 plays everywhere; AV1 and VP9 take longer, for smaller files.",
-                ),
-                io.Combo.Input(
-                    "quality",
-                    options=list(QUALITIES),
-                    default="good",
-                    tooltip=(
-                        "Constant quality of the file. As crf, high/good/small: H.264 17/21/27, "
-                        "AV1 23/30/38, VP9 24/31/38."
-                    ),
-                ),
+                *file_inputs(),
                 *tile_inputs(),
             ],
             outputs=[
-                io.Video.Output(
-                    "video", is_output_list=True, tooltip="The file, one per clip of the batch."
-                ),
+                video_output(),
                 report_output(),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -111,17 +77,8 @@ class FrugalWanDecodeToFile(io.ComfyNode):
     ) -> io.NodeOutput:
         paths, subfolder, report = vae_decode.to_files(
             vae, samples, filename_prefix, fps, format, quality, tile_size, overlap,
-            _metadata(cls.hidden),
+            metadata(cls.hidden),
         )  # fmt: skip
         show_text(cls.hidden.unique_id, report)
-        shown = [ui.SavedResult(path.name, subfolder, io.FolderType.output) for path in paths]
-        videos = [InputImpl.VideoFromFile(str(path)) for path in paths]
-        return io.NodeOutput(videos, report, ui=ui.PreviewVideo(shown))
-
-
-def _metadata(hidden) -> dict[str, str]:
-    """The graph, as ComfyUI's own 'Save Video' writes it."""
-    if args.disable_metadata:
-        return {}
-    found = {**(hidden.extra_pnginfo or {}), "prompt": hidden.prompt}
-    return {name: json.dumps(value) for name, value in found.items() if value is not None}
+        videos, shown = shown_videos(paths, subfolder)
+        return io.NodeOutput(videos, report, ui=shown)

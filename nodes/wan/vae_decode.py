@@ -17,8 +17,8 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.video.latent_file import SUFFIX, write_latent
 from ...kernels.video.writer import FORMATS, VideoWriter
-from .vae_halves import decoder_of, on_device, wan_decoder
-from .vae_stream import VaeStream
+from .clip_decoder import ClipDecoder
+from .vae_halves import decoder_of, wan_decoder
 
 KEPT = "frugal_undecoded"
 PREVIEW_SIDE = 512
@@ -47,23 +47,13 @@ class Decoding:
 
     def pieces(self, item: int) -> Iterator[torch.Tensor]:
         """Frames [t, H, W, 3] of one clip in order, on the VAE's output device, 0 to 1."""
-        vae, half = self.vae, self.half
-        stream = VaeStream(vae, half, self.height, self.width, self.tile, self.overlap)
-        stream.load()
-        with on_device(vae):
-            given = self.samples[item : item + 1].to(device=vae.device, dtype=vae.vae_dtype)
-            inner = half.around(given).to(vae.output_device)
-        del given
-        for call in half.cadence.calls:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            made = stream.feed(inner[:, :, call.start : call.stop], call)
-            pixels = half.seen(made)[0].movedim(0, -1)
+        clip = ClipDecoder(self.vae, self.half, self.height, self.width, self.tile, self.overlap)
+        for pixels in clip.feed(self.samples[item : item + 1]):
             self.done += pixels.shape[0]
             yield pixels
-            self.bar.update_absolute(self.done, None, ("JPEG", _picture(pixels[-1]), PREVIEW_SIDE))
-        self.state = stream.state_bytes()
-        self.notes += stream.notes
-        self.notes += stream.seams("the first frame", "of a range of 1")
+            self.bar.update_absolute(self.done, None, preview_of(pixels))
+        self.state = clip.stream.state_bytes()
+        self.notes += clip.notes()
 
     def images(self) -> torch.Tensor:
         """All frames of all clips, [B * T, H, W, 3], in one tensor made once."""
@@ -119,15 +109,12 @@ def to_files(
     def write() -> str:
         subfolder = ""
         for item in range(decoding.batch):
-            folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
-                prefix, folder_paths.get_output_directory(), width, height
-            )
-            path = Path(folder) / f"{name}_{number:05}_{FORMATS[format].suffix}"
+            path, subfolder = video_path(prefix, format, width, height)
             with VideoWriter(path, width, height, fps, format, quality, metadata) as writer:
                 unfinished.append(writer.partial)
                 try:
                     for pixels in decoding.pieces(item):
-                        writer.write(_bytes(pixels))
+                        writer.write(bytes_of(pixels))
                 except comfy.model_management.InterruptProcessingException:
                     writer.cancel()
                     raise
@@ -143,10 +130,7 @@ def _kept_safe(decoding: Decoding, work: Callable[[], Any], files: Sequence[Path
     """Do the work with the LATENT on disk until it is done: hours of sampling may be in it. files:
     unfinished ones that may be left when it fails.
     """
-    folder, name, number, _, _ = folder_paths.get_save_image_path(
-        KEPT, folder_paths.get_input_directory()
-    )
-    path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
+    path = kept_path()
     write_latent(decoding.samples, path)
     try:
         made = work()
@@ -167,6 +151,26 @@ def _kept_safe(decoding: Decoding, work: Callable[[], Any], files: Sequence[Path
     return made
 
 
+def kept_path() -> Path:
+    """Where a LATENT waits until it is decoded: 'Load Latent' lists it there."""
+    folder, name, number, _, _ = folder_paths.get_save_image_path(
+        KEPT, folder_paths.get_input_directory()
+    )
+    return Path(folder) / f"{name}_{number:05}_{SUFFIX}"
+
+
+def video_path(
+    prefix: str, format: str, width: int, height: int, after: int = 0
+) -> tuple[Path, str]:
+    """(file with the next free number, its folder inside output). after: numbers to leave for files
+    that are not there yet.
+    """
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory(), width, height
+    )
+    return Path(folder) / f"{name}_{number + after:05}_{FORMATS[format].suffix}", subfolder
+
+
 def _check(vae: Any, samples: Any) -> None:
     channels = getattr(vae, "latent_channels", None)
     shape = None if getattr(samples, "is_nested", False) else tuple(samples.shape)
@@ -178,10 +182,11 @@ def _check(vae: Any, samples: Any) -> None:
         )
 
 
-def _bytes(pixels: torch.Tensor) -> np.ndarray:
-    """uint8 [N, H, W, 3], rounded to nearest."""
+def bytes_of(pixels: torch.Tensor) -> np.ndarray:
+    """uint8 [N, H, W, 3] of pixels 0 to 1, rounded to nearest."""
     return pixels[..., :3].float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def _picture(pixels: torch.Tensor) -> Image.Image:
-    return Image.fromarray(_bytes(pixels))
+def preview_of(pixels: torch.Tensor) -> tuple[str, Image.Image, int]:
+    """The last of frames [N, H, W, 3] as ComfyUI's progress bars show pictures."""
+    return "JPEG", Image.fromarray(bytes_of(pixels[-1])), PREVIEW_SIDE

@@ -73,6 +73,10 @@ class VaeStream:
             self._compare(piece, call, made)
         return made
 
+    def rest(self) -> None:
+        """Let the state wait in main memory: another model needs the device for a while."""
+        self.states = [_moved(state, self.vae.patcher.offload_device) for state in self.states]
+
     def state_bytes(self) -> int:
         """Bytes kept between pieces."""
         kept = [entry for state in self.states for entry in state or ()]
@@ -128,7 +132,7 @@ class VaeStream:
         where = f"out of memory at {self.half.takes} {call.start + 1}"
         if not self.parked:
             self.parked = True
-            self.states = [_moved(state, self.vae.patcher.offload_device) for state in self.states]
+            self.rest()
             self.notes.append(f"{where}: the state now waits in main memory; same result")
         else:
             self._smaller_tiles(where)
