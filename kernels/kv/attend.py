@@ -17,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from .cache import VideoCache
 
-GATHER, MERGE = "gather", "merge"
+GATHER, MERGE, IN_PLACE = "gather", "merge", "in place"
 MERGED_FRAMES = 3  # frames brought together at a time when pages are attended run by run
 
 
@@ -26,6 +26,7 @@ def ways() -> dict[str, str]:
     return {
         GATHER: "",
         MERGE: "",
+        IN_PLACE: "",
         "FA3 block_table": _why_not_fa3(),
         "torch varlen_attn block_table": _why_not_varlen(),
     }
@@ -72,10 +73,17 @@ def merged(q: torch.Tensor, runs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -
     [B, L_i, H, D]; one at a time is in use. Returns [B, Lq, H, D] in q's dtype; sums in float32.
     """
     heads_first = q.transpose(1, 2)
+    parts = (with_lse(heads_first, k.transpose(1, 2), v.transpose(1, 2)) for k, v in runs)
+    return joined(parts).transpose(1, 2).to(q.dtype)
+
+
+def joined(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Attention over all of the parts, float32 [B, H, Lq, D], from the attention over each of them,
+    (output [B, H, Lq, D], lse [B, H, Lq]).
+    """
     total: torch.Tensor | None = None
     lse: torch.Tensor | None = None
-    for k, v in runs:
-        part, part_lse = with_lse(heads_first, k.transpose(1, 2), v.transpose(1, 2))
+    for part, part_lse in parts:
         if total is None or lse is None:
             total, lse = part.float(), part_lse
             continue
@@ -85,7 +93,7 @@ def merged(q: torch.Tensor, runs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -
         lse = both
     if total is None:
         raise ValueError("no run of keys and values")
-    return total.transpose(1, 2).to(q.dtype)
+    return total
 
 
 def over_pages(
@@ -102,14 +110,17 @@ def over_pages(
     cache is set to; the block's keys and values go into the cache if it is being written.
 
     q, k, v [len(streams) * B, frames * tokens, heads * D], also the result. whole: the attention
-    over all keys at once, unused where pages are attended run by run.
+    over all keys at once, unused where pages are attended run by run or in place.
     """
     split = (*k.shape[:2], heads, k.shape[-1] // heads)
-    k4, v4 = k.view(split), v.view(split)
+    q4, k4, v4 = (each.view(split) for each in (q, k, v))
     cache.store(layer, streams, k4, v4)
     if cache.options.way == MERGE:
         parts = cache.runs(layer, streams, k4, v4, MERGED_FRAMES)
-        return merged(q.view(split), parts).flatten(2)
+        return merged(q4, parts).flatten(2)
+    out = cache.attended_in_place(layer, streams, q4, k4, v4)
+    if out is not None:
+        return out.flatten(2)
     if cache.kept:
         k, v = (each.flatten(2) for each in cache.gathered(layer, streams, k4, v4))
     return whole(q, k, v)

@@ -15,10 +15,12 @@ from itertools import groupby
 import torch
 
 from ..errors import FrugalError
-from .attend import GATHER
+from .attend import GATHER, IN_PLACE
 from .offload import HOST, pins, to_device, to_host
+from .paged import InPlace
 from .pool import PagePool
 from .rotate import shifted
+from .staging import Staging
 from .storage import MODEL, Page, PageFormat, relative_error
 
 Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
@@ -28,7 +30,7 @@ Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
 class CacheOptions:
     """window, sink: latent frames. kind: of storage.KINDS. relative: kept frames close ranks in
     time, so positions never exceed window + sink; else each stays at its own number. on_host: pages
-    lie in main memory. way: attend.GATHER or MERGE. budget: bytes of pages, 0 for no limit.
+    lie in main memory. way: attend.GATHER, MERGE or IN_PLACE. budget: bytes of pages, 0 for none.
     """
 
     window: int = 0
@@ -83,6 +85,9 @@ class VideoCache:
         pool: PagePool[Page] | None = None,
     ):
         self.fmt, self.layers, self.device, self.options = fmt, layers, device, options
+        self.in_place: InPlace | None = None
+        if options.way == IN_PLACE and not options.on_host and pool is None:
+            self.in_place = InPlace(fmt, device, options.relative, options.budget)
         self.pool = pool or PagePool(fmt.page_bytes, self._make, options.budget)
         self.kept: list[Kept] = []
         self.streams: dict[int, Stream] = {}
@@ -94,12 +99,18 @@ class VideoCache:
         self._block: list[Kept] = []
         self._pending: dict[int, Stream] | None = None
         self._written: set[tuple[int, int]] = set()
+        self.staging = Staging(fmt, device) if options.on_host else None
+        self._staged: dict[int, Page] = {}
+        self._follows: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._before: tuple[int, ...] = ()
         weakref.finalize(self, _let_go, self.pool, self.streams).atexit = False
 
     @property
     def _make(self):
         # Not a bound method: the pool outlives this cache when a branch shares it.
         fmt, device, on_host = self.fmt, self.device, self.options.on_host
+        if self.in_place is not None:
+            return self.in_place.make
         if on_host:
             return lambda: fmt.empty(HOST, pins(device))
         return lambda: fmt.empty(device)
@@ -128,32 +139,45 @@ class VideoCache:
         other.kept, other.clean = list(self.kept), dict(self.clean)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
         other.error, other.prompt = self.error, self.prompt
+        other.in_place = self.in_place if options.way == IN_PLACE else None
         return other
 
     def release(self) -> None:
         """Drop every page, and be empty."""
         _drop_all(self.pool, self.streams)
         self.kept, self.clean = [], {}
+        self._unstage()
+
+    def reserve(self, pages: int) -> None:
+        """Have room for so many pages at a time. Raises FrugalError, before anything is made, if
+        that exceeds the budget.
+        """
+        self.pool.require(pages)
+        if self.in_place is not None:
+            self.in_place.reserve(pages)
 
     def pages_for(self, frames: int, streams: int) -> int:
         """The most pages that a video of `frames` latent frames has in use at a time."""
         most = self.options.window + self.options.sink
         return streams * self.layers * (min(frames, most) if self.options.window else frames)
 
-    def start_block(self, count: int, frame: int | None = None) -> int:
+    def start_block(self, count: int, frames: Sequence[int] | None = None) -> int:
         """Let the frames go that this block no longer sees; returns the place in time of its first
-        frame. count: frames of the block. frame: number of its first, if not the next.
-        Raises FrugalError if the block is larger than the window.
+        frame. count: frames of the block. frames: their numbers, if not the next; only relative
+        positions let them be apart. Raises FrugalError if the block is larger than the window.
         """
         options = self.options
+        if frames is None:
+            frames = range(self.next_frame, self.next_frame + count)
         if options.window and count > options.window:
             raise FrugalError(
                 f"a block of {count} frames and a window of {options.window}",
                 "a window that holds the block",
                 "choose a larger window or smaller blocks",
             )
-        first = self.next_frame if frame is None else frame
-        last = first + count - 1
+        if not options.relative and frames[-1] - frames[0] != count - 1:
+            raise ValueError(f"frames {list(frames)} at their own numbers in one block")
+        first, last = frames[0], frames[-1]
         if options.window:
             self._forget(
                 [
@@ -163,13 +187,13 @@ class VideoCache:
                 ]
             )
         place = len(self.kept) if options.relative else first
-        self._block = [Kept(first + i, place + i, first) for i in range(count)]
+        self._block = [Kept(frame, place + i, first) for i, frame in enumerate(frames)]
         return place
 
     def _forget(self, gone: list[Kept]) -> None:
         for each in gone:
             for stream in self.streams.values():
-                self.pool.drop(stream.pop(each.frame))
+                self.pool.drop(stream.pop(each.frame, ()))
             self.clean.pop(each.frame, None)
             self.kept.remove(each)
 
@@ -193,6 +217,12 @@ class VideoCache:
             self._pending = None
         for number, stream in pending.items():
             self.streams.setdefault(number, {}).update(stream)
+        self.note(clean)
+
+    def note(self, clean: torch.Tensor) -> None:
+        """The block is part of the video by its clean latents alone: its pages are to be made, with
+        those of all kept frames, before anything can see it.
+        """
         for index, each in enumerate(self._block):
             self.kept.append(each)
             self.clean[each.frame] = clean[:, :, index : index + 1].clone()
@@ -271,18 +301,19 @@ class VideoCache:
         """Keys and values of all kept frames and, behind them, of the block: [same batch, all
         tokens, heads, width], in the type and on the device of k.
         """
+        self._stage(layer, streams)
         return self._filled(layer, streams, self.kept, k, v, tail=True)
 
     def runs(
         self, layer: int, streams: Sequence[int], k: torch.Tensor, v: torch.Tensor, frames: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The same in parts of at most `frames` kept frames, and the block as the last."""
+        self._stage(layer, streams)
         for start in range(0, len(self.kept), frames):
             yield self._filled(layer, streams, self.kept[start : start + frames], k, v, tail=False)
         yield k, v
 
     def _filled(self, layer, streams, kept, k, v, tail):
-        self._check_streams(streams)
         samples, tokens = self.fmt.shape[0], self.fmt.shape[1]
         before = len(kept) * tokens
         length = before + (k.shape[1] if tail else 0)
@@ -293,14 +324,61 @@ class VideoCache:
             rows = slice(at * samples, (at + 1) * samples)
             for i, each in enumerate(kept):
                 span = slice(i * tokens, (i + 1) * tokens)
-                page = self.pool.read(self.streams[number][each.frame][layer])
+                place = self.streams[number][each.frame][layer]
+                page = self._staged.get(place) or self.pool.read(place)
                 self.fmt.read(page, k.device, keys[rows, span], values[rows, span])
                 shift = rank[each.frame] - each.position if self.options.relative else 0
                 if shift:
                     keys[rows, span] = shifted(keys[rows, span], shift)
+        if self.staging is not None:
+            self.staging.was_read()
         if tail:
             keys[:, before:], values[:, before:] = k, v
         return keys, values
+
+    def attended_in_place(
+        self, layer: int, streams: Sequence[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Attention of the block's q, k, v [N, L, heads, width] over the kept pages where they lie
+        and the block itself, of q's shape; None where they have to be gathered.
+        """
+        if self.in_place is None or not self.kept:
+            return None
+        self._check_streams(streams)
+        pages = [
+            [self.pool.read(self.streams[number][each.frame][layer]) for each in self.kept]
+            for number in streams
+        ]
+        return self.in_place.attend(q, k, v, pages, lambda: self.gathered(layer, streams, k, v))
+
+    def _stage(self, layer: int, streams: Sequence[int]) -> None:
+        """Have this layer's pages on the device, and the next one's on their way."""
+        self._check_streams(streams)
+        if self.staging is None or not self.kept:
+            return
+        mine = tuple(streams)
+        if layer == 0:
+            self._follows[self._before] = mine
+        self._before = mine
+        if layer + 1 < self.layers:
+            coming = self._numbers(layer + 1, mine)
+        else:
+            # The next call of the model starts with layer 0, as the calls before took turns. Behind
+            # the last call on a clean block other frames are in sight.
+            after = self._follows.get(mine, mine)
+            last = self._pending is not None and set(after) <= set(self._pending)
+            coming = () if last else self._numbers(0, after)
+        self._staged = self.staging.turn(self._numbers(layer, mine), coming, self.pool.read)
+
+    def _numbers(self, layer: int, streams: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            self.streams[number][each.frame][layer] for number in streams for each in self.kept
+        )
+
+    def _unstage(self) -> None:
+        self._staged = {}
+        if self.staging is not None:
+            self.staging.release()
 
     def _check_streams(self, streams: Sequence[int]) -> None:
         if len(set(streams)) != len(streams):
@@ -317,14 +395,19 @@ class VideoCache:
                 "keep cfg on one side of 1 for the whole video",
             )
 
-    def blocks(self) -> list[list[Kept]]:
-        """The kept frames, in the groups in which they were made."""
+    def blocks(self, size: int = 0) -> list[list[Kept]]:
+        """The kept frames, in the groups in which they were made; or, where positions are relative,
+        in groups of `size`, however far apart.
+        """
+        if size and self.options.relative:
+            return [self.kept[at : at + size] for at in range(0, len(self.kept), size)]
         return [list(group) for _, group in groupby(self.kept, key=lambda each: each.block)]
 
     def emptied(self) -> VideoCache:
         """A cache for the same video that holds no frame yet, to compute the kept ones anew."""
         other = VideoCache(self.fmt, self.layers, self.device, self.options, self.pool)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
+        other.staging, other.in_place = self.staging, self.in_place
         return other
 
     def park(self) -> None:
@@ -332,8 +415,11 @@ class VideoCache:
         memory.
         """
         self.clean = {frame: latent.to(HOST) for frame, latent in self.clean.items()}
+        self._unstage()
         if not self.options.on_host:
             self.pool.send_away(lambda page: to_host(page, self.device))
+            if self.in_place is not None:
+                self.in_place.drop()
 
     def unpark(self) -> None:
         """Bring this video's pages back to where attention needs them."""

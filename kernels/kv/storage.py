@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,12 +26,16 @@ PATCH_SIZE = 2  # pixels of a latent frame that make one token, along each side
 
 @dataclass
 class Page:
-    """k, v [B, tokens, heads, width]; in 8 bits with their scales float32 [B, 1, heads, 1]."""
+    """k, v [B, tokens, heads, width]; in 8 bits with their scales float32 [B, 1, heads, 1]. slab,
+    place: the larger tensor that it is a part of, and where, if it is.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    slab: Any = None
+    place: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
