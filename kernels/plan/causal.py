@@ -14,6 +14,7 @@ import torch
 
 from ..kv.attend import GATHER, MERGE
 from ..kv.cache import CacheOptions, Kept, VideoCache
+from ..kv.staging import STAGED_LAYERS
 from ..kv.storage import FP8, INT8, MODEL, PageFormat
 from ..report import megabytes
 
@@ -26,12 +27,13 @@ RUN_COPIES, BLOCK_COPIES = 4, 10
 @dataclass(frozen=True)
 class Needs:
     """What a sampler knows of a run before it starts: frames per block, frames that a session
-    brings, sides of the guidance that run.
+    brings, sides of the guidance that run. held: bytes of pages that have their place already.
     """
 
     block: int
     known: int
     sides: int
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,12 @@ class CausalMemory:
 
     @property
     def pages(self) -> int:
-        """Bytes of all pages on the device at the most."""
-        return 0 if self.options.on_host else self.cache
+        """Bytes of pages on the device at the most: all of them or, where they lie in main memory,
+        those of a layer that is computed and of the one that comes next.
+        """
+        if not self.options.on_host:
+            return self.cache
+        return STAGED_LAYERS * self.needs.sides * self.kept * self.page.page_bytes
 
     def latents(self, height: int, width: int) -> int:
         """Bytes of the fp32 latents around a forward, of such a size in latent pixels: of the run,
@@ -91,8 +97,7 @@ class CausalMemory:
 
     def filled(self, layers: int, streams: int) -> VideoCache:
         """A cache without memory, of so many layers, as full as it gets before a block is made."""
-        # Pages in main memory are copied to the device one at a time, so for the device it makes
-        # no difference where they lie. What the cache may take is for the run to refuse.
+        # Pages from main memory are read from the device as well, and counted apart. What the cache may take is for the run to refuse.
         options = replace(self.options, on_host=False, budget=0)
         cache = VideoCache(self.page, layers, META, options)
         # In relative time the frames of a window that has moved are turned as they are read.

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.v0_0_2 import io, ui
 
-from ...kernels.kv.attend import GATHER, MERGE
+from ...kernels.kv.attend import GATHER, IN_PLACE, MERGE
 from ...kernels.kv.cache import CacheOptions
 from ...kernels.kv.storage import FP8, INT8, MODEL
-from .._comfy import CATEGORY, known, show_text
+from ...kernels.sampling.causal_presets import AS_SET
+from .._comfy import known, show_text
 from . import causal_files, causal_model, causal_video
+from .causal_ports import (
+    ALIASES,
+    HOME,
+    Prompts,
+    Session,
+    block_input,
+    latent_output,
+    preset_input,
+    sampler_inputs,
+    session_output,
+    video_inputs,
+)
 
-HOME = f"{CATEGORY}/wan"
-Session = io.Custom("FRUGAL_CAUSAL_SESSION")
-Prompts = io.Custom("FRUGAL_PROMPT_SCHEDULE")
 PAGES = {"model type": MODEL, "fp8": FP8, "int8": INT8}
 RELATIVE, ABSOLUTE = "relative", "absolute"
 DEVICE, MAIN = "device memory", "main memory"
-WAYS = {"gathered": GATHER, "run by run": MERGE}
-ALIASES = ["wan", "causal", "self forcing", "autoregressive", "kv cache", "long video", "streaming"]
-
-
-def _block_input():
-    return io.Int.Input(
-        "frames_per_block",
-        default=3,
-        min=1,
-        max=64,
-        tooltip="Latent frames made at a time (4 pictures each); as the model was trained: 1 or 3.",
-    )
+WAYS = {"gathered": GATHER, "run by run": MERGE, "in place": IN_PLACE}
 
 
 class FrugalCausalModel(io.ComfyNode):
@@ -86,7 +84,9 @@ class FrugalCausalModel(io.ComfyNode):
                     default="gathered",
                     tooltip=(
                         "gathered: one copy of a layer's pages, the chosen attention backend. run "
-                        "by run: three frames at a time in torch's own attention, less memory."
+                        "by run: three frames at a time in torch's own attention, less memory. "
+                        "in place: flex_attention through a block table, on CUDA with absolute "
+                        "positions and pages in the model's type, else gathered."
                     ),
                 ),
                 io.Float.Input(
@@ -139,67 +139,10 @@ class FrugalCausalSampler(io.ComfyNode):
                 "does not grow once its window is full. Can go on from a session, and change its "
                 "prompt on the way."
             ),
-            inputs=[
-                io.Model.Input("causal_model", tooltip="From Causal Model (Frugal)."),
-                io.Conditioning.Input("positive", tooltip="What the video shall show at first."),
-                io.Conditioning.Input(
-                    "negative", tooltip="What it shall not show; unused when cfg is 1."
-                ),
-                io.Latent.Input("latent", tooltip="Empty video latent: how long, how large."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise. The same seed goes on with a session as one run would.",
-                ),
-                io.Int.Input(
-                    "steps", default=4, min=1, max=100, tooltip="Model calls per block, plus one."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Guidance. 1: off, half the calls and half the cache.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(comfy.samplers.SCHEDULER_NAMES),
-                    default="simple",
-                    tooltip="Noise levels of the steps of each block.",
-                ),
-                _block_input(),
-                io.Boolean.Input(
-                    "recache",
-                    default=True,
-                    tooltip=(
-                        "When the prompt changes, compute the frames in sight anew under it: one "
-                        "call per kept block. Off: the old prompt fades with its frames."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "keep_session",
-                    default=False,
-                    tooltip="Keep the cache in main memory, so that the video can go on later.",
-                ),
-                Session.Input(
-                    "session", optional=True, tooltip="A video to go on with; it is not changed."
-                ),
-                Prompts.Input("prompts", optional=True, tooltip="Prompts for later seconds."),
-                io.Latent.Input(
-                    "start_latent",
-                    optional=True,
-                    tooltip="Clean frames a new video begins with, for text to video models.",
-                ),
-            ],
+            inputs=[*sampler_inputs(), *video_inputs(), preset_input()],
             outputs=[
-                io.Latent.Output("video_latent", tooltip="The frames of this run."),
-                Session.Output(
-                    "next_session", tooltip="What the next run needs; empty unless kept."
-                ),
+                latent_output(),
+                session_output(),
                 io.String.Output("report", tooltip="Frames, bytes and model calls."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -210,9 +153,10 @@ class FrugalCausalSampler(io.ComfyNode):
     def execute(
         cls, causal_model, positive, negative, latent, seed, steps, cfg, scheduler,
         frames_per_block, recache, keep_session, session=None, prompts=(), start_latent=None,
+        preset=AS_SET,
     ) -> io.NodeOutput:  # fmt: skip
         settings = causal_video.Settings(
-            seed, steps, cfg, scheduler, frames_per_block, recache, keep_session
+            seed, steps, cfg, scheduler, frames_per_block, recache, keep_session, preset
         )
         made, kept, report = causal_video.make_video(
             causal_model, positive, negative, latent, settings, session, prompts, start_latent
@@ -232,7 +176,7 @@ class FrugalCausalSamplerSelect(io.ComfyNode):
                 "The causal sampler for SamplerCustom and SamplerCustomAdvanced, without session "
                 "and prompt changes."
             ),
-            inputs=[_block_input()],
+            inputs=[block_input()],
             outputs=[io.Sampler.Output("sampler", tooltip="For a model from Causal Model.")],
             **known(io.Schema, search_aliases=ALIASES),
         )

@@ -20,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from ...kernels.errors import FrugalError
 from ...kernels.kv.attend import GATHER, ways
 from ...kernels.kv.cache import CacheOptions
+from ...kernels.kv.staging import STAGED_LAYERS
 from ...kernels.kv.storage import PATCH_SIZE, PageFormat, wan_page
 from ...kernels.plan.causal import Needs
 from ...kernels.report import megabytes
@@ -140,11 +141,14 @@ def count_cache(executor, model, noise_shape, conds, model_options=None, *args, 
     kept = needs.known + frames
     if options.window:
         kept = min(kept, options.window + options.sink)
-    # One layer's keys and values are gathered at a time; pages in main memory need that room only.
-    layers = (0 if options.on_host else len(network.blocks)) + (options.way == GATHER)
+    # One layer's keys and values are gathered at a time. Of pages in main memory this layer's and
+    # the next one's are on the device.
+    layers = STAGED_LAYERS if options.on_host else len(network.blocks)
+    layers += options.way == GATHER
     size = needs.sides * layers * kept * fmt.page_bytes
     shape = list(noise_shape)
     shape[2] = 1
+    size = max(0, size - needs.held)
     worth = math.ceil(size / max(1, model.memory_required(shape)))
     shape[2] = needs.block + worth
     return executor(model, shape, conds, model_options, *args, **kwargs)

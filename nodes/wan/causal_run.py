@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import comfy.sampler_helpers
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 
 from ...kernels.errors import FrugalError
 from ...kernels.kv.attend import over_pages
 from ...kernels.kv.cache import VideoCache
-from .causal_model import OPTIONS, RUN
+from .causal_model import NEEDS, OPTIONS, RUN
 
 # Up to this number every latent frame has a position of its own in that type.
 EXACT = {torch.bfloat16: 256, torch.float16: 2048}
@@ -25,7 +27,8 @@ class CausalRun:
     def __init__(self, cache: VideoCache, first: int, frames: int):
         self.cache, self.first, self.frames = cache, first, frames
         self.calls = 0
-        self._at = self._count = self._place = 0
+        self._block: range | Sequence[int] = ()
+        self._place = 0
 
     def installed(self, extra_args: dict[str, Any]) -> dict[str, Any]:
         """`extra_args` of a sampler function with this run in them; the given are not changed."""
@@ -37,13 +40,13 @@ class CausalRun:
         model_options["transformer_options"] = options
         return {**extra_args, "model_options": model_options}
 
-    def start_block(self, count: int, frame: int | None = None) -> None:
-        """The model's calls from now on are on `count` frames, the next or those from number
-        `frame`. Raises FrugalError where the compute type cannot tell their positions apart.
+    def start_block(self, count: int, frames: Sequence[int] | None = None) -> None:
+        """The model's calls from now on are on `count` frames, the next or those with the numbers
+        `frames`. Raises FrugalError where the compute type cannot tell their positions apart.
         """
-        self._at = self.cache.next_frame if frame is None else frame
-        self._count = count
-        self._place = self.cache.start_block(count, frame)
+        begin = self.cache.next_frame
+        self._block = range(begin, begin + count) if frames is None else frames
+        self._place = self.cache.start_block(count, frames)
         exact = EXACT.get(self.cache.fmt.dtype)
         if exact and self._place + count - 1 > exact:
             raise FrugalError(
@@ -62,16 +65,16 @@ class CausalRun:
         if options.get(RUN) is self:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         _check_inputs(control, kwargs)
-        if c_concat is not None and c_concat.shape[2] == self.frames != self._count:
-            start = self._at - self.first
-            if not 0 <= start <= self.frames - self._count:
+        if c_concat is not None and c_concat.shape[2] == self.frames != len(self._block):
+            places = [frame - self.first for frame in self._block]
+            if not 0 <= places[0] <= places[-1] < self.frames:
                 raise FrugalError(
-                    f"a start image, and latent frame {self._at} from before this run to be "
+                    f"a start image, and latent frame {self._block[0]} from before this run to be "
                     "computed anew",
                     "a text to video model",
                     "turn recache off",
                 )
-            c_concat = c_concat[:, :, start : start + self._count]
+            c_concat = c_concat[:, :, places]
         rope = dict(options.get("rope_options") or {})
         if rope.get("scale_t", 1.0) != 1.0:
             raise FrugalError(f"time stretched by {rope['scale_t']:g}", "1", "remove the RoPE node")
@@ -114,6 +117,19 @@ class CausalRun:
             return over_pages(cache, layer, streams, q, k, v, heads, whole)
 
         return attend
+
+
+def load_again(guider: Any, shape: Sequence[int], held: int) -> None:
+    """Bring the model back to its device in the middle of a run, as at the start of it, after
+    another took its place. shape: of the run's latent. held: bytes of pages on the device.
+    """
+    model_options = dict(guider.model_options)
+    options = dict(model_options.get("transformer_options", {}))
+    needs = options.get(NEEDS)
+    if needs is not None:
+        options[NEEDS] = replace(needs, held=held)
+    model_options["transformer_options"] = options
+    comfy.sampler_helpers.prepare_sampling(guider.model_patcher, shape, guider.conds, model_options)
 
 
 def _check_inputs(control: Any, inputs: dict[str, Any]) -> None:

@@ -7,32 +7,40 @@ clean block's keys and values, which stay in the cache; the noisy ones never do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management
 import torch
 
 from ...kernels.errors import FrugalError
-from ...kernels.kv.attend import MERGE, MERGED_FRAMES
+from ...kernels.kv.attend import IN_PLACE, MERGE, MERGED_FRAMES
 from ...kernels.kv.cache import VideoCache
 from ...kernels.kv.storage import MODEL
 from ...kernels.report import megabytes
+from .causal_live import LiveVideo
 from .causal_model import OPTIONS, compute_dtype, page_format
-from .causal_run import CausalRun
+from .causal_run import CausalRun, load_again
 
 
 @dataclass
 class Job:
     """What a run starts from and leaves. cache: the video to extend, changed by the run; None for a
     new one. prefix: clean frames [B, C, n, h, w], as the network sees them, that a new video starts
-    with. recache: compute the kept frames anew first, for another prompt. keep: the last block's
-    keys and values too, so that the video can go on. calls, frames: of the model, and made, so far.
+    with. recache: compute the kept frames anew first, for another prompt. anew: do so before every
+    block. first: noise levels of the first block of a video, if others than the rest. keep: the
+    last block's keys and values too, so that the video can go on. live: takes each clean block as
+    a LATENT has it. calls, frames: of the model, and made, so far.
     """
 
     cache: VideoCache | None = None
     prefix: torch.Tensor | None = None
     recache: bool = False
+    anew: bool = False
+    first: torch.Tensor | None = None
     keep: bool = False
+    live: LiveVideo | None = None
     calls: int = 0
     frames: int = 0
 
@@ -71,59 +79,82 @@ def sample_causal(
 
 
 def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
-    cache, total, steps = job.cache, x.shape[2], len(sigmas) - 1
+    cache, total = job.cache, x.shape[2]
     sides = _sides(model.inner_model, extra_args["model_options"])
     after = total + len(cache.kept) + (0 if job.prefix is None else job.prefix.shape[2])
-    cache.pool.require(cache.pages_for(after, sides))
+    cache.reserve(cache.pages_for(after, sides))
     run = CausalRun(cache, cache.next_frame, total)
     extra_args = run.installed(extra_args)
     ones = x.new_ones([x.shape[0]])
 
-    def remember(clean: torch.Tensor, frame: int | None = None) -> None:
-        run.start_block(clean.shape[2], frame)
+    def remember(clean: torch.Tensor, frames: Sequence[int] | None = None) -> None:
+        run.start_block(clean.shape[2], frames)
         with run.cache.writing(clean):
             model(clean, sigmas.new_zeros(1) * ones, **extra_args)
 
-    if job.recache and cache.kept:
+    if job.recache and cache.kept and not job.anew:
         run.cache = job.cache = recached(cache, remember, run)
         cache = job.cache
     if job.prefix is not None:
-        remember(job.prefix.to(x))
+        for part in job.prefix.to(x).split(frames_per_block, dim=2):
+            remember(part)
         run.first = cache.next_frame
     out, done = torch.zeros_like(x), 0
     blocks = range(0, total, frames_per_block)
     for start in blocks:
         count = min(frames_per_block, total - start)
         block = x[:, :, start : start + count]
+        if job.anew and cache.kept:
+            # What the block will not see need not be computed.
+            cache.start_block(count)
+            run.cache = job.cache = cache = recached(cache, remember, run, frames_per_block)
         run.start_block(count)
-        for i in range(steps):
-            denoised = model(block, sigmas[i] * ones, **extra_args)
+        levels = sigmas if job.first is None or cache.next_frame else job.first.to(sigmas)
+        for i in range(len(levels) - 1):
+            denoised = model(block, levels[i] * ones, **extra_args)
             if callback is not None:
-                scaled = done * steps // (len(blocks) * steps)
-                callback({"x": block, "i": scaled, "sigma": sigmas[i],
-                          "sigma_hat": sigmas[i], "denoised": denoised})  # fmt: skip
+                # ComfyUI counts the steps of one block.
+                scaled = min(done // len(blocks), len(sigmas) - 2)
+                callback({"x": block, "i": scaled, "sigma": levels[i],
+                          "sigma_hat": levels[i], "denoised": denoised})  # fmt: skip
             done += 1
             seed = (extra_args.get("seed") or 0) + cache.blocks_made * 1000 + i
-            block = _noised(denoised, sigmas[i + 1], seed)
+            block = _noised(denoised, levels[i + 1], seed)
         out[:, :, start : start + count] = block
-        if job.keep or start + count < total:
+        if job.anew and start + count < total:
+            cache.note(block)
+        elif job.keep or start + count < total:
             remember(block)
         cache.blocks_made += 1
+        if job.live is not None:
+            _shown(block, model.inner_model, x.shape, job.live, cache)
     job.calls, job.frames = job.calls + run.calls, job.frames + total
     return out
 
 
-def recached(cache: VideoCache, remember: Any, run: CausalRun) -> VideoCache:
-    """A cache whose kept frames are computed anew from their clean latents, block by block, by
-    `remember(clean, frame)`. The given cache is empty then.
+def _shown(block, guider, shape, live: LiveVideo, cache: VideoCache) -> None:
+    """Hand the clean block to `live`, exactly as ComfyUI would return it at the end."""
+    management = comfy.model_management
+    latent = guider.inner_model.process_latent_out(block.to(torch.float32))
+    dtype = getattr(management, "intermediate_dtype", lambda: torch.float32)()
+    before = guider.model_patcher.loaded_size()
+    if live.add(latent.to(management.intermediate_device(), dtype)):
+        live.count_swap(before - guider.model_patcher.loaded_size())
+        if not live.complete:
+            load_again(guider, shape, cache.pool.held_bytes)
+
+
+def recached(cache: VideoCache, remember: Any, run: CausalRun, size: int = 0) -> VideoCache:
+    """A cache whose kept frames are computed anew from their clean latents by `remember(clean,
+    numbers)`, in the blocks they were made in or `size` at a time. The given cache is empty then.
     """
-    groups, clean = cache.blocks(), dict(cache.clean)
+    groups, clean = cache.blocks(size), dict(cache.clean)
     run.cache = cache.emptied()
     cache.release()
     try:
         for group in groups:
             latent = torch.cat([clean[each.frame] for each in group], dim=2)
-            remember(latent.to(cache.device), group[0].frame)
+            remember(latent.to(cache.device), [each.frame for each in group])
     except BaseException:
         run.cache.release()
         raise
@@ -185,6 +216,17 @@ def _size(fmt, layers) -> str:
     return f"{layers} layers, {heads} x {width}, {samples} x {tokens} tokens, {fmt.dtype}"
 
 
+def _way(cache: VideoCache) -> str:
+    way = cache.options.way
+    if way == MERGE:
+        return f"{way}, {MERGED_FRAMES} frames at a time"
+    if way == IN_PLACE:
+        if cache.in_place is None:
+            return "gathered, not in place: they lie in main memory, or began so in the session"
+        return cache.in_place.text()
+    return way
+
+
 def text(job: Job) -> str:
     """About a job that ran: what was made, what is kept, in bytes, and how pages were attended."""
     cache = job.cache
@@ -195,9 +237,14 @@ def text(job: Job) -> str:
         f"{len(cache.kept)} of {cache.next_frame} frames in the cache",
         f"cache: {megabytes(pool.peak_bytes)} at most, {len(cache.streams)} side(s) of the "
         f"guidance, {options.kind} pages of {megabytes(pool.page_bytes)}",
-        f"attention over pages: {options.way}"
-        + (f", {MERGED_FRAMES} frames at a time" if options.way == MERGE else ""),
+        f"attention over pages: {_way(cache)}",
     ]
+    if cache.staging is not None:
+        ahead, late = cache.staging.ahead, cache.staging.late
+        lines.append(
+            f"pages from main memory: {ahead} of {ahead + late} layers were asked for one layer "
+            f"ahead; {megabytes(cache.staging.peak_bytes)} of device memory for two layers"
+        )
     if options.kind != MODEL:
         lines.append(f"rounding of the first block's keys and values: {cache.error:.2%}")
     return "\n".join(lines)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import latent_preview
 import torch
 
 from ...kernels.errors import FrugalError
 from ...kernels.kv.cache import VideoCache
+from ...kernels.sampling.causal_presets import AS_SET, CAUSAL_PRESETS, CausalPreset
 from . import causal_model, causal_sampler
+from .causal_live import LiveVideo
 from .causal_sampler import Job
 
 FRAMES_PER_SECOND = 4  # latent frames: Wan's 16 pictures a second, 4 in each
@@ -26,7 +29,8 @@ Schedule = tuple[tuple[float, Any], ...]  # (second of this run, conditioning)
 @dataclass(frozen=True)
 class Settings:
     """As on the node. recache: compute the kept frames anew when the prompt changes. keep: leave a
-    session that can go on.
+    session that can go on. preset: of CAUSAL_PRESETS, in place of steps, scheduler, frames per
+    block and the model's window, sink and positions.
     """
 
     seed: int
@@ -36,6 +40,7 @@ class Settings:
     frames_per_block: int
     recache: bool = True
     keep: bool = False
+    preset: str = AS_SET
 
 
 def sampler(frames_per_block: int, job: Job | None = None) -> comfy.samplers.KSAMPLER:
@@ -54,11 +59,13 @@ def make_video(
     session: VideoCache | None = None,
     prompts: Schedule = (),
     start: dict[str, Any] | None = None,
+    live: LiveVideo | None = None,
 ) -> tuple[dict[str, Any], VideoCache, str]:
     """(latent with the video, session, empty unless it is kept, report).
 
     latent: [B, 16, T, h, w], its T latent frames are made; with `start`, clean frames a new video
     begins with, those are the first of the T. session: the video to go on with, left unchanged.
+    live: gets the T latents as they are made, to show and to write them.
     Raises FrugalError for what cannot be made.
     """
     options = model.model_options.get("transformer_options", {}).get(causal_model.OPTIONS)
@@ -77,15 +84,25 @@ def make_video(
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     before = None if start is None else start["samples"]
     samples = _without_start(samples, before, session)
-    model = model.clone()
+    model, preset = model.clone(), CAUSAL_PRESETS.get(settings.preset)
+    if preset is not None:
+        settings = replace(settings, frames_per_block=preset.block)
+        options = replace(options, window=preset.window, sink=preset.sink, relative=True)
+        model.model_options["transformer_options"][causal_model.OPTIONS] = options
     guided = settings.cfg != 1.0 or model.model_options.get("disable_cfg1_optimization", False)
     model.model_options["transformer_options"][causal_model.NEEDS] = causal_model.Needs(
         settings.frames_per_block, len(session.kept) if session else 0, 2 if guided else 1
     )
-    sigmas = comfy.samplers.calculate_sigmas(
-        model.get_model_object("model_sampling"), settings.scheduler, settings.steps
-    )
-    job = Job(keep=True)
+    job = Job(keep=True, live=live)
+    if preset is None:
+        sigmas = comfy.samplers.calculate_sigmas(
+            model.get_model_object("model_sampling"), settings.scheduler, settings.steps
+        )
+    else:
+        sigmas, job.anew = torch.tensor(preset.levels), preset.anew
+        job.first = torch.tensor(preset.first) if preset.first else None
+    if live is not None:
+        live.start((*samples.shape[:2], samples.shape[2] + _given(before), *samples.shape[3:]))
     try:
         if session is not None:
             job.cache = session.fork(options)
@@ -94,8 +111,15 @@ def make_video(
         parts = segments(positive, prompts, samples.shape[2], settings.frames_per_block)
         _check_start_image(parts)
         blocks = sum(-(-(end - begin) // settings.frames_per_block) for begin, end, _ in parts)
-        callback = _counting(model, blocks * (len(sigmas) - 1))
+        more = (
+            0
+            if job.first is None or session or before is not None
+            else len(job.first) - len(sigmas)
+        )
+        callback = _counting(model, blocks * (len(sigmas) - 1) + more, live)
         made = [] if before is None else [before.to(samples.device, samples.dtype)]
+        if live is not None and made:
+            live.add(made[0])
         for index, (begin, end, prompt) in enumerate(parts):
             job.keep = settings.keep or index + 1 < len(parts)
             mark = _mark(prompt, negative)
@@ -112,7 +136,7 @@ def make_video(
             )  # fmt: skip
             job.prefix = None
             job.cache.prompt = mark
-        report = causal_sampler.text(job)
+        report = causal_sampler.text(job) + _about(settings.preset, preset)
         if not settings.keep:
             job.cache.release()
     except BaseException:
@@ -147,6 +171,18 @@ def segments(
     return [(begin, end, starts[begin]) for begin, end in pairwise(edges)]
 
 
+def _about(name: str, preset: CausalPreset | None) -> str:
+    if preset is None:
+        return ""
+    levels = ", ".join(f"{level:.3g}" for level in preset.levels[:-1])
+    first = f", first block {len(preset.first) - 1} levels" if preset.first else ""
+    return (
+        f"\n{name}: noise levels {levels}{first}; blocks of {preset.block}, window "
+        f"{preset.window}, sink {preset.sink}, relative positions, in place of the inputs"
+        + ("; frames in sight computed anew before every block" if preset.anew else "")
+    )
+
+
 def _check_start_image(parts: list[tuple[int, int, Any]]) -> None:
     if len(parts) > 1 and any("concat_latent_image" in extra for *_, c in parts for _, extra in c):
         raise FrugalError(
@@ -175,9 +211,12 @@ def _without_start(
     return samples[:, :, given[2] :]
 
 
+def _given(frames: torch.Tensor | None) -> int:
+    return 0 if frames is None else frames.shape[2]
+
+
 def _first(job: Job) -> int:
-    given = 0 if job.prefix is None else job.prefix.shape[2]
-    return given + (0 if job.cache is None else job.cache.next_frame)
+    return _given(job.prefix) + (0 if job.cache is None else job.cache.next_frame)
 
 
 def _noise(
@@ -194,13 +233,19 @@ def _noise(
     return torch.cat(each, dim=2)
 
 
-def _counting(model: Any, total: int) -> Callable[..., None]:
-    """A sampler's callback over all parts of a video."""
+def _counting(model: Any, total: int, live: LiveVideo | None) -> Callable[..., None]:
+    """A sampler's callback over all parts of a video. Once pictures were decoded, the last of them
+    is shown in place of a guess at the block in work.
+    """
     show, done = latent_preview.prepare_callback(model, total), 0
+    bar = comfy.utils.ProgressBar(total)
 
     def callback(step, x0, x, steps):
         nonlocal done
-        show(done, x0, x, total)
+        if live is not None and live.picture is not None:
+            bar.update_absolute(done + 1, total, live.picture)
+        else:
+            show(done, x0, x, total)
         done += 1
 
     return callback

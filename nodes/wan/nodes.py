@@ -10,6 +10,7 @@ from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from .._models import FOLDER, WAN_PAGE, fingerprint, model_names, model_path, offered
 from . import causal, embeds, glue
+from .causal_to_file import FrugalCausalVideoFile
 from .constant_context import FrugalWanConstantContext
 from .decode import FrugalWanDecode, FrugalWanDecodeToFile
 from .encode import FrugalWanEncode
@@ -178,4 +179,5 @@ NODES = [
     FrugalWanDecodeToFile,
     FrugalWanEncode,
     *causal.NODES,
+    FrugalCausalVideoFile,
 ]

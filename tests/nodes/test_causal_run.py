@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.kernels.kv.attend import MERGE
+from frugal.kernels.kv.attend import IN_PLACE, MERGE
 from frugal.nodes.wan.causal_sampler import Job
 from frugal.tests import causal_bed as videos
 
@@ -52,6 +52,24 @@ def test_runs_of_pages_merged_equal_the_masked_forward(plain, network):
     wanted = videos.Reference(network, **options).make(8)
     made = videos.make(videos.causal(plain, way=MERGE, **options), 8)
     assert videos.far(made, wanted) < CLOSE
+
+
+def test_pages_in_place_equal_the_masked_forward(plain, network, monkeypatch):
+    from frugal.kernels.kv import paged
+    from frugal.nodes.wan.causal_sampler import text
+
+    model, job = videos.causal(plain, window=4, sink=1, way=IN_PLACE), Job(keep=True)
+    # On the CPU it is not taken, and says so.
+    gathered = videos.make(model, 6, cfg=3.0, job=job)
+    assert "no compiled kernel for cpu" in text(job)
+    monkeypatch.setattr(paged, "why_not", lambda *_: "")
+    monkeypatch.setattr(paged, "COMPILED", False)
+    job = Job(keep=True)
+    made = videos.make(model, 6, cfg=3.0, job=job)
+    wanted = videos.Reference(network, window=4, sink=1).make(6, cfg=3.0)
+    assert videos.far(made, wanted) < CLOSE and videos.far(gathered, wanted) < CLOSE
+    # Two blocks that see others, three calls of two layers each.
+    assert "in place by flex_attention: 12 calls" in text(job)
 
 
 def test_a_batch_is_its_samples(plain, network):
