@@ -1,0 +1,79 @@
+"""Pages in main memory on a card: the same numbers as pages on it, with copies on a stream beside a
+busy one; and the bytes that torch counts are those of the formula.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from frugal.kernels.kv.attend import GATHER, MERGE
+from frugal.kernels.kv.cache import CacheOptions, VideoCache
+from frugal.kernels.kv.storage import KINDS, PageFormat
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LAYERS, BUSY = 6, 2_000_000
+
+
+def film(kind: str, on_host: bool, way: str, blocks: int = 12, width: int = 128):
+    """A checksum of what each attention call of a video saw, and the cache."""
+    cuda = torch.device("cuda")
+    fmt = PageFormat((1, 1560, 12, width), torch.bfloat16, kind)
+    options = CacheOptions(4, 1, kind, relative=True, on_host=on_host, way=way)
+    cache, seen = VideoCache(fmt, LAYERS, cuda, options), []
+    make = torch.Generator("cuda").manual_seed(1)
+
+    def call():
+        for layer in range(LAYERS):
+            k, v = torch.randn(2, *fmt.shape, generator=make, device=cuda).bfloat16().unbind(0)
+            cache.store(layer, (0,), k, v)
+            # The device is behind the host, as it is under a model.
+            torch.cuda._sleep(BUSY)
+            if way == MERGE:
+                runs = cache.runs(layer, (0,), k, v, 2)
+                parts = [torch.cat(x, 1) for x in zip(*runs, strict=True)]
+            else:
+                parts = cache.gathered(layer, (0,), k, v)
+            seen.extend(each.view(torch.int16).sum(dtype=torch.int64) for each in parts)
+
+    for _ in range(blocks):
+        cache.start_block(1)
+        call()
+        with cache.writing(torch.zeros(1, 1, 1, 1, 1, device=cuda)):
+            call()
+    torch.cuda.synchronize()
+    return torch.stack(seen).cpu(), cache
+
+
+@pytest.mark.parametrize("way", [GATHER, MERGE])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_from_main_memory_are_the_same(kind, way):
+    wanted, _ = film(kind, False, way)
+    found, cache = film(kind, True, way)
+    assert torch.equal(found, wanted)
+    assert cache.staging.ahead > 5 * cache.staging.late
+    page = cache.pool.read(next(iter(cache.streams[0].values()))[0])
+    assert page.k.is_pinned() and page.k.device.type == "cpu"
+
+
+def test_bytes_on_the_card_are_those_of_the_formula():
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    _, cache = film("model", False, GATHER)
+    held = torch.cuda.memory_allocated() - before
+    # What the last block left: the window and the sink, each page two tensors of a whole number of
+    # the allocator's 512 bytes.
+    assert cache.pool.held_bytes == LAYERS * 5 * cache.fmt.page_bytes
+    assert held == pytest.approx(cache.pool.held_bytes, rel=0.03)
+    cache.release()
+    cache.pool.trim()
+    assert torch.cuda.memory_allocated() - before < 0.01 * held
+    _, hosted = film("model", True, GATHER)
+    held = torch.cuda.memory_allocated() - before
+    assert held == pytest.approx(hosted.staging.held_bytes, rel=0.03)
+    assert hosted.staging.held_bytes == 2 * 4 * hosted.fmt.page_bytes
