@@ -97,7 +97,8 @@ class CausalMemory:
 
     def filled(self, layers: int, streams: int) -> VideoCache:
         """A cache without memory, of so many layers, as full as it gets before a block is made."""
-        # Pages from main memory are read from the device as well, and counted apart. What the cache may take is for the run to refuse.
+        # Pages from main memory are read from the device as well, and counted apart. What the cache
+        # may take is for the run to refuse.
         options = replace(self.options, on_host=False, budget=0)
         cache = VideoCache(self.page, layers, META, options)
         # In relative time the frames of a window that has moved are turned as they are read.
