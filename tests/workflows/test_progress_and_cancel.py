@@ -21,10 +21,11 @@ ATTENTION = "frugal-demo/attention/model.safetensors"
 STEPS, FRAMES = 200, 161
 # Long nodes whose cancel tests/nodes covers, with a stand-in for the server or model they need.
 ELSEWHERE = {
-    "FrugalCalibrate", "FrugalClothMask", "FrugalMaskBBoxCrop", "FrugalMaskBBoxUncrop",
-    "FrugalMaskClean", "FrugalMaskComposite", "FrugalMaskFeather", "FrugalMaskFromLabels",
-    "FrugalMaskGrow", "FrugalMaskHull", "FrugalMaskRefine", "FrugalMaskTemporal",
-    "FrugalPromptExtend", "FrugalQualityCheck", "FrugalRemoteVideo", "FrugalTryOnBatch",
+    "FrugalCalibrate", "FrugalCausalVideoFile", "FrugalClothMask", "FrugalMaskBBoxCrop",
+    "FrugalMaskBBoxUncrop", "FrugalMaskClean", "FrugalMaskComposite", "FrugalMaskFeather",
+    "FrugalMaskFromLabels", "FrugalMaskGrow", "FrugalMaskHull", "FrugalMaskRefine",
+    "FrugalMaskTemporal", "FrugalPromptExtend", "FrugalQualityCheck", "FrugalRemoteVideo",
+    "FrugalTryOnBatch",
 }  # fmt: skip
 # Work with the very progress of a node that is cancelled below.
 LIKE = {"FrugalServerExport": "FrugalQuantize"}
