@@ -58,7 +58,7 @@ def causal_runs() -> list[dict]:
             parts = found.phases[0].parts
             memory = peaks.memory(job.batch, job.latent)
             # On a CPU main memory and the device's are one, and so both are counted.
-            host = memory.cache - memory.pages
+            host = memory.cache if memory.options.on_host else 0
 
             def call(model=model, cfg=cfg):
                 return videos.run(model, FRAMES, BLOCK, SIDE, cfg)

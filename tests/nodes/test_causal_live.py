@@ -245,6 +245,24 @@ def test_the_model_comes_back_after_each_piece(model, vae, monkeypatch):
     assert room[0] > room[1] >= room[2]
 
 
+def test_the_node(model, vae, folders):
+    from frugal.nodes.wan.causal_to_file import FrugalCausalVideoFile
+
+    node = FrugalCausalVideoFile.PREPARE_CLASS_CLONE(None)
+    conds = [[[videos.prompt_of(seed), {}]] for seed in (5, 6)]
+    with torch.inference_mode():
+        out = node.execute(
+            model, *conds, {"samples": torch.zeros(1, 16, 3, SIDE, SIDE)}, 9, 2, 1.0, "simple", 2,
+            True, True, vae, "live/clip", 16.0, "MP4 (H.264)", "high", 1,
+        )  # fmt: skip
+    shown, latent, session, report = out.args
+    path = folders / "output" / "live" / "clip_00001_.mp4"
+    assert len(shown) == 1 and frames_of(path) == 9 == 4 * latent["samples"].shape[2] - 3
+    assert session.next_frame == 3
+    assert "clip_00001_.mp4: 9 frames" in report and "decoded 2 times" in report
+    assert [each["filename"] for each in out.ui.as_dict()["images"]] == [path.name]
+
+
 def test_latents_on_disk_are_whole_at_every_moment(tmp_path):
     growing = latent_file.GrowingLatent(tmp_path / "a.latent")
     frame, bytes_written = torch.zeros(1, 16, 1, 2, 2), 0
