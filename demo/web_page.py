@@ -27,7 +27,7 @@ SETTINGS = {
 VUE_NODES = "Comfy.VueNodes.Enabled"  # the page calls it Nodes 2.0
 READY = """() => window.app?.extensionManager && app.graph
     && Object.keys(LiteGraph.registered_node_types).length > 50"""
-READY_MS = 120_000
+READY_MS = 600_000  # a guard against a page that never comes, on a machine that others keep busy
 
 
 def chromium() -> str:
