@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -105,17 +106,21 @@ def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: 
     within the budget too. The plan is attached under PLAN_KEY, as a PlanInForce.
     """
 
-    def policy() -> Policy:
-        return Policy(
-            InForce.of(plan.switches),
-            copy.copy(peaks),
-            plan.budget if limit else None,
-            lambda line: show_text(node, line),
-            in_force.changes,
-        )
-
     in_force = PlanInForce(plan)
-    ours = policy()
+
+    def policy(changes: list[str], say: Callable[[str], None]) -> Policy:
+        budget = plan.budget if limit else None
+        return Policy(InForce.of(plan.switches), copy.copy(peaks), budget, say, changes)
+
+    def show(line: str) -> None:
+        show_text(node, line)
+
+    def show_too(line: str) -> None:
+        # The second expert's run is inside the first one's, and so are its changes.
+        in_force.changes.append(line)
+        show_text(node, line)
+
+    ours = policy(in_force.changes, show)
     clone, paths = _working(model, ours)
     switch = experts_of(model)
     if switch is not None:
@@ -125,7 +130,7 @@ def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: 
             high.add_object_patch(path, clone.object_patches[path])
         ours.attach(high)
         switch = copy.copy(switch)
-        switch.high, switch.low = high, _working(switch.low, policy())[0]
+        switch.high, switch.low = high, _working(switch.low, policy([], show_too))[0]
         clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, EXPERTS_KEY)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, EXPERTS_KEY, switch)
     clone.set_attachments(PLAN_KEY, in_force)

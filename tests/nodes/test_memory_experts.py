@@ -111,6 +111,32 @@ def test_pieces_are_at_work_in_both_experts(experts, prompts):
     assert sum(map(len, counts)) == STEPS * 2 * 2
 
 
+def test_memory_that_runs_out_in_either_expert_is_told(experts, prompts):
+    failed = []
+
+    def once(name):
+        def wrapper(executor, x, *args, **kwargs):
+            if name not in failed:
+                failed.append(name)
+                raise comfy.model_management.OOM_EXCEPTION("injected: CUDA out of memory")
+            return executor(x, *args, **kwargs)
+
+        return wrapper
+
+    pair = []
+    for each, name in zip(experts, ("high", "low"), strict=True):
+        pair.append(each.clone())
+        pair[-1].add_wrapper_with_key("apply_model", "test.oom", once(name))
+    model = planned(join(*pair), Switches())
+    out = runs.sample(model, prompts, STEPS)
+    assert failed == ["high", "low"]
+    assert len(model.get_attachment(planning.PLAN_KEY).changes) == 2
+    assert torch.allclose(out, runs.sample(join(*experts), prompts, STEPS), atol=1e-4)
+    # The next run tells of itself only.
+    runs.sample(model, prompts, STEPS)
+    assert not model.get_attachment(planning.PLAN_KEY).changes
+
+
 def test_what_is_put_on_the_pair_reaches_both_in_spite_of_the_plan(experts, prompts):
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
