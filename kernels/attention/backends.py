@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 
 import torch
 
@@ -108,11 +109,18 @@ class Backend:
 def importable(name: str) -> bool:
     """Whether a module of this name can be found; only the packages above it are imported."""
     if name in sys.modules:
-        return sys.modules[name] is not None
+        module = sys.modules[name]
+        return module is not None and not _bare(module.__spec__)
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
+        return spec is not None and not _bare(spec)
     except (ImportError, ValueError):
         return False
+
+
+def _bare(spec: ModuleSpec | None) -> bool:
+    """A folder without code of its own, such as the flash_attn of FlashAttention 4 alone."""
+    return spec is not None and spec.origin is None
 
 
 def dotted(capability: tuple[int, int]) -> str:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from ..attention.table import Table
+from ..compile.report import CompileReport
 from ..plan.in_force import PlanOutcome
 from .step_report import StepCacheReport
 
@@ -16,6 +17,7 @@ class SamplerReport:
     they were chosen here. caches: one report for each run of
     steps (two where experts switch). memory: what was planned and what it took, if there was a
     plan. notes: what the preset changed and what it left alone.
+    compiled: what compiling the blocks did, if they were.
     """
 
     preset: str
@@ -28,6 +30,7 @@ class SamplerReport:
     caches: tuple[StepCacheReport, ...] = ()
     notes: tuple[str, ...] = ()
     memory: PlanOutcome | None = None
+    compiled: CompileReport | None = None
 
     def text(self) -> str:
         lines = [
@@ -39,6 +42,7 @@ class SamplerReport:
         lines += [cache.text() for cache in self.caches]
         lines += [self.memory.text()] if self.memory else []
         lines += [self.attention.text()] if self.attention else []
+        lines += [self.compiled.text()] if self.compiled else []
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -55,5 +59,6 @@ class SamplerReport:
                 "memory": self.memory.data() if self.memory else None,
                 "step_cache": [cache.data() for cache in self.caches],
                 "notes": list(self.notes),
+                "compiled": self.compiled.data() if self.compiled else None,
             }
         )

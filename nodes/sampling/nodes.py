@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from .attention_node import FrugalAttention
+from .compile_node import FrugalCompile
 from .guidance_range import FrugalGuidanceRange
 from .sampler import FrugalSampler
 from .step_cache import FrugalStepCache
 
-NODES: list[type] = [FrugalSampler, FrugalAttention, FrugalStepCache, FrugalGuidanceRange]
+NODES: list[type] = [
+    FrugalSampler,
+    FrugalAttention,
+    FrugalStepCache,
+    FrugalGuidanceRange,
+    FrugalCompile,
+]

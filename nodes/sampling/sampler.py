@@ -80,6 +80,15 @@ class FrugalSampler(io.ComfyNode):
                     default=AS_SET,
                     tooltip="A picture of each step on the node.",
                 ),
+                io.Boolean.Input(
+                    "compile_blocks",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Wan models: compile the blocks with PyTorch's compiler; offloading goes "
+                        "on working. The first step takes longer, the others less."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent", tooltip="The finished latent."),
@@ -95,11 +104,11 @@ class FrugalSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, preset, seed, steps, cfg, sampler_name,
-        scheduler, denoise, preview,
+        scheduler, denoise, preview, compile_blocks=False,
     ) -> io.NodeOutput:  # fmt: skip
         job = sampler_run.Job(
             seed, steps, cfg, sampler_name, scheduler, denoise, preset,
-            preview == MIDDLE_FRAME,
+            preview == MIDDLE_FRAME, compile_blocks,
         )  # fmt: skip
         latent, report = sampler_run.run(model, positive, negative, latent_image, job)
         show_text(cls.hidden.unique_id, report.text())

@@ -14,12 +14,14 @@ from ...kernels.sampling.sampler_report import SamplerReport
 from ...kernels.sampling.step_report import FEW_STEPS, StepCacheReport
 from .._comfy import PLAN_KEY
 from .._offers import PLAN, offered
-from . import attention, guidance_run, preview, step_cache_run
+from . import attention, compile_run, guidance_run, preview, step_cache_run
 
 
 @dataclass(frozen=True)
 class Job:
-    """The inputs of a KSampler, the preset's name, and whether to preview in any case."""
+    """The inputs of a KSampler, the preset's name, whether to preview in any case and whether to
+    compile a Wan model's blocks.
+    """
 
     seed: int
     steps: int
@@ -29,6 +31,7 @@ class Job:
     denoise: float
     preset: str = "off"
     preview: bool = False
+    compile_blocks: bool = False
 
 
 def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
@@ -44,6 +47,7 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
     kernels = model.get_attachment(attention.KEY)
     by_hand = model.get_attachment(step_cache_run.KEY)
     earlier = None if by_hand is None else by_hand.report
+    compiled = model.get_attachment(compile_run.KEY)
     started = time.perf_counter()
     (result,) = comfy_nodes.common_ksampler(
         model, job.seed, job.steps, cfg, job.sampler, job.scheduler, positive, negative, latent,
@@ -62,6 +66,7 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
         tuple(caches),
         tuple(notes),
         None if planned is None else planned.outcome(),
+        None if compiled is None else compiled.report,
     )
     logging.info("[Frugal] %s", report.text())
     return result, report
@@ -72,6 +77,8 @@ def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any,
     preset, cfg, notes = PRESETS[job.preset], job.cfg, []
     if job.preview:
         model = preview.apply(model)
+    if job.compile_blocks and not compile_run.present(model):
+        model = compile_run.apply(model)
     if preset.attention and model.get_attachment(attention.KEY) is None:
         model = attention.apply(model)
     if preset.cfg is not None and preset.cfg != cfg:

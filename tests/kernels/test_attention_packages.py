@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from dataclasses import replace
@@ -77,6 +78,22 @@ def test_flash_packages(monkeypatch, module, run, gives):
     install(monkeypatch, module, flash_attn_func=flash_attn_func)
     q, k, v = tensors(Hkv=2)
     assert off(run(q, k, v, None, 0.2), by_rows(q, k, v, None, 0.2)) < 1e-6
+
+
+def test_flash_4_alone_is_no_flash_2(monkeypatch, tmp_path):
+    """Its wheel has flash_attn/cute and no flash_attn/__init__.py."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    absent = {each.name: each.absent("cuda") for each in BACKENDS}
+    assert absent["flash-attn-2"] == "is not installed" and absent["flash-attn-4"] is None
+    (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert next(b for b in BACKENDS if b.name == "flash-attn-2").absent("cuda") is None
 
 
 def test_sage_leaves_the_keys_alone(monkeypatch):

@@ -1,0 +1,1 @@
+"""Compiling the blocks of a transformer while their weights stay wherever the host keeps them."""

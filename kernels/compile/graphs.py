@@ -1,0 +1,80 @@
+"""torch.compile with a count of the graphs it makes, a way out of its limit, and clear refusals."""
+
+from __future__ import annotations
+
+import functools
+import time
+import types
+from typing import Any
+
+import torch
+
+from ..errors import FrugalError
+
+
+class Graphs:
+    """Compiled calls of modules of one kind. Every call is one graph or an error.
+
+    backend: a name that torch.compile knows.
+    """
+
+    def __init__(self, backend: str):
+        self.backend = backend
+        self.made = 0
+        self._call = self._compiled()
+
+    def __call__(self, module: torch.nn.Module, *args, **kwargs) -> tuple[Any, int, float]:
+        """(what the module returns, graphs made for this call, seconds it took if any was made)."""
+        made, start = self.made, time.perf_counter()
+        try:
+            out = self._call(module, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            # So many sizes were seen that PyTorch gives up; their graphs are dropped.
+            self._call = self._compiled()
+            out = self._guarded(module, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise cannot(error) from error
+        new = self.made - made
+        return out, new, time.perf_counter() - start if new else 0.0
+
+    def _guarded(self, module, *args, **kwargs):
+        try:
+            return self._call(module, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise cannot(error) from error
+
+    def _compiled(self):
+        backend = torch._dynamo.lookup_backend(self.backend)
+
+        def counting(graph, inputs):
+            self.made += 1
+            return backend(graph, inputs)
+
+        # PyTorch keeps graphs per code object, so this has one of its own.
+        own = types.FunctionType(_run.__code__.replace(), _run.__globals__)
+        return torch.compile(own, backend=counting, fullgraph=True)
+
+
+def _run(module, *args, **kwargs):
+    return module(*args, **kwargs)
+
+
+def cannot(error: BaseException) -> FrugalError:
+    lines = [each.strip() for each in str(error).splitlines() if each.strip()]
+    text = " ".join(lines[:2]).encode("ascii", "replace").decode()[:300]
+    return FrugalError(
+        f"PyTorch could not compile ({text.rstrip('.')})",
+        "a working compiler: Triton for a GPU, a C++ compiler for a CPU",
+        "install it, or turn compiling off",
+    )
+
+
+@functools.cache
+def probe(device: torch.device, backend: str) -> None:
+    """Raises FrugalError where a small graph cannot be compiled for `device`."""
+    Graphs(backend)(_Small(), torch.ones(64, device=device))
+
+
+class _Small(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x) * 2 + 1
