@@ -19,8 +19,12 @@ class Graphs:
     """
 
     def __init__(self, backend: str):
+        # Here and not above: it costs seconds, and only those who compile need it.
+        from torch._dynamo import exc
+
         self.backend = backend
         self.made = 0
+        self._refusals = exc
         self._call = self._compiled()
 
     def __call__(self, module: torch.nn.Module, *args, **kwargs) -> tuple[Any, int, float]:
@@ -28,11 +32,11 @@ class Graphs:
         made, start = self.made, time.perf_counter()
         try:
             out = self._call(module, *args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
+        except self._refusals.FailOnRecompileLimitHit:
             # So many sizes were seen that PyTorch gives up; their graphs are dropped.
             self._call = self._compiled()
             out = self._guarded(module, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except self._refusals.TorchDynamoException as error:
             raise cannot(error) from error
         new = self.made - made
         return out, new, time.perf_counter() - start if new else 0.0
@@ -40,7 +44,7 @@ class Graphs:
     def _guarded(self, module, *args, **kwargs):
         try:
             return self._call(module, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except self._refusals.TorchDynamoException as error:
             raise cannot(error) from error
 
     def _compiled(self):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,11 @@ def shadow(block: torch.nn.Module, fetch: Fetch, path: str = "") -> torch.nn.Mod
     kind = _norm_kind(block)
     if kind is None:
         return _container(block, fetch, path)
-    return Norm(block, fetch, kind) if plain(block) else Layer(block, block.normalized_shape[-1])
+    return (
+        Norm(block, fetch, kind)
+        if plain(block)
+        else Layer(block, cast(Any, block).normalized_shape[-1])
+    )
 
 
 def _container(block: torch.nn.Module, fetch: Fetch, path: str) -> torch.nn.Module:

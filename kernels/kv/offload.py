@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .storage import Page
@@ -34,4 +36,5 @@ def to_device(page: Page, device: torch.device) -> Page:
     """A copy on `device`, or the page itself if it is there."""
     if page.k.device == device:
         return page
-    return Page(**{name: tensor.to(device) for name, tensor in page.tensors().items()})
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in page.tensors().items()}
+    return Page(**moved)

@@ -146,8 +146,8 @@ class InPlace:
             self.reason = f"flex_attention raised {type(error).__name__}: {said}"
             return None
         if not self.calls:
-            inputs = (q.transpose(1, 2), *(each.transpose(1, 2) for each in gathered()))
-            off = check.error(out, *inputs, None, q.shape[-1] ** -0.5)
+            k_all, v_all = (each.transpose(1, 2) for each in gathered())
+            off = check.error(out, q.transpose(1, 2), k_all, v_all, None, q.shape[-1] ** -0.5)
             if not off <= check.limit(q.dtype, exact=True):
                 self.reason = f"its first result was off by {off:.2g} from the gathered pages"
                 return None
@@ -224,7 +224,7 @@ def block_mask(slab: Slab, table: torch.Tensor, queries: int) -> Any:
 def _flex(compiled: bool) -> Any:
     from torch.nn.attention import flex_attention as module
 
-    function = module.flex_attention
+    function: Any = module.flex_attention
     request = getattr(module, "AuxRequest", None)
 
     def call(q, k, v, mask):

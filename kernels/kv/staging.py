@@ -59,13 +59,17 @@ class CudaLane(Lane):
             out.copy_(tensor, non_blocking=True)
 
     def done(self) -> torch.cuda.Event:
-        return self.stream.record_event()
+        event = torch.cuda.Event()
+        self.stream.record_event(event)
+        return event
 
     def wait(self, mark: torch.cuda.Event) -> None:
         self._now().wait_event(mark)
 
     def read(self) -> torch.cuda.Event:
-        return self._now().record_event()
+        event = torch.cuda.Event()
+        self._now().record_event(event)
+        return event
 
     def finish(self) -> None:
         self._now().wait_stream(self.stream)
