@@ -32,11 +32,12 @@ LIKE = {"FrugalServerExport": "FrugalQuantize"}
 # One short piece of work, one pass of a model that ComfyUI runs, or nodes that others run.
 AT_ONCE = {
     "FrugalAttention", "FrugalCachedTextEncode", "FrugalCausalModel", "FrugalCausalPrompt",
-    "FrugalCausalSamplerSelect", "FrugalDoctor", "FrugalGuidanceRange", "FrugalLoadCausalSession",
-    "FrugalLoadTextEmbeds", "FrugalLoraSide", "FrugalMemoryPlan", "FrugalReport",
-    "FrugalSaveCatVTON", "FrugalSaveCausalSession", "FrugalSaveTextEmbeds", "FrugalStepCache",
-    "FrugalTryOn", "FrugalTryOnConditioning", "FrugalTryOnMaskFree", "FrugalTryOnPrepare",
-    "FrugalTryOnSigmas", "FrugalTryOnStitch", "FrugalWanConstantContext", "FrugalWanTwoExperts",
+    "FrugalCausalSamplerSelect", "FrugalCompile", "FrugalDoctor", "FrugalGuidanceRange",
+    "FrugalLoadCausalSession", "FrugalLoadTextEmbeds", "FrugalLoraSide", "FrugalMemoryPlan",
+    "FrugalReport", "FrugalSaveCatVTON", "FrugalSaveCausalSession", "FrugalSaveTextEmbeds",
+    "FrugalStepCache", "FrugalTryOn", "FrugalTryOnConditioning", "FrugalTryOnMaskFree",
+    "FrugalTryOnPrepare", "FrugalTryOnSigmas", "FrugalTryOnStitch", "FrugalWanConstantContext",
+    "FrugalWanTwoExperts",
 }  # fmt: skip
 
 
