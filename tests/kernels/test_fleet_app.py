@@ -243,7 +243,9 @@ def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
                 if len(gone) == 2:
                     break
                 await asyncio.sleep(0.02)
-            assert gone == [1, 1] and len(handle.workers) == 3
+            assert gone == [1, 1]
+            # The third job comes before or after the second loss, and no loss is charged to it.
+            assert len(handle.workers) in (2, 3) and done[2].attempts == 1
             assert not handle.workers[0].comfy.place.folder.exists()
         finally:
             await front.desk.close()

@@ -176,6 +176,11 @@ class Comfy:
 
     async def run(self, job: str, order: Order) -> AsyncIterator[Event]:
         """Events of one order (see desk.py). Raises LostError when the process is lost."""
+        # Begun on a process that the job before took down, a job would lose an attempt for nothing.
+        try:
+            await self._ask("GET", "/prompt")
+        except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+            raise self._lost(error) from None
         self.place.lay(order.files)
         yield {"kind": "started", "worker": self.name, "memory": self.memory}
         try:
