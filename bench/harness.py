@@ -45,3 +45,17 @@ def write(path: Path, result: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def each_tree(script: str, results: str, trees: list[str]) -> dict[str, Any]:
+    """The last line, JSON, that `python script --one TREE` prints, by the name of the ComfyUI tree;
+    each from a process of its own, written to `results` as it comes.
+    """
+    found = {"device": "cpu", "commit": commit(), "load_average": os.getloadavg()}
+    rows = {}
+    for tree in trees:
+        command = [sys.executable, script, "--one", tree]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows[Path(tree).name] = json.loads(done.stdout.splitlines()[-1])
+        write(Path(results), found | rows)
+    return rows

@@ -14,11 +14,8 @@ are predictions that no run here has checked. All in fp32 on a CPU, the real siz
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import harness
@@ -208,15 +205,9 @@ def measure(tree: str) -> dict:
 
 def main() -> None:
     results, *trees = sys.argv[1:]
-    found = {"device": "cpu", "commit": harness.commit(), "load_average": os.getloadavg()}
-    for tree in trees:
-        command = [sys.executable, __file__, "--one", tree]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[Path(tree).name] = json.loads(done.stdout.splitlines()[-1])
-        harness.write(Path(results), found)
-    for tree in trees:
-        for row in found[Path(tree).name]["grid"]:
-            print(Path(tree).name, row["model"], row["latent"], row["pieces"],
+    for name, found in harness.each_tree(__file__, results, trees).items():
+        for row in found["grid"]:
+            print(name, row["model"], row["latent"], row["pieces"],
                   f"{row['predicted'] / row['counted'] - 1:+.2%}",
                   f"{row['predicted'] / row['allocator'] - 1:+.2%}")  # fmt: skip
 

@@ -10,8 +10,6 @@ and counted by torch's allocator, which knows nothing of ours.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -150,14 +148,9 @@ def measure(tree: str) -> dict:
 
 def main() -> None:
     results, *trees = sys.argv[1:]
-    found = {"device": "cpu", "commit": harness.commit(), "load_average": os.getloadavg()}
-    for tree in trees:
-        command = [sys.executable, __file__, "--one", tree]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[Path(tree).name] = json.loads(done.stdout.splitlines()[-1])
-        harness.write(Path(results), found)
-        for row in found[Path(tree).name]["runs"]:
-            print(Path(tree).name, row["options"], row["cfg"],
+    for name, found in harness.each_tree(__file__, results, trees).items():
+        for row in found["runs"]:
+            print(name, row["options"], row["cfg"],
                   f"{row['predicted'] / row['counted'] - 1:+.2%}",
                   f"{row['predicted'] / row['allocator'] - 1:+.2%}")  # fmt: skip
 
