@@ -24,7 +24,7 @@ from ...kernels.compile.graphs import Graphs, probe
 from ...kernels.compile.report import CompileReport
 from ...kernels.compile.shadow import plain, shadow
 from ...kernels.errors import FrugalError
-from .._comfy import ATTENTION_OVERRIDE
+from .._comfy import ATTENTION_OVERRIDE, PLAN_KEY
 
 KEY = "frugal.compile"
 INDUCTOR = "inductor"
@@ -93,6 +93,12 @@ def _each_run(backend: str, show: Callable[[CompileReport], None]) -> Callable[.
                 "two nodes compile this model",
                 "one",
                 "remove ComfyUI's TorchCompileModel, or turn compiling off here",
+            )
+        if guider.model_patcher.get_attachment(PLAN_KEY) is not None:
+            raise FrugalError(
+                "the model has a memory plan, whose blocks work in pieces, and compiled blocks",
+                "one of them",
+                "remove Memory Plan, or turn compiling off",
             )
         run = _Run(backend)
         # The sampler's own copy for this run.

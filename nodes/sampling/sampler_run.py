@@ -102,6 +102,9 @@ def _planned(model: Any, latent: dict, job: Job, cfg: float, notes: list[str]) -
     there = model.get_attachment(PLAN_KEY) is not None
     if not (PRESETS[job.preset].plan or there):
         return None
+    if compile_run.present(model) and not there:
+        notes.append("no memory plan: compiled blocks run whole")
+        return None
     plan_run = offered(PLAN)
     if plan_run is None:
         notes.append("no memory plan: the plan nodes are not loaded")

@@ -7,6 +7,7 @@ C++ compiler. `test_inductor` is the one that does.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -291,6 +292,16 @@ def test_two_nodes_that_compile_are_refused(wan, prompts):
         sample(compiled(both)[0], prompts)
 
 
+def test_a_plan_in_pieces_is_refused(wan, prompts):
+    from frugal.nodes.plan.of_run import plan_run
+
+    latent = {"samples": sampling_bed.latent_of()}
+    planned = plan_run(wan, latent, True).model
+    for both in (compiled(planned)[0], plan_run(compiled(wan)[0], latent, True).model):
+        with pytest.raises(FrugalError, match="remove Memory Plan, or turn compiling off"):
+            sample(both, prompts)
+
+
 def test_other_models_are_refused():
     inner = SimpleNamespace(diffusion_model=torch.nn.Linear(2, 2))
     with pytest.raises(FrugalError, match="the model is a Linear; expected a Wan model"):
@@ -309,6 +320,9 @@ def test_the_sampler_and_the_node(wan, prompts, monkeypatch):
     assert relative(got["samples"], want["samples"]) < 1e-6
     assert report.compiled.calls == 2 * STEPS and "compiled blocks: 6 calls" in report.text()
     assert '"compiled": {"calls": 6' in report.json()
+    by_preset, report = sampler_run.run(wan, *prompts, latent, replace(job, preset="quality"))
+    assert report.compiled.calls and torch.isfinite(by_preset["samples"]).all()
+    assert report.memory is None and "no memory plan: compiled blocks run whole" in report.text()
     node = FrugalCompile.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     (model,) = node.execute(wan).args
     got, report = sampler_run.run(model, *prompts, latent, job)
