@@ -55,7 +55,14 @@ def test_the_same_frames_with_a_plan(server):
     files = {key: path.name for key, path in build_demo_wan(server.models).items()}
     shown, planned = run(server, graph(files, True))
     data = json.loads(shown["6"]["frugal_memory_plan"][0])
-    assert data["job"] == {"width": 64, "height": 64, "frames": 5, "batch": 1, "guided": False}
+    assert data["job"] == {
+        "width": 64,
+        "height": 64,
+        "frames": 5,
+        "batch": 1,
+        "guided": False,
+        "block": 0,
+    }
     assert data["streamed"] > 0 and not data["switches"]["sequential"]
     assert "fit in 10.0 MB" in shown["6"]["text"][0]
     _, plain = run(server, graph(files, False))
