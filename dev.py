@@ -253,6 +253,8 @@ def split_paths(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
     top += sorted((ROOT / "tests").glob("test_*.py"))
     paths = named or [f"tests/{path.name}" for path in top]
     inside = [p for p in paths if Path(p).parts[1:2] and Path(p).parts[1] in NEEDS_COMFYUI]
+    # The web page comes last: it fills the shared server with models and pictures.
+    inside.sort(key=lambda p: NEEDS_COMFYUI.index(Path(p).parts[1]))
     return [p for p in paths if p not in inside], inside, rest
 
 

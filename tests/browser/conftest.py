@@ -16,7 +16,8 @@ from frugal.tests.bed import canvas
 MODES = {"classic": False, "nodes2": True}
 
 
-@pytest.fixture(scope="session")
+# Not for the whole run: while it is there no other test may start an event loop.
+@pytest.fixture(scope="module")
 def chromium():
     pytest.importorskip("playwright", reason="no playwright; tests/requirements.txt lists it")
     found = web_page.chromium()
@@ -42,7 +43,7 @@ def site(server):
     return server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tab(chromium, site, request):
     """A fresh tab; drawn by Nodes 2.0 where a test asks for `nodes2`."""
     seen = canvas.Canvas(chromium.new_page(viewport=canvas.SIZE), site.url)
