@@ -33,7 +33,10 @@ def one_start(tree: str) -> None:
 
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.base_directory = tempfile.gettempdir()
-    import server  # noqa: F401  (what main.py has imported by then)
+    # What main.py has imported by then, in its order: `nodes` puts a folder with another `utils`
+    # first on the path.
+    importlib.import_module("utils.extra_config")
+    import server  # noqa: F401
 
     import nodes
 
