@@ -1,15 +1,15 @@
 """Mask kernels against OpenCV, ComfyUI's and KJNodes' ways, interleaved in one run.
 
-    python bench/masks.py [--rounds 9] [--minutes 7] [--only clip,...] [--note "..."]
+    python bench/masks.py [--rounds 15] [--minutes 6] [--only clip,...] [--note "..."]
 
 ComfyUI's own nodes come from the folder FRUGAL_COMFYUI_TREE, or the oldest one that dev.py has
 installed; without any they are left out.
 
 Chain: threshold 0.5, fill all holes, drop islands below 200 px, grow 16 px (disk), feather 12 px.
-Every contender gets two threads and returns a new array. Each round runs all of them once, in turn;
-the figures are medians over rounds, and the ratio is the median of the rounds' ratios of process
-CPU time, which other load on the machine disturbs least. A case stops early, after 3 rounds at
-least, when its share of the time is used. What we lose is in the list too. Writes
+Every contender gets two threads and returns a new array. Each round runs all of them once, in an
+order of its own; the figures are medians over rounds, and the ratio is the median of the rounds'
+ratios of process CPU time, which other load on the machine disturbs least. A case stops early,
+after 3 rounds at least, when its share of the time is used. What we lose is in the list too. Writes
 bench/results/masks.json.
 """
 
@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -97,12 +98,13 @@ def measure(runners: dict, pairs: dict, rounds: int, seconds: float, check: bool
         run()
     wall: dict = {name: [] for name in runners}
     cpu: dict = {name: [] for name in runners}
-    names, began = list(runners), time.perf_counter()
+    names, began, order = list(runners), time.perf_counter(), random.Random(0)
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - began > seconds:
             break
-        # Another one begins each round: none always comes after the same neighbour.
-        for name in names[done % len(names) :] + names[: done % len(names)]:
+        # What one leaves behind, memory given back above all, is paid by the next: no pair may
+        # always meet.
+        for name in order.sample(names, len(names)):
             w, c = time.perf_counter(), time.process_time()
             runners[name]()
             cpu[name].append(1000 * (time.process_time() - c))
@@ -195,7 +197,7 @@ def cases(slow: str) -> dict:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--minutes", type=float, default=6, help="for all rounds together")
     options.add_argument("--only", default="", help="cases whose name starts so, by commas")
     options.add_argument("--note", default="")
