@@ -7,8 +7,6 @@ them (online softmax, Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, 
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,33 +17,6 @@ if TYPE_CHECKING:
 
 GATHER, MERGE, IN_PLACE = "gather", "merge", "in place"
 MERGED_FRAMES = 3  # frames brought together at a time when pages are attended run by run
-
-
-def ways() -> dict[str, str]:
-    """Every way to attend over pages -> "" if it is used here, else why it is not."""
-    return {
-        GATHER: "",
-        MERGE: "",
-        IN_PLACE: "",
-        "FA3 block_table": _why_not_fa3(),
-        "torch varlen_attn block_table": _why_not_varlen(),
-    }
-
-
-def _why_not_fa3() -> str:
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        return "flash_attn_interface (FlashAttention 3) is not installed"
-    return "present, but its paged kernel is not verified by a run: gather is used"
-
-
-def _why_not_varlen() -> str:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return f"torch {torch.__version__} has no varlen_attn"
-    if "block_table" not in inspect.signature(varlen_attn).parameters:
-        return f"varlen_attn of torch {torch.__version__} has no block_table"
-    return "present, but its paged kernel is not verified by a run: gather is used"
 
 
 def with_lse(

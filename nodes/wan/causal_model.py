@@ -18,8 +18,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.errors import FrugalError
-from ...kernels.kv.attend import GATHER, ways
+from ...kernels.kv.attend import IN_PLACE, MERGE
 from ...kernels.kv.cache import CacheOptions
+from ...kernels.kv.paged import forecast
 from ...kernels.kv.staging import STAGED_LAYERS
 from ...kernels.kv.storage import PATCH_SIZE, PageFormat, wan_page
 from ...kernels.plan.causal import Needs
@@ -75,7 +76,7 @@ def make_causal(model: Any, options: CacheOptions, shift: float) -> tuple[Any, s
     model.model_options.setdefault("transformer_options", {})[OPTIONS] = options
     model.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, OPTIONS)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, OPTIONS, count_cache)
-    return model, _text(network, options, compute_dtype(model))
+    return model, _text(network, options, compute_dtype(model), model.load_device)
 
 
 def _check(model: Any, network: torch.nn.Module) -> None:
@@ -144,7 +145,7 @@ def count_cache(executor, model, noise_shape, conds, model_options=None, *args, 
     # One layer's keys and values are gathered at a time. Of pages in main memory this layer's and
     # the next one's are on the device.
     layers = STAGED_LAYERS if options.on_host else len(network.blocks)
-    layers += options.way == GATHER
+    layers += options.way != MERGE
     size = needs.sides * layers * kept * fmt.page_bytes
     shape = list(noise_shape)
     shape[2] = 1
@@ -154,7 +155,9 @@ def count_cache(executor, model, noise_shape, conds, model_options=None, *args, 
     return executor(model, shape, conds, model_options, *args, **kwargs)
 
 
-def _text(network: torch.nn.Module, options: CacheOptions, dtype: torch.dtype) -> str:
+def _text(
+    network: torch.nn.Module, options: CacheOptions, dtype: torch.dtype, device: torch.device
+) -> str:
     per_token = page_format(network, (1, 0, 1, 2, 2), dtype, options.kind).page_bytes
     large = page_format(network, (1, 0, 1, 60, 104), dtype, options.kind)
     frame = len(network.blocks) * large.page_bytes
@@ -165,5 +168,8 @@ def _text(network: torch.nn.Module, options: CacheOptions, dtype: torch.dtype) -
         f"one latent frame at 832 x 480: {megabytes(frame)} per condition",
         f"attention over pages: {options.way}",
     ]
-    lines += [f"not used, {name}: {reason}" for name, reason in ways().items() if reason]
+    if options.way == IN_PLACE:
+        where = "pages in main memory have to be copied first" if options.on_host else ""
+        where = where or forecast(large, device, options.relative)
+        lines.append(f"in place at 832 x 480: {where}")
     return "\n".join(lines)

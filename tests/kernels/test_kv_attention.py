@@ -49,16 +49,6 @@ def test_far_apart_runs_do_not_overflow():
     assert (attend.merged(q, runs) - wanted).abs().max() < 1e-3
 
 
-def test_every_way_has_a_reason():
-    ways = attend.ways()
-    assert [name for name, reason in ways.items() if not reason] == [
-        attend.GATHER,
-        attend.MERGE,
-        attend.IN_PLACE,
-    ]
-    assert all(len(reason) > 20 for reason in ways.values() if reason)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_keep_values_within_their_bound(kind, dtype):

@@ -1,21 +1,74 @@
-"""flex_attention over pages of one slab is softmax attention over the pages of its table."""
+"""Kernels over pages of one slab give softmax attention over the pages of their table.
+
+flex_attention runs as it is written. FlashAttention 3 and torch's varlen_attn with a block table
+need a card: functions with their published parameters and shapes stand in for them, which take
+nothing else. They prove the calls, not the kernels.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 
-from frugal.kernels.kv import attend, paged
+from frugal.kernels.kv import attend, paged, paged_kernels
 from frugal.kernels.kv.cache import CacheOptions, VideoCache
+from frugal.kernels.kv.paged_kernels import FLASH_3, FLEX, VARLEN
 from frugal.kernels.kv.storage import PageFormat
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("tokens", "samples", "streams"), [(128, 1, 1), (150, 2, 2), (40, 1, 2)])
-def test_pages_of_the_table_and_no_others(tokens, samples, streams):
+def over_table(q, k_pages, v_pages, table, counts):
+    """(out [N, Lq, H, D], lse [N, H, Lq]) of q over the first counts[n] keys of the table's row."""
+    rows = []
+    for query, pages, count in zip(q, table.long(), counts.tolist(), strict=True):
+        k, v = (each[pages].flatten(0, 1)[None, :count] for each in (k_pages, v_pages))
+        rows.append(attend.with_lse(*(each.transpose(1, 2) for each in (query[None], k, v))))
+    out, lse = (torch.cat(each) for each in zip(*rows, strict=True))
+    return out.transpose(1, 2), lse
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, *, cache_seqlens, page_table, return_softmax_lse=False
+):
+    pages, _, heads, width = k_cache.shape
+    assert q.shape[2:] == (heads, width) and v_cache.shape == k_cache.shape
+    assert cache_seqlens.dtype == page_table.dtype == torch.int32
+    assert page_table.is_contiguous() and page_table.max() < pages
+    out, lse = over_table(q, k_cache, v_cache, page_table, cache_seqlens)
+    return (out, lse, None, None) if return_softmax_lse else out
+
+
+def varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux, seqused_k, block_table
+):
+    assert key.shape[1] % 256 == 0 and cu_seq_k is None
+    assert cu_seq_q.dtype == seqused_k.dtype == block_table.dtype == torch.int32
+    assert cu_seq_q.diff().tolist() == [max_q] * len(block_table)
+    assert seqused_k.max() <= max_k == block_table.shape[1] * key.shape[1]
+    q = query.view(len(block_table), max_q, *query.shape[1:])
+    out, lse = over_table(q, key, value, block_table, seqused_k)
+    assert return_aux.lse
+    return out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def without_card(monkeypatch):
+    monkeypatch.setattr(paged_kernels, "COMPILED", False)
+    monkeypatch.setattr(paged_kernels, "flash_3", lambda: flash_attn_with_kvcache)
+    monkeypatch.setattr(paged_kernels, "varlen", lambda: varlen_attn)
+
+
+@pytest.mark.parametrize("samples, streams", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize(
+    "kernel, tokens", [(FLASH_3, 40), (FLASH_3, 256), (VARLEN, 256), (FLEX, 150), (FLEX, 256)],
+    ids=lambda each: getattr(each, "name", each),
+)  # fmt: skip
+def test_pages_of_the_table_and_no_others(kernel, tokens, samples, streams):
     fmt = PageFormat((samples, tokens, 2, 16), torch.float32)
-    slab = paged.Slab(fmt, 7, CPU)
+    slab = paged.Slab(fmt, 7, CPU, kernel.rows)
     make = torch.Generator().manual_seed(tokens)
     pages = [slab.page() for _ in range(7)]
     assert slab.page() is None
@@ -26,8 +79,9 @@ def test_pages_of_the_table_and_no_others(tokens, samples, streams):
     table = torch.tensor(
         [[page * samples + s for page in each] for each in tables for s in range(samples)]
     )
-    q = torch.randn(streams * samples, tokens, 2, 16, generator=make)
-    out, lse = paged.attend(q, slab, paged.block_mask(slab, table, tokens), compiled=False)
+    queries = 2 * tokens
+    q = torch.randn(streams * samples, queries, 2, 16, generator=make)
+    out, lse = kernel.attend(q, slab, kernel.prepare(slab, table, queries))
     for row in range(streams * samples):
         chosen = [pages[n] for n in tables[row // samples]]
         k, v = (
@@ -39,22 +93,63 @@ def test_pages_of_the_table_and_no_others(tokens, samples, streams):
         assert (lse[row] - wanted_lse[0]).abs().max() < 1e-5
 
 
-def test_where_it_cannot_be_used_it_says_why():
-    fmt = PageFormat((1, 128, 2, 16), torch.float32)
-    assert "no compiled kernel for cpu" in paged.why_not(fmt, CPU, False, 3)
-    assert "relative positions" in paged.why_not(fmt, CPU, True, 3)
+def test_where_none_can_be_used_it_says_why():
+    fmt = PageFormat((1, 1560, 12, 128), torch.bfloat16)
+    none, said = paged.choose(fmt, CPU, False, 3)
+    assert none is None and "flex_attention has no compiled kernel for cpu" in said
+    assert "flash_attn_interface (FlashAttention 3) is not installed" in said
+    assert "varlen_attn" in said
+    assert "relative positions" in paged.choose(fmt, CPU, True, 3)[1]
     eight = PageFormat((1, 128, 2, 16), torch.float32, "int8")
-    assert "int8 pages" in paged.why_not(eight, CPU, False, 3)
-    # 1.3B with window 21 and sink 3 fits in 32 bits, 14B does not.
+    assert "int8 pages" in paged.choose(eight, CPU, False, 3)[1]
+    assert paged.forecast(fmt, CPU, True).startswith("not possible, relative")
+
+
+def card(monkeypatch, capability, fa3):
+    """As on a CUDA card of that compute capability, with or without FlashAttention 3."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(paged_kernels, "_has_triton", lambda: True)
+    find = paged_kernels.importlib.util.find_spec
+    monkeypatch.setattr(
+        paged_kernels.importlib.util,
+        "find_spec",
+        lambda name: fa3 or None if name == "flash_attn_interface" else find(name),
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "fa3", "tokens", "dtype", "chosen"),
+    [
+        ((9, 0), True, 1560, torch.bfloat16, FLASH_3),
+        ((9, 0), True, 1560, torch.float32, FLEX),
+        ((9, 0), False, 1560, torch.bfloat16, FLEX),
+        ((8, 6), True, 1560, torch.bfloat16, FLEX),
+        ((8, 6), True, 1024, torch.bfloat16, VARLEN),
+        ((7, 5), True, 1024, torch.float16, FLEX),
+    ],
+)
+def test_the_kernel_that_a_card_gets(monkeypatch, capability, fa3, tokens, dtype, chosen):
+    card(monkeypatch, capability, fa3)
+    fmt = PageFormat((1, tokens, 12, 128), dtype)
+    assert paged.choose(fmt, torch.device("cuda"), False, 30 * 24) == (chosen, "")
+
+
+def test_more_pages_than_flex_counts(monkeypatch):
+    """1.3B with window 21 and sink 3 fits in 32 bits, 14B does not."""
+    card(monkeypatch, (8, 6), False)
     small, large = (PageFormat((1, 1560, h, 128), torch.bfloat16) for h in (12, 40))
-    assert paged.Slab.elements(small, 30 * 24) < paged.LARGEST < paged.Slab.elements(large, 40 * 24)
+    assert paged.choose(small, torch.device("cuda"), False, 30 * 24)[0] is FLEX
+    kernel, said = paged.choose(large, torch.device("cuda"), False, 40 * 24)
+    assert kernel is None and "more numbers than the kernel can count" in said
+    assert "1560 tokens per page" in said
 
 
-@pytest.fixture
-def anywhere(monkeypatch):
-    """As on a card: without a compiled kernel, which the CPU has no need to make."""
-    monkeypatch.setattr(paged, "why_not", lambda *_: "")
-    monkeypatch.setattr(paged, "COMPILED", False)
+@pytest.fixture(params=[FLEX, FLASH_3], ids=lambda kernel: kernel.name)
+def anywhere(request, monkeypatch):
+    """As on a card that has this kernel."""
+    monkeypatch.setattr(paged, "choose", lambda *_: (request.param, ""))
+    return request.param
 
 
 def video(blocks=4, reserve=24, **options):
@@ -80,7 +175,7 @@ def test_a_video_in_place(anywhere):
     assert [found is None for found, _ in pairs] == [True] * 2 + [False] * 6
     assert all((found - exact).abs().max() < 1e-5 for found, exact in pairs[2:])
     assert (cache.in_place.calls, cache.in_place.loose, cache.in_place.reason) == (6, 0, "")
-    assert "6 calls" in cache.in_place.text()
+    assert f"by {anywhere.name}: 6 calls" in cache.in_place.text()
     # A branch attends in place too, as far as its pages are in the slab.
     assert cache.fork().in_place is cache.in_place
     cache.park()
@@ -95,21 +190,23 @@ def test_pages_outside_of_the_slab_are_gathered(anywhere):
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises"])
-def test_a_kernel_that_is_wrong_is_found_at_its_first_call(anywhere, monkeypatch, fault):
+def test_a_kernel_that_is_wrong_is_found_at_its_first_call(monkeypatch, caplog, fault):
     def broken(q, *_):
         if fault == "raises":
             raise RuntimeError("no kernel image is available")
         heads_first = q.transpose(1, 2)
         return heads_first, torch.zeros(heads_first.shape[:3])
 
-    monkeypatch.setattr(paged, "attend", broken)
+    kernel = dataclasses.replace(FLASH_3, attend=broken)
+    monkeypatch.setattr(paged, "choose", lambda *_: (kernel, ""))
     cache, pairs = video()
     assert all(found is None for found, _ in pairs)
     expected = {"wrong": "was off by", "raises": "raised RuntimeError: no kernel image"}[fault]
-    assert expected in cache.in_place.text()
+    assert expected in cache.in_place.text() and expected in caplog.text
 
 
-def test_a_slab_beyond_the_budget_is_not_made(anywhere):
+def test_a_slab_beyond_the_budget_is_not_made(monkeypatch):
+    monkeypatch.setattr(paged, "choose", lambda *_: (FLEX, ""))
     # Pages of 40 tokens fit, rounded up to 128 they do not.
     cache, pairs = video(budget=24 * 2 * 40 * 2 * 16 * 4 + 1)
     assert all(found is None for found, _ in pairs) and cache.in_place.slab is None

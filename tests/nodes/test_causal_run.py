@@ -55,15 +55,15 @@ def test_runs_of_pages_merged_equal_the_masked_forward(plain, network):
 
 
 def test_pages_in_place_equal_the_masked_forward(plain, network, monkeypatch):
-    from frugal.kernels.kv import paged
+    from frugal.kernels.kv import paged, paged_kernels
     from frugal.nodes.wan.causal_sampler import text
 
     model, job = videos.causal(plain, window=4, sink=1, way=IN_PLACE), Job(keep=True)
     # On the CPU it is not taken, and says so.
     gathered = videos.make(model, 6, cfg=3.0, job=job)
     assert "no compiled kernel for cpu" in text(job)
-    monkeypatch.setattr(paged, "why_not", lambda *_: "")
-    monkeypatch.setattr(paged, "COMPILED", False)
+    monkeypatch.setattr(paged, "choose", lambda *_: (paged_kernels.FLEX, ""))
+    monkeypatch.setattr(paged_kernels, "COMPILED", False)
     job = Job(keep=True)
     made = videos.make(model, 6, cfg=3.0, job=job)
     wanted = videos.Reference(network, window=4, sink=1).make(6, cfg=3.0)

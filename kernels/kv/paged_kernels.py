@@ -1,0 +1,233 @@
+"""Kernels that read keys and values from pages through a block table, the first usable one taken.
+
+All take one tensor of pages, the slab (`paged.Slab`), and give their output with its log of the sum
+of exponentials, so that the block's own keys can be joined to it. What differs is how many rows a
+page must have, and what a table has to be made into.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .storage import MODEL, PageFormat
+
+if TYPE_CHECKING:
+    from .paged import Slab
+
+BLOCK = 128
+# Triton's kernel reckons places in 32 bits.
+LARGEST = 1 << 31
+# Tests on the CPU run flex_attention as it is written, which computes every score.
+COMPILED = True
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """rows: of a page of so many tokens. why_not: "" or why it cannot run for pages of a format on
+    a device, so many of them. prepare(slab, table int64 [N, n] of page * B + sample, queries): what
+    attend needs of a table. attend(q [N, Lq, H, D], slab, prepared): (softmax attention over the
+    pages of the table [N, H, Lq, D], lse float32 [N, H, Lq]).
+    """
+
+    name: str
+    rows: Callable[[int], int]
+    why_not: Callable[[PageFormat, torch.device, int], str]
+    prepare: Callable[[Slab, torch.Tensor, int], Any]
+    attend: Callable[[torch.Tensor, Slab, Any], tuple[torch.Tensor, torch.Tensor]]
+
+
+def why_none(fmt: PageFormat, relative: bool) -> str:
+    """Why no kernel can attend to such pages where they lie, "" if one might."""
+    if fmt.kind != MODEL:
+        return f"{fmt.kind} pages have to be read out first"
+    return "relative positions turn the keys that are kept" if relative else ""
+
+
+def refusals(fmt: PageFormat, device: torch.device, pages: int) -> dict[str, str]:
+    """Every kernel, in the order of choice, and why it cannot be used, "" if it can."""
+    return {kernel.name: kernel.why_not(fmt, device, pages) for kernel in KERNELS}
+
+
+def elements(fmt: PageFormat, pages: int, rows: Callable[[int], int]) -> int:
+    """Numbers in so many pages of K, or of V."""
+    samples, tokens, heads, width = fmt.shape
+    return pages * samples * rows(tokens) * heads * width
+
+
+def _why_not_half(fmt: PageFormat, device: torch.device, major: int) -> str:
+    if device.type != "cuda":
+        return f"it is for CUDA, not for {device.type}"
+    if fmt.dtype not in HALVES:
+        return f"it takes float16 and bfloat16, not {fmt.dtype}"
+    if fmt.shape[-1] > 256 or fmt.shape[-1] % 8:
+        return f"a head of {fmt.shape[-1]} numbers"
+    found = torch.cuda.get_device_capability(device)
+    return "" if found[0] >= major else f"compute capability {found[0]}.{found[1]}"
+
+
+def _as_pages(slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
+    return slab.k.flatten(0, 1), slab.v.flatten(0, 1)
+
+
+def _counted(slab: Slab, table: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table and how many keys it stands for: every page is full."""
+    keys = table.shape[1] * slab.tokens
+    return table.int(), torch.full((len(table),), keys, dtype=torch.int32, device=table.device)
+
+
+def flash_3() -> Callable[..., Any]:
+    from flash_attn_interface import (  # pyright: ignore[reportMissingImports]
+        flash_attn_with_kvcache,
+    )
+
+    return flash_attn_with_kvcache
+
+
+def _why_not_flash_3(fmt: PageFormat, device: torch.device, pages: int) -> str:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_interface (FlashAttention 3) is not installed"
+    return _why_not_half(fmt, device, 9)
+
+
+def _attend_flash_3(q, slab, prepared):
+    table, keys = prepared
+    k, v = _as_pages(slab)
+    out, lse, *_ = flash_3()(q, k, v, cache_seqlens=keys, page_table=table, return_softmax_lse=True)
+    return out.transpose(1, 2), lse
+
+
+def varlen() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+def _why_not_varlen(fmt: PageFormat, device: torch.device, pages: int) -> str:
+    try:
+        known = inspect.signature(varlen()).parameters
+    except ImportError:
+        return f"torch {torch.__version__} has no varlen_attn"
+    if not {"block_table", "seqused_k"} <= set(known):
+        return f"varlen_attn of torch {torch.__version__} has no block_table"
+    # FlashAttention 2 behind it loads 256 keys at a time, all from one page.
+    tokens = fmt.shape[1]
+    if tokens % 256:
+        return f"{tokens} tokens per page, not a multiple of 256"
+    return _why_not_half(fmt, device, 8)
+
+
+def _prepare_varlen(slab, table, queries):
+    starts = torch.arange(len(table) + 1, dtype=torch.int32, device=table.device) * queries
+    return *_counted(slab, table, queries), starts, queries
+
+
+def _attend_varlen(q, slab, prepared):
+    from torch.nn.attention.varlen import AuxRequest
+
+    table, keys, starts, queries = prepared
+    out, lse = varlen()(
+        q.flatten(0, 1), *_as_pages(slab), starts, None, queries, table.shape[1] * slab.tokens,
+        return_aux=AuxRequest(lse=True), seqused_k=keys, block_table=table,
+    )  # fmt: skip
+    count, _, heads = q.shape[:3]
+    return (
+        out.unflatten(0, (count, queries)).transpose(1, 2),
+        lse.view(heads, count, queries).transpose(0, 1),
+    )
+
+
+def _why_not_flex(fmt: PageFormat, device: torch.device, pages: int) -> str:
+    if device.type != "cuda":
+        return f"flex_attention has no compiled kernel for {device.type} here"
+    if not torch.cuda.is_available() or not _has_triton():
+        return "Triton is not there, and without it flex_attention computes every score"
+    if elements(fmt, pages, blocks_of) >= LARGEST:
+        return f"{pages} pages are more numbers than the kernel can count"
+    return ""
+
+
+def _has_triton() -> bool:
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:
+        return False
+    return has_triton()
+
+
+def blocks_of(tokens: int) -> int:
+    """Rows of whole blocks of flex_attention (arXiv 2412.05496), which visits those of the pages in
+    the table and no others; where a page's last block is partly empty, the mask says so.
+    """
+    return -(-tokens // BLOCK) * BLOCK
+
+
+def block_mask(slab: Slab, table: torch.Tensor, queries: int) -> Any:
+    """The BlockMask for N times `queries` rows of q. table: int64 [N, n], for each of the N the
+    pages as page * B + sample.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, tokens = slab.rows, slab.tokens
+    per, whole = rows // BLOCK, tokens // BLOCK
+    total = slab.k.shape[0] * slab.samples
+    batch, across = table.shape[0], -(-queries // BLOCK)
+    member = torch.zeros(batch, total, dtype=torch.bool, device=table.device)
+    member.scatter_(1, table, True)
+
+    def seen(b, h, q, kv):
+        return member[b, kv // rows] & (kv % rows < tokens)
+
+    def blocks(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks first to first + count of every page, as (how many, which)."""
+        offsets = torch.arange(first, first + count, device=table.device)
+        which = (table[:, :, None] * per + offsets).flatten(1)
+        padded = torch.nn.functional.pad(which, (0, total * per - which.shape[1])).int()
+        number = torch.full((batch, 1, across), which.shape[1], device=table.device)
+        return number.int(), padded[:, None, None].expand(-1, 1, across, -1).contiguous()
+
+    return BlockMask.from_kv_blocks(
+        *blocks(whole, per - whole), *blocks(0, whole), BLOCK_SIZE=BLOCK, mask_mod=seen,
+        seq_lengths=(queries, total * rows),
+    )  # fmt: skip
+
+
+def _attend_flex(q, slab, mask):
+    k, v = (
+        each.flatten(0, 2).transpose(0, 1)[None].expand(q.shape[0], -1, -1, -1)
+        for each in (slab.k, slab.v)
+    )
+    return _flex(COMPILED)(q.transpose(1, 2), k, v, mask)
+
+
+@lru_cache(maxsize=2)
+def _flex(compiled: bool) -> Any:
+    from torch.nn.attention import flex_attention as module
+
+    function: Any = module.flex_attention
+    request = getattr(module, "AuxRequest", None)
+
+    def call(q, k, v, mask):
+        if request is None:
+            return function(q, k, v, block_mask=mask, return_lse=True)
+        out, extra = function(q, k, v, block_mask=mask, return_aux=request(lse=True))
+        return out, extra.lse
+
+    return torch.compile(call, dynamic=False) if compiled else call
+
+
+def _as_many(tokens: int) -> int:
+    return tokens
+
+
+FLASH_3 = Kernel("FlashAttention 3", _as_many, _why_not_flash_3, _counted, _attend_flash_3)
+VARLEN = Kernel("varlen_attn", _as_many, _why_not_varlen, _prepare_varlen, _attend_varlen)
+FLEX = Kernel("flex_attention", blocks_of, _why_not_flex, block_mask, _attend_flex)
+KERNELS = (FLASH_3, VARLEN, FLEX)
