@@ -4,6 +4,9 @@ session comes back from the disk.
 
 from __future__ import annotations
 
+import io
+
+import av
 import numpy as np
 import pytest
 
@@ -93,6 +96,34 @@ def test_two_runs_are_one_and_a_session_comes_back(server, nodes):
     later = server.run(again)
     assert (later.status, later.errors) == ("success", [])
     assert np.array_equal(pictures(server, later, "loaded"), pictures(server, result, "second"))
+
+
+def test_a_file_that_is_written_while_sampling_shows_the_same_video(server, nodes):
+    """Its latents are those of the sampler node, its file is their decoded frames, on the node."""
+    file = {
+        "vae": ["4", 0], "filename_prefix": "causal/live", "fps": 16.0, "format": "MP4 (H.264)",
+        "quality": "high", "decode_every": 2, "tile_size": 0, "overlap": 64,
+    }  # fmt: skip
+    whole = video(length="9")
+    graph = {
+        **nodes,
+        "w": whole,
+        "v": {"class_type": "FrugalCausalVideoFile", "inputs": {**whole["inputs"], **file}},
+        **shown(["w", 0], "whole"),
+        **shown(["v", 1], "live"),
+    }
+    result = server.run(graph)
+    assert (result.status, result.errors) == ("success", [])
+    whole, live = (pictures(server, result, key) for key in ("whole", "live"))
+    assert np.array_equal(whole, live)
+    (written,) = [server.view(**found) for where, found in result.files() if where == "v"]
+    with av.open(io.BytesIO(written)) as container:
+        frames = [each.to_ndarray(format="rgb24") for each in container.decode(video=0)]
+    assert len(frames) == 13
+    # Of the coloured noise that random weights make, a codec keeps brightness and little colour.
+    brightness = np.array([0.2126, 0.7152, 0.0722])
+    decoded, exact = np.stack(frames) @ brightness, whole @ brightness
+    assert np.abs(decoded - exact).mean() < 0.25 * np.abs(decoded[::-1] - exact).mean()
 
 
 def test_sampler_select_prompts_and_refusals(server, nodes):
