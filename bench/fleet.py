@@ -130,26 +130,14 @@ async def steady(client, fleet) -> dict[str, object]:
 
 async def under_losses(client, fleet, folder: Path) -> dict[str, object]:
     """The 100 jobs."""
-    from frugal.kernels.errors import FrugalError
-
     dice = random.Random(SEED)
     room, losses = asyncio.Semaphore(AT_ONCE), Losses(fleet, dice)
-
-    async def again(ask):
-        # A killed controller may cost a request its connection; a client asks again.
-        for _ in range(20):
-            try:
-                return await ask()
-            except FrugalError as error:
-                last = error
-                await asyncio.sleep(1)
-        raise last
 
     async def one(number):
         async with room:
             key = f"loss-{number}"
-            job = await again(lambda: client.submit(graph(number), {}, key, patience=PATIENCE))
-            return await again(lambda: client.wait(job["id"], PATIENCE))
+            job = await client.submit(graph(number), {}, key, patience=PATIENCE)
+            return await client.wait(job["id"], PATIENCE)
 
     began = time.monotonic()
     killer = asyncio.ensure_future(losses.go())

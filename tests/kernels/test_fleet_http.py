@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.remote.fleet import client as client_module
 from frugal.kernels.remote.fleet import command, token
 from frugal.kernels.remote.fleet.client import FleetClient
 from frugal.tests.fleet_bed import TOKEN, complains, dies, hangs, picture_graph, running, works
@@ -211,6 +212,43 @@ def test_the_client_waits_for_room(tmp_path):
 
     with running(tmp_path, hangs, queue=1) as fleet:
         fleet.desk.retry_after = lambda: 1
+        asyncio.run(main())
+
+
+def silent(client, monkeypatch, times):
+    """The client's next requests find nobody, so many times."""
+    real, left = client._exchange, [times]
+
+    async def exchange(*arguments, **more):
+        if left[0]:
+            left[0] -= 1
+            raise FrugalError("nobody there", "a running server there", "start it")
+        return await real(*arguments, **more)
+
+    monkeypatch.setattr(client, "_exchange", exchange)
+
+
+def test_the_client_waits_while_the_fleet_is_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(client_module, "LONGEST_POLL", 0.05)
+
+    async def main():
+        async with FleetClient(fleet.url, TOKEN) as client:
+            silent(client, monkeypatch, 4)
+            job = await client.submit(GRAPH, {}, "one", patience=30)
+            silent(client, monkeypatch, 4)
+            assert (await client.wait(job["id"], 30))["status"] == "completed"
+            silent(client, monkeypatch, 1)
+            with pytest.raises(FrugalError, match="nobody there"):
+                await client.submit(GRAPH, {}, "two")
+            monkeypatch.setattr(client_module, "OUTAGE", 0.3)
+            silent(client, monkeypatch, 10**6)
+            with pytest.raises(FrugalError, match="nobody there"):
+                await client.wait(job["id"], 30)
+        async with FleetClient(fleet.url, TOKEN) as client:
+            with pytest.raises(FrugalError, match="404"):
+                await client.wait("none", 30)
+
+    with running(tmp_path, works) as fleet:
         asyncio.run(main())
 
 

@@ -22,6 +22,8 @@ from .store import ENDED
 JOBS = "/v1/jobs"
 ANSWER, TRANSFER = 120.0, 1800.0
 POLL, LONGEST_POLL = 0.3, 3.0
+# Ray starts a lost front desk or proxy again; on a busy machine that takes a while.
+OUTAGE = 180.0
 LARGEST_RESULT = 4 * 10**9
 
 
@@ -57,7 +59,9 @@ class FleetClient:
         plan: bytes = b"",
         patience: float = 0.0,
     ) -> dict[str, Any]:
-        """The job. A full queue is waited for up to `patience` seconds."""
+        """The job. A full queue is waited for up to `patience` seconds, and so is a fleet that does
+        not answer, for at most OUTAGE.
+        """
 
         def body() -> Mapping[str, Any]:
             form = aiohttp.FormData(default_to_multipart=True)
@@ -69,10 +73,17 @@ class FleetClient:
             return {"data": form}
 
         keyed = Server(self.server.base, {**self.server.headers, "Idempotency-Key": key})
-        end = time.monotonic() + patience
+        began = time.monotonic()
         while True:
-            reply = await self._exchange("POST", JOBS, keyed, timeout=TRANSFER, body=body)
-            if reply.status != 503 or time.monotonic() > end:
+            waited = time.monotonic() - began
+            try:
+                reply = await self._exchange("POST", JOBS, keyed, timeout=TRANSFER, body=body)
+            except FrugalError:
+                if waited >= min(patience, OUTAGE):
+                    raise
+                await asyncio.sleep(LONGEST_POLL)
+                continue
+            if reply.status != 503 or waited > patience:
                 return self._read(reply)
 
     async def job(self, job: str) -> dict[str, Any]:
@@ -100,19 +111,15 @@ class FleetClient:
             self._read(reply)
 
     async def wait(self, job: str, patience: float) -> dict[str, Any]:
-        """The job when it has ended."""
-        end, pause, silent = time.monotonic() + patience, POLL, False
+        """The job when it has ended. A fleet that does not answer is waited for up to OUTAGE."""
+        heard = time.monotonic()
+        end, pause = heard + patience, POLL
         while True:
-            try:
-                found = await self.job(job)
-                silent = False
-            except FrugalError:
-                # A front desk that is being restarted; twice in a row is more than that.
-                if silent:
-                    raise
-                found, silent = {"status": ""}, True
-            if found["status"] in ENDED:
-                return found
+            found = await self._job_unless_away(job, heard + OUTAGE)
+            if found is not None:
+                heard = time.monotonic()
+                if found["status"] in ENDED:
+                    return found
             if time.monotonic() > end:
                 raise FrugalError(
                     f"job {job} has not ended after {patience:g} s",
@@ -121,6 +128,18 @@ class FleetClient:
                 )
             await asyncio.sleep(pause)
             pause = min(1.3 * pause, LONGEST_POLL)
+
+    async def _job_unless_away(self, job: str, until: float) -> dict[str, Any] | None:
+        """The job, or None where the fleet does not answer before the moment `until`."""
+        try:
+            reply = await self._exchange("GET", f"{JOBS}/{quote(job)}")
+        except FrugalError:
+            if time.monotonic() > until:
+                raise
+            return None
+        if reply.status >= 500 and time.monotonic() < until:
+            return None
+        return self._read(reply)
 
     async def fetch(self, job: Mapping[str, Any], folder: Path) -> list[Path]:
         """The results of an ended job, written to `folder` under their names."""
