@@ -22,6 +22,7 @@ import harness
 WINDOW, SINK, BLOCK, STEPS = 21, 3, 3, 4
 PAGES = {
     "pages, 16 bit": {},
+    "pages, 16 bit, in place": {"way": "in place", "relative": False},
     "pages, fp8": {"kind": "fp8"},
     "pages, fp8, main memory": {"kind": "fp8", "on_host": True},
     "pages, 16 bit, main memory": {"on_host": True},
@@ -117,7 +118,7 @@ def ours(size: str, options: dict, frames: int, side: tuple[int, int]) -> dict:
     from frugal.kernels.kv.cache import CacheOptions
     from frugal.nodes.wan import causal_model, causal_sampler
 
-    chosen = CacheOptions(window=WINDOW, sink=SINK, relative=True, **options)
+    chosen = CacheOptions(window=WINDOW, sink=SINK, **({"relative": True} | options))
     patcher = causal_model.make_causal(model(size), chosen, 5.0)[0]
     clock = Clock()
     job = causal_sampler.Job(live=clock)  # pyright: ignore
@@ -126,6 +127,8 @@ def ours(size: str, options: dict, frames: int, side: tuple[int, int]) -> dict:
     )
     row = sampled(patcher, sampler, frames, side, clock)
     row["pool_peak_bytes"] = job.cache.pool.peak_bytes
+    if job.cache.in_place is not None:
+        row["attention"] = job.cache.in_place.text()
     staging = job.cache.staging
     if staging is not None:
         row |= {"staging_bytes": staging.peak_bytes, "ahead": staging.ahead, "late": staging.late}

@@ -9,8 +9,10 @@ import gc
 import pytest
 import torch
 
-from frugal.kernels.kv.attend import GATHER, MERGE
+from frugal.kernels.kv import paged
+from frugal.kernels.kv.attend import GATHER, MERGE, with_lse
 from frugal.kernels.kv.cache import CacheOptions, VideoCache
+from frugal.kernels.kv.paged_kernels import KERNELS
 from frugal.kernels.kv.storage import KINDS, PageFormat
 
 pytestmark = [
@@ -77,3 +79,26 @@ def test_bytes_on_the_card_are_those_of_the_formula():
     held = torch.cuda.memory_allocated() - before
     assert held == pytest.approx(hosted.staging.held_bytes, rel=0.03)
     assert hosted.staging.held_bytes == 2 * 4 * hosted.fmt.page_bytes
+
+
+@pytest.mark.parametrize("tokens", [1560, 1024])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda each: each.name)
+def test_kernels_that_read_pages_in_place(kernel, tokens):
+    cuda = torch.device("cuda")
+    fmt = PageFormat((2, tokens, 12, 128), torch.bfloat16)
+    reason = kernel.why_not(fmt, cuda, 9)
+    if reason:
+        pytest.skip(reason)
+    slab, make = paged.Slab(fmt, 9, cuda, kernel.rows), torch.Generator("cuda").manual_seed(2)
+    pages = [slab.page() for _ in range(9)]
+    for page in pages:
+        k, v = torch.randn(2, *fmt.shape, generator=make, device=cuda).bfloat16().unbind(0)
+        fmt.write(page, k, v)
+    chosen = [7, 0, 4, 3]
+    table = torch.tensor([[2 * page + s for page in chosen] for s in range(2)], device=cuda)
+    q = torch.randn(2, 3 * tokens, 12, 128, generator=make, device=cuda).bfloat16()
+    out, lse = kernel.attend(q, slab, kernel.prepare(slab, table, 3 * tokens))
+    k, v = (torch.cat([getattr(pages[n], name) for n in chosen], 1) for name in ("k", "v"))
+    wanted, wanted_lse = with_lse(*(each.transpose(1, 2) for each in (q, k, v)))
+    assert (out.float() - wanted.float()).norm() < 0.01 * wanted.float().norm()
+    assert (lse - wanted_lse).abs().max() < 0.01
