@@ -158,8 +158,9 @@ class FleetProcess:
         return found
 
     def comfys(self) -> list[psutil.Process]:
-        """The ComfyUI processes of its workers."""
-        return [p for p in self.processes() if str(self.folder / "work") in " ".join(_line(p))]
+        """The ComfyUI processes of its workers: the fleet's own names that folder too."""
+        inside = str(self.folder / "work") + os.sep
+        return [p for p in self.processes() if any(word.startswith(inside) for word in _line(p))]
 
     def named(self, start: str) -> list[psutil.Process]:
         """Ray's processes by the name they give themselves."""
