@@ -3,7 +3,7 @@
 `python bench/fleet.py RESULTS.json TREE` starts a real fleet (Ray Serve, two ComfyUI on the CPU),
 hands in 100 small jobs, 16 at a time, kills a worker's ComfyUI at random moments and Serve's
 controller once, sends bursts into the full queue, and starts the fleet anew on the same store. The
-jobs are small pictures and half a second of waiting: nothing here is about speed.
+jobs are small pictures and two seconds of waiting: nothing here is about speed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import harness
 
 JOBS, AT_ONCE, QUEUE, KILLS, SEED = 100, 16, 20, 5, 7
-WAIT_SECONDS, PATIENCE = 0.5, 1800.0
+WAIT_SECONDS, PATIENCE = 2.0, 1800.0
 ROUNDS = 40
 WORDS, TRIES = ("--queue", str(QUEUE), "--job-seconds", "120"), 10
 
@@ -56,6 +56,15 @@ def color_of(data: bytes) -> int:
     return (red << 16) + (green << 8) + blue
 
 
+def listens(process) -> bool:
+    import psutil
+
+    try:
+        return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
+    except psutil.Error:
+        return False
+
+
 class Losses:
     """Kills at random moments while jobs run, and writes down what."""
 
@@ -71,8 +80,9 @@ class Losses:
                     self._kill("Serve's controller", controller)
                 await asyncio.sleep(self.dice.uniform(4, 12))
             for _ in range(600):
-                if running := self.fleet.comfys():
-                    self._kill("a worker's ComfyUI", self.dice.choice(running))
+                # One that is starting has no job to lose.
+                if ready := [each for each in self.fleet.comfys() if listens(each)]:
+                    self._kill("a worker's ComfyUI", self.dice.choice(ready))
                     break
                 await asyncio.sleep(0.5)
 
