@@ -115,7 +115,7 @@ def sampled(patcher, sampler, frames: int, side: tuple[int, int], clock: Clock |
 def ours(size: str, options: dict, frames: int, side: tuple[int, int]) -> dict:
     import comfy.samplers
 
-    from frugal.kernels.kv.cache import CacheOptions
+    from frugal.kernels.kv.options import CacheOptions
     from frugal.nodes.wan import causal_model, causal_sampler
 
     chosen = CacheOptions(window=WINDOW, sink=SINK, **({"relative": True} | options))

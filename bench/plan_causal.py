@@ -78,7 +78,7 @@ def causal_sizes() -> list[dict]:
     """Plans of causal models of real size: a minute at 480p, guided, window 21, sink 3."""
     import torch
 
-    from frugal.kernels.kv.cache import CacheOptions
+    from frugal.kernels.kv.options import CacheOptions
     from frugal.kernels.plan.memory import Job, Switches
     from frugal.nodes.plan import causal
 

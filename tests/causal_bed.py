@@ -13,7 +13,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
-from frugal.kernels.kv.cache import CacheOptions
+from frugal.kernels.kv.options import CacheOptions
 from frugal.nodes._comfy import ATTENTION_OVERRIDE
 from frugal.nodes.wan import causal_model, causal_sampler, glue
 from frugal.tests import wan_bed as bed

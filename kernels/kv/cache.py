@@ -15,8 +15,9 @@ from itertools import groupby
 import torch
 
 from ..errors import FrugalError
-from .attend import GATHER, IN_PLACE
+from .attend import IN_PLACE
 from .offload import HOST, pins, to_device, to_host
+from .options import CacheOptions
 from .paged import InPlace
 from .pool import PagePool
 from .rotate import shifted
@@ -24,36 +25,6 @@ from .staging import Staging
 from .storage import MODEL, Page, PageFormat, relative_error
 
 Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """window, sink: latent frames. kind: of storage.KINDS. relative: kept frames close ranks in
-    time, so positions never exceed window + sink; else each stays at its own number. on_host: pages
-    lie in main memory. way: attend.GATHER, MERGE or IN_PLACE. budget: bytes of pages, 0 for none.
-    """
-
-    window: int = 0
-    sink: int = 0
-    kind: str = MODEL
-    relative: bool = False
-    on_host: bool = False
-    way: str = GATHER
-    budget: int = 0
-
-    def __post_init__(self):
-        if self.window < 0 or self.sink < 0:
-            raise FrugalError(
-                f"a window of {self.window} and a sink of {self.sink} frames",
-                "none below 0",
-                "set window and sink to 0 or more",
-            )
-        if self.window == 0 and self.sink:
-            raise FrugalError(
-                f"a sink of {self.sink} frames without a window",
-                "a window, for without one every frame is kept",
-                "set the window, or the sink to 0",
-            )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,15 @@ def elements(fmt: PageFormat, pages: int, rows: Callable[[int], int]) -> int:
     return pages * samples * rows(tokens) * heads * width
 
 
+def widest_page(fmt: PageFormat, relative: bool) -> int:
+    """Bytes of a page that is read in place, with the rows of the kernel that wants the most."""
+    if why_none(fmt, relative):
+        return fmt.page_bytes
+    samples, tokens, heads, width = fmt.shape
+    rows = max(kernel.rows(tokens) for kernel in KERNELS)
+    return 2 * samples * rows * heads * width * fmt.dtype.itemsize
+
+
 def _why_not_half(fmt: PageFormat, device: torch.device, major: int) -> str:
     if device.type != "cuda":
         return f"it is for CUDA, not for {device.type}"

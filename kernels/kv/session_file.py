@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from ..errors import FrugalError
 from ..whole_file import replacing
-from .cache import CacheOptions, Kept, VideoCache
+from .cache import Kept, VideoCache
 from .offload import HOST, to_host
+from .options import CacheOptions
 from .storage import Page, PageFormat
 
 FORMAT = "frugal causal session 1"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kv.attend import GATHER, MERGE
-from ..kv.cache import CacheOptions, Kept, VideoCache
+from ..kv.cache import Kept, VideoCache
+from ..kv.options import CacheOptions
 from ..kv.staging import STAGED_LAYERS
 from ..kv.storage import FP8, INT8, MODEL, PageFormat
 from ..report import megabytes
@@ -63,7 +64,8 @@ class CausalMemory:
     @property
     def cache(self) -> int:
         """Bytes of all pages at the most, wherever they lie."""
-        return self.needs.sides * self.layers * self.seen * self.page.page_bytes
+        page = self.options.page_bytes(self.page)
+        return self.needs.sides * self.layers * self.seen * page
 
     @property
     def pages(self) -> int:
@@ -88,7 +90,7 @@ class CausalMemory:
         sides = "for each side of the guidance" if self.needs.sides > 1 else "for one condition"
         said = [
             f"causal: {self.seen} latent frames in sight, {sides}, {options.kind} pages of "
-            f"{megabytes(self.page.page_bytes)}: {megabytes(self.cache)} in "
+            f"{megabytes(options.page_bytes(self.page))}: {megabytes(self.cache)} in "
             f"{'main' if options.on_host else 'device'} memory"
         ]
         if not options.window:

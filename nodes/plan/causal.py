@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ...kernels.kv.attend import MERGE, over_pages
-from ...kernels.kv.cache import CacheOptions, VideoCache
+from ...kernels.kv.cache import VideoCache
+from ...kernels.kv.options import CacheOptions
 from ...kernels.kv.storage import wan_page
 from ...kernels.plan.causal import CausalMemory, Needs, remedies
 from ...kernels.plan.memory import (

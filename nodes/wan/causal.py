@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.kv.attend import GATHER, IN_PLACE, MERGE
-from ...kernels.kv.cache import CacheOptions
+from ...kernels.kv.options import CacheOptions
 from ...kernels.kv.storage import FP8, INT8, MODEL
 from ...kernels.sampling.causal_presets import AS_SET
 from .._comfy import known, show_text

@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...kernels.errors import FrugalError
 from ...kernels.kv.attend import IN_PLACE, MERGE
-from ...kernels.kv.cache import CacheOptions
+from ...kernels.kv.options import CacheOptions
 from ...kernels.kv.paged import forecast
 from ...kernels.kv.staging import STAGED_LAYERS
 from ...kernels.kv.storage import PATCH_SIZE, PageFormat, wan_page
@@ -146,7 +146,7 @@ def count_cache(executor, model, noise_shape, conds, model_options=None, *args, 
     # the next one's are on the device.
     layers = STAGED_LAYERS if options.on_host else len(network.blocks)
     layers += options.way != MERGE
-    size = needs.sides * layers * kept * fmt.page_bytes
+    size = needs.sides * layers * kept * options.page_bytes(fmt)
     shape = list(noise_shape)
     shape[2] = 1
     size = max(0, size - needs.held)

@@ -11,7 +11,8 @@ import torch
 
 from frugal.kernels.kv import paged
 from frugal.kernels.kv.attend import GATHER, MERGE, with_lse
-from frugal.kernels.kv.cache import CacheOptions, VideoCache
+from frugal.kernels.kv.cache import VideoCache
+from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.paged_kernels import KERNELS
 from frugal.kernels.kv.storage import KINDS, PageFormat
 

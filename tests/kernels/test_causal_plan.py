@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from frugal.kernels.kv.attend import GATHER, MERGE, over_pages
-from frugal.kernels.kv.cache import CacheOptions
+from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.storage import FP8, INT8, wan_page
 from frugal.kernels.plan.causal import RUN_COPIES, CausalMemory, Needs, remedies
 from frugal.kernels.plan.trace import trace

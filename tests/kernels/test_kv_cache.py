@@ -12,7 +12,8 @@ import torch
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.kv.attend import merged
-from frugal.kernels.kv.cache import CacheOptions, VideoCache
+from frugal.kernels.kv.cache import VideoCache
+from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.storage import PageFormat
 
 B, TOKENS, HEADS, WIDTH, LAYERS = 1, 4, 2, 16, 3

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from frugal.kernels.kv import attend, paged, paged_kernels
-from frugal.kernels.kv.cache import CacheOptions, VideoCache
+from frugal.kernels.kv.cache import VideoCache
+from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.paged_kernels import FLASH_3, FLEX, VARLEN
 from frugal.kernels.kv.storage import PageFormat
 
@@ -211,3 +212,14 @@ def test_a_slab_beyond_the_budget_is_not_made(monkeypatch):
     cache, pairs = video(budget=24 * 2 * 40 * 2 * 16 * 4 + 1)
     assert all(found is None for found, _ in pairs) and cache.in_place.slab is None
     assert "more than the budget" in cache.in_place.text()
+
+
+def test_what_a_page_takes_is_counted_with_its_rows(anywhere):
+    """At the most: flex_attention pads a page of 40 tokens to 128 rows, the others do not."""
+    cache, _ = video()
+    counted = cache.options.page_bytes(cache.fmt)
+    slab = cache.in_place.slab
+    taken = (slab.k.nbytes + slab.v.nbytes) / slab.k.shape[0]
+    assert counted == taken if anywhere is FLEX else counted > taken
+    other = CacheOptions(window=3, sink=1, way=attend.IN_PLACE, relative=True)
+    assert other.page_bytes(cache.fmt) == cache.fmt.page_bytes

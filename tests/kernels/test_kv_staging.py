@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from frugal.kernels.kv.attend import GATHER, MERGE
-from frugal.kernels.kv.cache import CacheOptions, VideoCache
+from frugal.kernels.kv.cache import VideoCache
+from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.staging import Lane, Staging
 from frugal.kernels.kv.storage import Page, PageFormat
 
