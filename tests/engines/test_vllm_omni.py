@@ -28,17 +28,32 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("engines")
 
 
+# Which fixture stands for which server.
+SERVERS = {
+    "server": "text to video",
+    "int4_server": "INT4 text to video",
+    "image_server": "INT4 image to video",
+    "two_ranks": "two ranks",
+}
+
+
 @pytest.fixture(scope="module")
-def engines(folder):
-    """Every server that is needed; they start one after the other while the tests begin."""
-    t2v, i2v = made(folder, "tiny-t2v"), made(folder, "tiny-i2v", "image")
+def engines(request, folder):
+    """Every server that the chosen tests name; they start one after the other while the tests
+    begin.
+    """
     two = ("--usp", "2", "--num-gpus", "2")
-    servers = {
-        "text to video": bed.omni(folder, t2v, "tiny-t2v"),
-        "INT4 text to video": bed.omni(folder, exported(folder, t2v), "tiny-t2v-int4"),
-        "INT4 image to video": bed.omni(folder, exported(folder, i2v), "tiny-i2v-int4"),
-        "two ranks": bed.omni(folder, t2v, "tiny-t2v-ranks", *two, ranks=2),
+    makers = {
+        "text to video": lambda: bed.omni(folder, made(folder, "tiny-t2v"), "tiny-t2v"),
+        "two ranks": lambda: bed.omni(
+            folder, made(folder, "tiny-t2v"), "tiny-t2v-ranks", *two, ranks=2
+        ),
+        "INT4 text to video": lambda: served_in_int4(folder, made(folder, "tiny-t2v")),
+        "INT4 image to video": lambda: served_in_int4(folder, made(folder, "tiny-i2v", "image")),
     }
+    named = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    wanted = {server for fixture, server in SERVERS.items() if fixture in named}
+    servers = {name: make() for name, make in makers.items() if name in wanted}
     with bed.one_by_one(servers) as running:
         yield running
 
@@ -72,14 +87,23 @@ def image_server(engines):
     return engines["INT4 image to video"].ready()
 
 
+@pytest.fixture
+def two_ranks(engines):
+    """The text to video model over two processes."""
+    return engines["two ranks"].ready()
+
+
 @pytest.fixture(scope="module", params=TREES, ids=lambda tree: tree.name)
 def comfy(request, folder, engines):
     with bed.comfy(request.param, folder) as running:
         yield running
 
 
-def once(comfy: ComfyServer) -> None:
-    """Skip what costs the start of a server and is the same in all but the newest ComfyUI."""
+@pytest.fixture
+def once(comfy):
+    """Skip what costs the start of a server and is the same in all but the newest ComfyUI; to be
+    named before the servers, or they are waited for.
+    """
     if comfy.tree != TREES[-1]:
         pytest.skip("the same in every ComfyUI, so once is enough")
 
@@ -172,13 +196,13 @@ def test_cancel_takes_the_job_off(comfy, server):
     bed.record(f"after a cancelled job, {comfy.tree.name}", seconds=round(seconds, 1))
 
 
-def exported(folder: Path, plain: Path) -> Path:
-    """Our INT4 folder of a model."""
+def served_in_int4(folder: Path, plain: Path) -> bed.Engine:
+    """A server with our INT4 folder of a model."""
     source = plain / "transformer" / "diffusion_pytorch_model.safetensors"
     made = folder / f"{plain.name}-int4"
     report = export(ServerJob(source, made, plain, GROUP))
     bed.record(f"export {made.name}", layers=report.layers, group=GROUP, error=report.error)
-    return made
+    return bed.omni(folder, made, made.name)
 
 
 def check_int4(running: bed.Engine) -> str:
@@ -190,8 +214,7 @@ def check_int4(running: bed.Engine) -> str:
     return "torch on the loaded weights" if "INT4 products by torch" in log else "vLLM's own"
 
 
-def test_our_int4_folder_is_served(comfy, server, int4_server):
-    once(comfy)
+def test_our_int4_folder_is_served(comfy, once, server, int4_server):
     data, report, _ = film(comfy, bed.video_graph(int4_server.url))
     assert "5 frames of 64x64" in report
     kernel = check_int4(int4_server)
@@ -200,9 +223,8 @@ def test_our_int4_folder_is_served(comfy, server, int4_server):
     bed.record("INT4 text to video", kernel=kernel, bytes=len(data))
 
 
-def test_a_killed_server_is_left_for_the_next(comfy, server, int4_server):
+def test_a_killed_server_is_left_for_the_next(comfy, once, server, int4_server):
     """The INT4 server stands first, and is gone afterwards."""
-    once(comfy)
     both = f"{int4_server.url}\n{server.url}"
     _, report, _ = film(comfy, bed.video_graph(both, seed=51))
     assert f"made by 127.0.0.1:{int4_server.port}" in report and "was left" not in report
@@ -233,11 +255,9 @@ def test_a_picture_becomes_a_video(comfy, image_server):
     bed.record(f"INT4 image to video, {comfy.tree.name}", seconds=round(seconds, 1), **facts)
 
 
-def test_two_ranks_give_the_same_bytes(comfy, engines, server):
-    once(comfy)
+def test_two_ranks_give_the_same_bytes(comfy, once, server, two_ranks):
     alone, *_ = film(comfy, bed.video_graph(server.url))
-    both = engines["two ranks"].ready()
-    shared, *_ = film(comfy, bed.video_graph(both.url))
-    assert "Worker 1: Initialized device" in both.text()
+    shared, *_ = film(comfy, bed.video_graph(two_ranks.url))
+    assert "Worker 1: Initialized device" in two_ranks.text()
     assert shared == alone
     bed.record("two ranks (Ulysses)", identical=True, bytes=len(alone))
