@@ -258,6 +258,8 @@ def test_a_picture_becomes_a_video(comfy, image_server):
 def test_two_ranks_give_the_same_bytes(comfy, once, server, two_ranks):
     alone, *_ = film(comfy, bed.video_graph(server.url))
     shared, *_ = film(comfy, bed.video_graph(two_ranks.url))
-    assert "Worker 1: Initialized device" in two_ranks.text()
+    # Both work at one video: without this, equal bytes would prove nothing.
+    log = two_ranks.text()
+    assert "Worker 1: Initialized device" in log and "mode=ulysses, ulysses=2" in log
     assert shared == alone
     bed.record("two ranks (Ulysses)", identical=True, bytes=len(alone))
