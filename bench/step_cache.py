@@ -154,7 +154,7 @@ def tryon(figures: int, steps: int) -> list[dict]:
     from frugal.nodes.tryon.loading import load_catvton
 
     base = MODELS / "diffusion_models" / "frugal_demo_tryon_base.safetensors"
-    attention = MODELS / "CatVTON/frugal-demo/attention/model.safetensors"
+    attention = MODELS / "CatVTON" / "frugal_demo_tryon_attention.safetensors"
     codec = MODELS / "vae" / "frugal_demo_codec.safetensors"
     model = load_catvton(str(base), str(attention), "fp32")
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(codec)))

@@ -51,8 +51,8 @@ DEMO = {
     "person": "frugal_demo_person.png",
     "mask": "frugal_demo_mask.png",
     "garment": "frugal_demo_garment.png",
-    "base": "diffusion_models/frugal_demo_tryon_base.safetensors",
-    "attention": "frugal-demo/attention/model.safetensors",
+    "base": "frugal_demo_tryon_base.safetensors",
+    "attention": "frugal_demo_tryon_attention.safetensors",
     "vae": "frugal_demo_codec.safetensors",
     "wan": "wan_tiny_random_i2v.safetensors",
     "wan_vae": "wan_tiny_random_vae.safetensors",
@@ -72,8 +72,8 @@ REAL = {
     "person": "person.png",
     "mask": "person_mask.png",
     "garment": "garment.png",
-    "base": "checkpoints/sd-v1-5-inpainting.safetensors",
-    "attention": "mix-48k-1024/attention/model.safetensors",
+    "base": "sd-v1-5-inpainting.safetensors",
+    "attention": "model.safetensors",
     "vae": "vae-ft-mse-840000-ema-pruned.safetensors",
     "wan": I2V_LARGE,
     "wan_vae": VAE,
@@ -115,13 +115,13 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             size=(380, 300),
             models=[
                 *model(
-                    "sd-v1-5-inpainting.safetensors",
-                    f"{HUB}/webui/stable-diffusion-inpainting/resolve/main/sd-v1-5-inpainting.safetensors",
+                    s["base"],
+                    f"{HUB}/webui/stable-diffusion-inpainting/resolve/main/{s['base']}",
                     "checkpoints",
                 ),
                 *model(
-                    "model.safetensors",
-                    f"{HUB}/zhengchong/CatVTON/resolve/main/mix-48k-1024/attention/model.safetensors",
+                    s["attention"],
+                    f"{HUB}/zhengchong/CatVTON/resolve/main/mix-48k-1024/attention/{s['attention']}",
                     "CatVTON",
                 ),
             ]
@@ -330,7 +330,7 @@ REAL_NOTE = Note(
 Paint the mask over the clothes to replace (white = repaint). Files and folders:
 
 - `models/checkpoints/sd-v1-5-inpainting.safetensors`
-- `models/CatVTON/mix-48k-1024/attention/model.safetensors`
+- `models/CatVTON/model.safetensors` (`mix-48k-1024/attention` of the CatVTON weights)
 - `models/vae/vae-ft-mse-840000-ema-pruned.safetensors`
 - `models/diffusion_models/wan2.1_i2v_480p_14B_fp8_scaled.safetensors`
 - `models/vae/wan_2.1_vae.safetensors`

@@ -44,8 +44,7 @@ def split(net) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 def read(models: Path = MODELS):
     """(Codec, UNet2DConditionModel) from the exported files, attention put back by its number."""
-    folder = models / "CatVTON" / "frugal-demo" / "attention"
-    attention = load_file(folder / "model.safetensors")
+    attention = load_file(models / "CatVTON" / "frugal_demo_tryon_attention.safetensors")
     codec, net = Codec(), build()
     stored = load_file(models / "vae" / "frugal_demo_codec.safetensors")
     codec.load_state_dict({k: v.float() for k, v in stored.items() if k.startswith("taesd_")})
@@ -73,11 +72,7 @@ def main() -> None:
     facts = {"num_heads": str(HEADS), "modelspec.prediction_type": "v", **licence}
     for state, path, metadata in (
         (base, MODELS / "diffusion_models" / "frugal_demo_tryon_base.safetensors", facts),
-        (
-            attention,
-            MODELS / "CatVTON" / "frugal-demo" / "attention" / "model.safetensors",
-            licence,
-        ),
+        (attention, MODELS / "CatVTON" / "frugal_demo_tryon_attention.safetensors", licence),
         (codec.export(), MODELS / "vae" / "frugal_demo_codec.safetensors", licence),
     ):
         save(state, path, metadata)

@@ -16,48 +16,28 @@ from .comfy_server import ComfyServer, ServerError
 from .layout import WORKFLOWS
 
 GRAPH = WORKFLOWS / "tryon_to_video_12gb.json"
-# Which widget of which loader names a file, and its models sub-folder ("" = the value has it).
-LOADERS = {
-    "FrugalLoadCatVTON": (("base", ""), ("attention", "CatVTON")),
-    "VAELoader": (("vae_name", "vae"),),
-    "FrugalLoadWan": (("model_name", "diffusion_models"),),
-    "CLIPLoader": (("clip_name", "text_encoders"),),
-    "CLIPVisionLoader": (("clip_name", "clip_vision"),),
-}
 
 
 class RealSizeError(RuntimeError):
     """Something the person must supply is missing; the message says what, where and from where."""
 
 
-def addresses(graph: dict) -> dict[str, str]:
-    """File name -> download address, from the graph's own model entries; keyed by name and by the
-    end of the address.
+def needed(graph: dict) -> dict[str, str]:
+    """Download address of every model file that the saved graph names, by its path below models/:
+    a loader's entry has the name that its widget has.
     """
-    found = {}
-    for node in graph["nodes"]:
-        for entry in node.get("properties", {}).get("models", ()):
-            found[entry["url"].partition("/resolve/main/")[2]] = entry["url"]
-            found.setdefault(entry["name"], entry["url"])
-    return found
-
-
-def needed(graph: dict) -> list[tuple[str, str]]:
-    """(path below models/, download address) of every model file that the saved graph names."""
-    links, files = addresses(graph), []
-    for node in graph["nodes"]:
-        places = [folder for _, folder in LOADERS.get(node["type"], ())]
-        for folder, value in zip(places, node["widgets_values"], strict=False):
-            path = f"{folder}/{value}" if folder else value
-            files.append((path, links.get(value) or links.get(Path(value).name, "")))
-    return files
+    return {
+        f"{entry['directory']}/{entry['name']}": entry["url"]
+        for node in graph["nodes"]
+        for entry in node["properties"].get("models", ())
+    }
 
 
 def missing(graph: dict, models: Path) -> list[str]:
     """One line per absent file: where it goes and where it comes from."""
     return [
         f"  models/{path}\n      from {url}"
-        for path, url in needed(graph)
+        for path, url in needed(graph).items()
         if not (models / path).exists()
     ]
 

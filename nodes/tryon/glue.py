@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import comfy.model_management
@@ -11,6 +12,7 @@ import torch
 
 from ...kernels.errors import FrugalError
 from ...kernels.tryon import canvas, latents, pictures
+from .._models import offered
 
 KIND = "CatVTON"
 BASE_KINDS = ("diffusion_models", "checkpoints")
@@ -39,19 +41,52 @@ def _parts(name: str) -> list[str]:
     return name.replace("\\", "/").split("/")
 
 
-def base_choices() -> list[str]:
-    """Entries "kind/name" of possible base files, and "CatVTON/folder" of diffusers folders."""
-    found = [
-        f"{kind}/{name}" for kind in BASE_KINDS for name in folder_paths.get_filename_list(kind)
-    ]
+def _bases() -> list[tuple[str, str]]:
+    """(folder kind, name in it) of possible base files, and of diffusers folders."""
+    found = [(kind, name) for kind in BASE_KINDS for name in folder_paths.get_filename_list(kind)]
     for name in _catvton_files():
         parts = _parts(name)
         if "unet" in parts[1:-1]:
             folder = "/".join(parts[: parts.index("unet", 1)])
-            found += [f"{KIND}/{folder}"] if f"{KIND}/{folder}" not in found else []
+            found += [(KIND, folder)] if (KIND, folder) not in found else []
         elif not DIFFUSERS_PARTS & set(parts[:-1]) and "attention" not in parts[:-1]:
-            found.append(f"{KIND}/{name}")
+            found.append((KIND, name))
     return found
+
+
+def base_choices() -> list[str]:
+    """Names of possible bases. Bare ones, since ComfyUI's page looks for a file of that very name
+    in one folder, and offers to download no other; with the folder in front of it, "kind/name",
+    where several folders have the name.
+    """
+    found = _bases()
+    often = Counter(name for _, name in found)
+    return [name if often[name] == 1 else f"{kind}/{name}" for kind, name in found]
+
+
+def _base_called(choice: str) -> tuple[str, str] | None:
+    """(folder kind, name in it) of a base; None if it is not there. Raises FrugalError if several
+    folders have it.
+    """
+    found = [(kind, name) for kind, name in _bases() if choice in (name, f"{kind}/{name}")]
+    if len(found) > 1:
+        whole = [f"{kind}/{name}" for kind, name in found]
+        raise FrugalError(
+            f"the base '{choice}' is there {len(found)} times: models/{' and models/'.join(whole)}",
+            "a name that one folder has, or the folder in front of it",
+            f"choose '{whole[0]}' or '{whole[1]}' from the list",
+        )
+    return found[0] if found else None
+
+
+def base_offered(choice: str | None) -> bool | str:
+    """For `validate_inputs`: True, or the sentence on a base that is not there or not clear."""
+    try:
+        if choice is not None and _base_called(choice):
+            return True
+    except FrugalError as error:
+        return str(error)
+    return offered(choice, base_choices(), BASE_FOLDERS, BASE_PAGE)
 
 
 def attention_choices() -> list[str]:
@@ -64,13 +99,14 @@ def attention_choices() -> list[str]:
 
 def base_path(choice: str) -> str:
     """Absolute path of a `base_choices` entry: a file or a diffusers folder."""
-    kind, _, name = choice.partition("/")
-    if kind not in (*BASE_KINDS, KIND):
+    called = _base_called(choice)
+    if called is None:
         raise FrugalError(
-            f"the base '{choice}' names no folder kind",
-            f"{', '.join(BASE_KINDS)} or {KIND}",
-            "choose a base from the list",
+            f"the base '{choice}' is not there",
+            f"a file in models/{BASE_FOLDERS}",
+            "press R to refresh the lists and choose again",
         )
+    kind, name = called
     for root in folder_paths.get_folder_paths(kind):
         path = os.path.join(root, *_parts(name))
         if os.path.isdir(path):

@@ -39,8 +39,8 @@ class FrugalLoadCatVTON(io.ComfyNode):
                     "attention",
                     options=glue.attention_choices(),
                     default=glue.NO_ATTENTION,
-                    tooltip="CatVTON attention file in models/CatVTON, such as "
-                    "mix-48k-1024/attention/model.safetensors; none when the base has it already.",
+                    tooltip="CatVTON attention file in models/CatVTON: model.safetensors of a "
+                    "version's attention folder; none when the base has it already.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -72,7 +72,7 @@ class FrugalLoadCatVTON(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, base=None, attention=None):
-        found = offered(base, glue.base_choices(), glue.BASE_FOLDERS, glue.BASE_PAGE)
+        found = glue.base_offered(base)
         if found is not True:
             return found
         return offered(attention, glue.attention_choices(), glue.KIND, glue.ATTENTION_PAGE)

@@ -41,17 +41,18 @@ def test_a_wrong_file_says_which_to_take(tab, site, tmp_path):
     assert tab.in_view("choose a Wan 2.1 file")
 
 
-def test_missing_files_are_offered_for_download(tab):
-    path = WORKFLOWS / "wan_i2v_14b_12gb.json"
+@pytest.mark.parametrize(("name", "count"), [("wan_i2v_14b_12gb", 4), ("tryon_to_video_12gb", 7)])
+def test_missing_files_are_offered_for_download(tab, name, count):
+    path = WORKFLOWS / f"{name}.json"
     graph = json.loads(path.read_text(encoding="utf-8"))
     wanted = {m["name"] for n in graph["nodes"] for m in n["properties"].get("models", [])}
-    assert len(wanted) == 4
+    assert len(wanted) == count
     tab.drop(path)
     tab.click("View details")
     panel = tab.page.get_by_test_id("properties-panel")
-    for name in sorted(wanted):
-        panel.get_by_text(name, exact=True).first.wait_for()
-    tab.shoot("missing_files")
+    for file in sorted(wanted):
+        panel.get_by_text(file, exact=True).first.wait_for()
+    tab.shoot(f"missing_files-{name}")
     assert panel.get_by_text("Download", exact=True).count() == len(wanted)
 
 

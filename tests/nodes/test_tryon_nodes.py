@@ -79,17 +79,37 @@ def execute(node, *args):
 
 def test_every_folder_entry_is_offered_once_and_nothing_else(models):
     assert sorted(glue.base_choices()) == [
-        "CatVTON/merged.safetensors",
-        "CatVTON/sd",
-        "diffusion_models/tryon-tiny.safetensors",
+        "merged.safetensors",
+        "sd",
+        "tryon-tiny.safetensors",
     ]
     assert glue.attention_choices() == [
         glue.NO_ATTENTION,
         "merged.safetensors",
         "mix/attention/model.safetensors",
     ]
-    with pytest.raises(FrugalError, match="names no folder kind"):
+    with pytest.raises(FrugalError, match="is not there"):
         glue.base_path("loras/x.safetensors")
+
+
+def test_a_name_in_two_folders_takes_the_folder_with_it(models):
+    twin, name = models / "checkpoints" / "tryon-tiny.safetensors", "tryon-tiny.safetensors"
+    check = nodes.FrugalLoadCatVTON.validate_inputs
+    assert check(base=name) is True and check(base=f"diffusion_models/{name}") is True
+    twin.parent.mkdir(exist_ok=True)
+    twin.write_bytes((models / "diffusion_models" / name).read_bytes())
+    folder_paths.filename_list_cache.clear()
+    try:
+        both = [f"diffusion_models/{name}", f"checkpoints/{name}"]
+        assert sorted(glue.base_choices()) == sorted([*both, "merged.safetensors", "sd"])
+        assert [glue.base_path(choice) for choice in both] == [str(models / it) for it in both]
+        said = check(base=name)
+        assert said.endswith(f"choose '{both[0]}' or '{both[1]}' from the list.")
+        with pytest.raises(FrugalError, match="is there 2 times"):
+            glue.base_path(name)
+    finally:
+        twin.unlink()
+        folder_paths.filename_list_cache.clear()
 
 
 def test_schemas_name_and_explain_every_socket():
@@ -132,7 +152,7 @@ def test_the_whole_chain_changes_the_mask_and_nothing_else(models):
     mask = torch.zeros(1, 131, 97)
     mask[:, 40:80, 30:70] = 1
     args = (photo, garment, mask)
-    image, shown, report = chain("CatVTON/sd", "mix/attention/model.safetensors", *args)
+    image, shown, report = chain("sd", "mix/attention/model.safetensors", *args)
     assert image.shape == (2, 131, 97, 3) and shown.shape == (2, 96, 64, 3)
     changed = (image != photo).any(dim=-1)
     assert changed[:, 45:75, 35:65].all()
@@ -140,12 +160,12 @@ def test_the_whole_chain_changes_the_mask_and_nothing_else(models):
     assert not changed[:, :, :24].any() and not changed[:, :, 76:].any()
     assert not torch.equal(image[0], image[1]), "the garment has no effect"
     assert "non-commercial" in report
-    again = chain("CatVTON/sd", "mix/attention/model.safetensors", *args)[0]
+    again = chain("sd", "mix/attention/model.safetensors", *args)[0]
     assert torch.equal(again, image)
     # The attention file counts: the same base alone paints something else, from any of its files.
-    plain = chain("CatVTON/sd", glue.NO_ATTENTION, *args)
+    plain = chain("sd", glue.NO_ATTENTION, *args)
     assert not torch.equal(plain[0], image) and "non-commercial" not in plain[2]
-    for base in ("CatVTON/merged.safetensors", "diffusion_models/tryon-tiny.safetensors"):
+    for base in ("merged.safetensors", "diffusion_models/tryon-tiny.safetensors"):
         assert torch.equal(chain(base, glue.NO_ATTENTION, *args)[0], plain[0])
 
 
@@ -184,7 +204,7 @@ def api_graph(person, garment, mask, seed):
         "unet": (
             "FrugalLoadCatVTON",
             {
-                "base": "CatVTON/sd",
+                "base": "sd",
                 "attention": "mix/attention/model.safetensors",
                 "weight_dtype": "auto",
             },

@@ -69,7 +69,7 @@ def assert_alive(server, graph: dict) -> None:
 
 def test_missing_model_is_named(demo_server, prompt):
     graph = still(prompt)
-    one(graph, "FrugalLoadCatVTON")["base"] = "diffusion_models/not_there.safetensors"
+    one(graph, "FrugalLoadCatVTON")["base"] = "not_there.safetensors"
     said = refused(demo_server, graph)
     assert "not_there.safetensors is not in models/" in said and "https://" in said
     assert_alive(demo_server, prompt)
@@ -81,7 +81,7 @@ def test_wrong_base_says_which_file_to_get(demo_server, prompt):
     state["conv_in.weight"] = state["conv_in.weight"][:, :4].contiguous()
     save_file(state, path)
     graph = still(prompt)
-    one(graph, "FrugalLoadCatVTON")["base"] = f"diffusion_models/{path.name}"
+    one(graph, "FrugalLoadCatVTON")["base"] = path.name
     demo_server.object_info(fresh=True)
     message = refused(demo_server, graph)
     assert "FrugalLoadCatVTON" in message and "4" in message and "9" in message
@@ -103,7 +103,7 @@ def test_corrupt_safetensors(demo_server, prompt, kind):
     if kind == "FrugalLoadWan":
         one(graph, kind)["model_name"] = path.name
     else:
-        one(graph, kind)["base"] = f"diffusion_models/{path.name}"
+        one(graph, kind)["base"] = path.name
     message = refused(demo_server, graph)
     assert kind in message and path.name in message and "expected" in message
     assert_alive(demo_server, prompt)

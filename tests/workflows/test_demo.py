@@ -67,16 +67,15 @@ def test_without_its_attention_file_the_model_dresses_nobody(server, prompt, tmp
     _, row, _, _ = demo.try_swap(
         server, demo.without(prompt, demo.VIDEO_OUTPUTS), tmp_path, demo.SHOWN
     )
-    source = MODELS / "CatVTON" / "frugal-demo" / "attention" / "model.safetensors"
+    source = MODELS / "CatVTON" / "frugal_demo_tryon_attention.safetensors"
     silent = {key: value * 0 for key, value in load_file(source).items()}
-    target = server.models / "CatVTON" / "silent" / "attention" / "model.safetensors"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = server.models / "CatVTON" / "silent.safetensors"
     save_file(silent, target)
     server.object_info(fresh=True)
     graph = demo.without(json.loads(json.dumps(prompt)), demo.VIDEO_OUTPUTS)
     for node in graph.values():
         if node["class_type"] == "FrugalLoadCatVTON":
-            node["inputs"]["attention"] = "silent/attention/model.safetensors"
+            node["inputs"]["attention"] = target.name
     _, without, _, _ = demo.try_swap(server, graph, tmp_path, demo.SHOWN)
     _, mask, _, truth = demo.swap(demo.SHOWN)
     assert psnr(without["result"], truth, mask) < psnr(row["result"], truth, mask) - 2

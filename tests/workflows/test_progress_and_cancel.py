@@ -16,8 +16,8 @@ from frugal.tests.bed.parsers import save_parser
 
 pytestmark = pytest.mark.comfy
 DEEP = "cancel_deep"
-TRYON = "diffusion_models/frugal_demo_tryon_base.safetensors"
-ATTENTION = "frugal-demo/attention/model.safetensors"
+TRYON = "frugal_demo_tryon_base.safetensors"
+ATTENTION = "frugal_demo_tryon_attention.safetensors"
 STEPS, FRAMES = 200, 161
 # Long nodes whose cancel tests/nodes covers, with a stand-in for the server or model they need.
 ELSEWHERE = {

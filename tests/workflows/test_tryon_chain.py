@@ -58,7 +58,7 @@ def graph(info: dict, inputs: dict[str, str], **widgets) -> dict:
         "garment": node("LoadImage", image=inputs["garment"]),
         "mask": node("LoadImageMask", image=inputs["mask"], channel="red"),
         "refine": node("FrugalMaskRefine", mask=["mask", 0]),
-        "model": node("FrugalLoadCatVTON", base=f"diffusion_models/{inputs['base']}"),
+        "model": node("FrugalLoadCatVTON", base=inputs["base"]),
         "vae": node("VAELoader", vae_name=inputs["vae"]),
         "prepare": node(
             "FrugalTryOnPrepare",

@@ -43,7 +43,7 @@ def graph(inputs, **nodes):
     """Loaders, pictures and masks, and the given nodes as key=(class, inputs)."""
     base = {
         "model": ("FrugalLoadCatVTON", {
-            "base": "diffusion_models/people_unet.safetensors",
+            "base": "people_unet.safetensors",
             "attention": "none: base is a merged file", "weight_dtype": "fp32",
         }),
         "vae": ("VAELoader", {"vae_name": "people_vae.safetensors"}),
