@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from frugal.tests.bed.tracked import tracked_or_skip
+
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
     ".ci", ".comfyignore", ".github", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md",
@@ -26,15 +28,7 @@ NEVER_LISTED = {"torch", "torchvision", "torchaudio", "torchsde", "numpy", "pill
 
 
 def tracked() -> list[Path]:
-    """Files git knows or would add, so that local build products do not count."""
-    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-    try:
-        listed = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout")
-    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+    return [ROOT / name for name in tracked_or_skip()]
 
 
 def sources(*folders: str) -> list[Path]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from frugal.tests.bed.tracked import tracked_or_skip
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {
     ".comfyignore", "LICENSE", "README.md", "__init__.py", "kernels", "nodes", "pyproject.toml",
@@ -18,15 +20,6 @@ PUBLISHED = {
 MAY_BE_PUBLISHED = {"CHANGELOG.md", "docs"}
 # Formats are fp16 and bf16 by definition there; no device is chosen.
 PRECISION_BY_FORMAT = ("kernels/checkpoints/", "kernels/quant/")
-
-
-def tracked() -> list[str]:
-    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-    try:
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout")
-    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def comfy(folder: Path, *arguments: str) -> str:
@@ -45,7 +38,7 @@ def checkout(tmp_path_factory):
     """A copy of what git follows, as a checkout of its own: packing writes into it."""
     pytest.importorskip("comfy_cli")
     copy = tmp_path_factory.mktemp("published") / "pack"
-    for name in tracked():
+    for name in tracked_or_skip():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((ROOT / name).read_bytes())
     for arguments in (["init", "-q"], ["add", "-A"]):
@@ -72,7 +65,7 @@ def test_the_archive_holds_the_pack_and_nothing_else(archive):
     assert PUBLISHED <= top <= PUBLISHED | MAY_BE_PUBLISHED
     packed = {p.relative_to(archive).as_posix() for p in archive.rglob("*") if p.is_file()}
     for folder in ("nodes/", "kernels/", "workflows/"):
-        ours = {name for name in tracked() if name.startswith(folder)}
+        ours = {name for name in tracked_or_skip() if name.startswith(folder)}
         assert ours and {name for name in packed if name.startswith(folder)} == ours
 
 

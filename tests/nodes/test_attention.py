@@ -21,14 +21,8 @@ from frugal.nodes.wan import glue
 from frugal.tests import wan_bed
 from frugal.tests.attention_bed import by_rows, fake, mask_of, off, tensors
 
+pytestmark = pytest.mark.usefixtures("inference")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-    comfy.model_management.unload_all_models()
 
 
 @pytest.fixture(autouse=True)

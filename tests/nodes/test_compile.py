@@ -24,32 +24,16 @@ from frugal.nodes.wan import causal_model, context_cache, glue
 from frugal.tests import sampling_bed, wan_bed
 from frugal.tests.flow_bed import relative
 
+pytestmark = pytest.mark.usefixtures("inference")
 CPU = torch.device("cpu")
 EAGER, WHOLE = "eager", "aot_eager"
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-    comfy.model_management.unload_all_models()
 
 
 @pytest.fixture
 def fresh(monkeypatch):
     """No graphs from the tests before."""
     monkeypatch.setattr(compile_run, "_graphs", {})
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory):
-    return sampling_bed.tiny_wan(tmp_path_factory.mktemp("compile"))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return sampling_bed.two_prompts()
 
 
 def compiled(model, backend=EAGER):

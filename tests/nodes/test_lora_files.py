@@ -14,21 +14,10 @@ from frugal.nodes.wan import glue
 from frugal.tests import wan_bed as bed
 from frugal.tests.lora_bed import SOURCE, factors, lora, output, put, reference, with_changes
 
+pytestmark = pytest.mark.usefixtures("inference")
 LAYERS = bed.block_linears(SOURCE)
 OUTSIDE = ["text_embedding.0", "time_embedding.2", "time_projection.1", "head.head"]
 EXACT = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def fp32(tmp_path):
-    return glue.load_wan(bed.write(tmp_path / "fp32.safetensors", SOURCE))[0]
 
 
 @pytest.fixture

@@ -26,21 +26,10 @@ from frugal.tests.lora_bed import (
 )  # fmt: skip
 from frugal.tests.wan_checks import loaded_weights
 
+pytestmark = pytest.mark.usefixtures("inference")
 LINEARS = linears()
 EXACT = 1e-5
 INT8 = "int8_tensorwise" in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def fp32(tmp_path):
-    return load(bed.write(tmp_path / "fp32.safetensors", SOURCE))
 
 
 def load(path, quantize=glue.AS_STORED):

@@ -35,11 +35,6 @@ def experts(tmp_path_factory):
     return load(folder, "high", 1), load(folder, "low", 2)
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    return runs.two_prompts()
-
-
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "ROWS", 8)

@@ -25,18 +25,8 @@ JOB = Job(64, 64, 5)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return bed.tiny_wan(tmp_path_factory.mktemp("wan"))
-
-
-@pytest.fixture(scope="module")
 def vae():
     return comfy.sd.VAE(sd=fill(vae_shapes(4), 3, torch.float32), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return bed.two_prompts()
 
 
 @pytest.fixture(autouse=True)
@@ -55,31 +45,31 @@ def state_of(model) -> dict:
 
 
 @pytest.mark.parametrize("switches", [Switches(True), Switches(True, 2), Switches(True, 4, 2)])
-def test_the_video_is_the_same_and_the_model_too(model, prompts, switches):
-    plain, calls = bed.counted(model)
-    before, expected = state_of(model), bed.sample(plain, prompts, STEPS)
+def test_the_video_is_the_same_and_the_model_too(wan, prompts, switches):
+    plain, calls = bed.counted(wan)
+    before, expected = state_of(wan), bed.sample(plain, prompts, STEPS)
     # ComfyUI joins the two conditions here, so separating them shows.
     assert calls == [2] * STEPS
-    separate, calls = bed.counted(planned(model, switches))
+    separate, calls = bed.counted(planned(wan, switches))
     out = bed.sample(separate, prompts, STEPS)
     assert calls == [1] * (2 * STEPS)
-    one_by_one = bed.sample(planned(model, Switches(True)), prompts, STEPS)
+    one_by_one = bed.sample(planned(wan, Switches(True)), prompts, STEPS)
     # Pieces change no bit; a batch of one is another matrix product than one of two.
     assert torch.equal(out, one_by_one)
     assert torch.allclose(out, expected, atol=1e-4)
     again = bed.sample(plain, prompts, STEPS)
     assert torch.equal(again, expected)
-    assert "memory_required" not in vars(model.model)
+    assert "memory_required" not in vars(wan.model)
     plain.unpatch_model()
-    after = model.model.state_dict()
+    after = wan.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_clone_without_the_plan_does_not_follow_it(model, prompts):
-    first = planned(model, Switches(True, 4, 4))
+def test_a_clone_without_the_plan_does_not_follow_it(wan, prompts):
+    first = planned(wan, Switches(True, 4, 4))
     bed.sample(first, prompts, 1)
-    plain, calls = bed.counted(model)
+    plain, calls = bed.counted(wan)
     bed.sample(plain, prompts, 1)
     assert calls == [2]
     second, calls = bed.counted(planned(first, Switches(False, 2)))
@@ -92,7 +82,7 @@ def test_a_clone_without_the_plan_does_not_follow_it(model, prompts):
     assert not hasattr(whole, "frugal_whole")
 
 
-def test_comfyui_is_told_the_traced_memory(model, prompts, monkeypatch):
+def test_comfyui_is_told_the_traced_memory(wan, prompts, monkeypatch):
     asked = []
     load = comfy.model_management.load_models_gpu
 
@@ -101,9 +91,9 @@ def test_comfyui_is_told_the_traced_memory(model, prompts, monkeypatch):
         return load(models, memory_required=memory_required, **options)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", spy)
-    peaks = meta.ForwardPeaks(model.model, torch.device("cpu"))
+    peaks = meta.ForwardPeaks(wan.model, torch.device("cpu"))
     for switches, rows in ((Switches(), 2), (Switches(True), 1)):
-        bed.sample(planned(model, switches), prompts, 1)
+        bed.sample(planned(wan, switches), prompts, 1)
         shape = tuple(bed.latent_of().shape[2:])
         around = latent_bytes(1, shape)
         assert asked[-1] == (
@@ -112,9 +102,9 @@ def test_comfyui_is_told_the_traced_memory(model, prompts, monkeypatch):
         )
 
 
-def test_a_budget_holds_back_what_lies_beyond_it(model, monkeypatch):
-    plan, peaks = planning.plan_of(model, JOB, 1.0)
-    clone = planning.apply(model, plan, peaks, True, None)
+def test_a_budget_holds_back_what_lies_beyond_it(wan, monkeypatch):
+    plan, peaks = planning.plan_of(wan, JOB, 1.0)
+    clone = planning.apply(wan, plan, peaks, True, None)
     (policy,) = (
         wrapper.__self__ for wrapper in clone.wrappers["outer_sample"]["frugal.memory_plan"]
     )
@@ -129,24 +119,24 @@ def test_a_budget_holds_back_what_lies_beyond_it(model, monkeypatch):
 @pytest.mark.parametrize(
     "hurt", [KeyboardInterrupt, comfy.model_management.InterruptProcessingException]
 )
-def test_a_cancelled_run_leaves_nothing(model, prompts, hurt):
-    clone = planned(model, Switches(True, 2))
+def test_a_cancelled_run_leaves_nothing(wan, prompts, hurt):
+    clone = planned(wan, Switches(True, 2))
 
     def stop(*_):
         raise hurt()
 
     with pytest.raises(hurt):
         bed.sample(clone, prompts, STEPS, callback=stop)
-    assert "memory_required" not in vars(model.model)
+    assert "memory_required" not in vars(wan.model)
     (policy,) = (w.__self__ for w in clone.wrappers["outer_sample"]["frugal.memory_plan"])
     assert policy.state.now == policy.state.planned == Switches(True, 2)
 
 
-def test_report_data_and_chart(model, vae):
+def test_report_data_and_chart(wan, vae):
     node = FrugalMemoryPlan.PREPARE_CLASS_CLONE({})
     latent = {"samples": torch.zeros(1, 16, 3, 8, 12)}
     out = node.execute(
-        model=model, width=832, height=480, frames=81, batch_size=1, guidance=True,
+        model=wan, width=832, height=480, frames=81, batch_size=1, guidance=True,
         budget_gb=0.012, vae=vae, latent=latent,
     )  # fmt: skip
     _, text, data, chart = out.args
@@ -155,7 +145,7 @@ def test_report_data_and_chart(model, vae):
     assert found["job"] == job
     assert found["tokens"] == 3 * 4 * 6 and "96 x 64, 9 frames" in text
     weights = sum(found["formats"].values())
-    assert weights == sum(value.nbytes for value in model.model.diffusion_model.parameters())
+    assert weights == sum(value.nbytes for value in wan.model.diffusion_model.parameters())
     names = [phase["name"] for phase in found["phases"]]
     assert names == [SAMPLE, DECODE]
     assert chart.shape == (1, 560, 1024, 3) and 0 <= chart.min() < chart.max() <= 1
@@ -163,17 +153,17 @@ def test_report_data_and_chart(model, vae):
     assert found["streamed"] > 0 and found["switches"]["sequential"]
 
 
-def test_kept_text_is_counted_and_changes_no_bit(model, prompts):
-    kept, _ = context_cache.apply(model, context_cache.Options(), lambda _: None)
+def test_kept_text_is_counted_and_changes_no_bit(wan, prompts):
+    kept, _ = context_cache.apply(wan, context_cache.Options(), lambda _: None)
     # Two prompts: what the layers are given, and two layers' keys and values of it, 512 tokens.
     assert planning.weights_of(kept).caches == {CROSS_KV: 2 * (1 + 2 * 2) * 512 * 256 * 4}
-    assert planning.weights_of(model).caches == {}
+    assert planning.weights_of(wan).caches == {}
     switches = Switches(True, 2, 2)
     out = bed.sample(planned(kept, switches), prompts, STEPS)
-    assert torch.equal(out, bed.sample(planned(model, switches), prompts, STEPS))
+    assert torch.equal(out, bed.sample(planned(wan, switches), prompts, STEPS))
 
 
-def test_other_models_are_refused(model, vae):
+def test_other_models_are_refused(wan, vae):
     class Other:
         load_device = torch.device("cpu")
         model = torch.nn.Module()

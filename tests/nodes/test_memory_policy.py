@@ -16,16 +16,6 @@ OOM = comfy.model_management.OOM_EXCEPTION
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return bed.tiny_wan(tmp_path_factory.mktemp("wan"))
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return bed.two_prompts()
-
-
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "ROWS", 8)
@@ -57,9 +47,9 @@ def failing(model, run, when):
     return clone, calls
 
 
-def test_the_step_is_repeated_and_the_run_goes_on(model, prompts, monkeypatch):
-    expected = bed.sample(model, prompts, STEPS)
-    clone, run, said = planned(model, monkeypatch)
+def test_the_step_is_repeated_and_the_run_goes_on(wan, prompts, monkeypatch):
+    expected = bed.sample(wan, prompts, STEPS)
+    clone, run, said = planned(wan, monkeypatch)
     # The second step fails until the conditions are separate.
     clone, calls = failing(clone, run, lambda number, now: number >= 2 and not now.sequential)
     seen = []
@@ -71,11 +61,11 @@ def test_the_step_is_repeated_and_the_run_goes_on(model, prompts, monkeypatch):
     assert "one after the other" in said[0]
     # The next run starts as planned.
     assert run.state.now == Switches()
-    assert "memory_required" not in vars(model.model)
+    assert "memory_required" not in vars(wan.model)
 
 
-def test_each_failure_takes_one_notch_that_lowers_something(model, prompts, monkeypatch):
-    clone, run, said = planned(model, monkeypatch)
+def test_each_failure_takes_one_notch_that_lowers_something(wan, prompts, monkeypatch):
+    clone, run, said = planned(wan, monkeypatch)
     clone, calls = failing(clone, run, lambda number, now: now.attention < 2)
     latent = torch.zeros(1, 16, 4, 32, 32)
     bed.sample(clone, prompts, 1, latent=latent)
@@ -87,19 +77,19 @@ def test_each_failure_takes_one_notch_that_lowers_something(model, prompts, monk
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
 
 
-def test_when_nothing_is_left_it_says_what_to_do(model, prompts, monkeypatch):
-    clone, run, said = planned(model, monkeypatch)
+def test_when_nothing_is_left_it_says_what_to_do(wan, prompts, monkeypatch):
+    clone, run, said = planned(wan, monkeypatch)
     clone, _ = failing(clone, run, lambda *_: True)
     with pytest.raises(OOM, match=r"no room for a forward of .* choose a smaller size or fewer"):
         bed.sample(clone, prompts, 1)
     assert said and run.state.now == Switches()
-    assert "memory_required" not in vars(model.model)
+    assert "memory_required" not in vars(wan.model)
     # ComfyUI puts all models away when it sees its own type.
     assert policy.is_out_of_memory(OOM("x"))
 
 
-def test_other_errors_pass(model, prompts, monkeypatch):
-    clone, _, said = planned(model, monkeypatch)
+def test_other_errors_pass(wan, prompts, monkeypatch):
+    clone, _, said = planned(wan, monkeypatch)
 
     def broken(*_, **__):
         raise RuntimeError("a shape is wrong")
@@ -111,7 +101,7 @@ def test_other_errors_pass(model, prompts, monkeypatch):
     assert not said
 
 
-def test_the_last_resort_moves_weights_off_the_device(model):
+def test_the_last_resort_moves_weights_off_the_device(wan):
     moved = []
 
     class Card:
@@ -128,4 +118,4 @@ def test_the_last_resort_moves_weights_off_the_device(model):
             return 230
 
     assert policy.release_weights(Card()) == 230 and moved == [("cpu", 200)]
-    assert policy.release_weights(model) == 0
+    assert policy.release_weights(wan) == 0

@@ -30,21 +30,6 @@ assert plan_family.NODES  # the family that offers memory plans, loaded as Comfy
 STEPS, CFG = 16, sampling_bed.CFG
 
 
-@pytest.fixture(scope="module")
-def random_wan(tmp_path_factory):
-    return sampling_bed.tiny_wan(tmp_path_factory.mktemp("sampler"))
-
-
-@pytest.fixture(scope="module")
-def wan(random_wan):
-    return sampling_bed.smooth(random_wan)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return sampling_bed.two_prompts()
-
-
 def ours(model, prompts, preset="off", steps=STEPS, sampler="euler", cfg=CFG, **more):
     """Outputs of the node: latent dict, text, numbers."""
     latent = more.pop("latent", {"samples": sampling_bed.latent_of()})
@@ -66,32 +51,32 @@ def theirs(model, prompts, steps=STEPS, sampler="euler", cfg=CFG, latent=None, d
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "uni_pc"])
-def test_off_is_the_ksampler_to_the_bit(random_wan, prompts, sampler):
-    mine, text, data = ours(random_wan, prompts, steps=3, sampler=sampler)
-    stock_latent = theirs(random_wan, prompts, steps=3, sampler=sampler)
+def test_off_is_the_ksampler_to_the_bit(wan, prompts, sampler):
+    mine, text, data = ours(wan, prompts, steps=3, sampler=sampler)
+    stock_latent = theirs(wan, prompts, steps=3, sampler=sampler)
     assert torch.equal(mine["samples"], stock_latent["samples"])
     assert mine.keys() == stock_latent.keys()
     assert (data["step_cache"], data["notes"], data["attention"]) == ([], [], None)
     assert f"{sampler}, simple, 3 steps" in text
 
 
-def test_off_with_mask_batch_and_denoise(wan, prompts):
+def test_off_with_mask_batch_and_denoise(smooth_wan, prompts):
     make = torch.Generator().manual_seed(3)
     latent = {
         "samples": torch.randn(2, 16, 2, 8, 8, generator=make),
         "noise_mask": torch.rand(2, 1, 2, 8, 8, generator=make).round(),
         "batch_index": [4, 9],
     }
-    mine, _, _ = ours(wan, prompts, steps=4, latent=latent, denoise=0.6)
-    want = theirs(wan, prompts, steps=4, latent=latent, denoise=0.6)
+    mine, _, _ = ours(smooth_wan, prompts, steps=4, latent=latent, denoise=0.6)
+    want = theirs(smooth_wan, prompts, steps=4, latent=latent, denoise=0.6)
     assert torch.equal(mine["samples"], want["samples"])
     assert mine["batch_index"] == [4, 9]
 
 
 @pytest.mark.parametrize("preset", ["quality", "balanced", "draft"])
-def test_presets_save_network_calls_and_stay_near(wan, prompts, preset):
-    full = theirs(wan, prompts, steps=40)["samples"]
-    counting, calls = sampling_bed.counted(wan)
+def test_presets_save_network_calls_and_stay_near(smooth_wan, prompts, preset):
+    full = theirs(smooth_wan, prompts, steps=40)["samples"]
+    counting, calls = sampling_bed.counted(smooth_wan)
     mine, text, data = ours(counting, prompts, preset, steps=40)
     (cache,) = data["step_cache"]
     assert cache["computed"] + cache["skipped"] == 40
@@ -104,42 +89,46 @@ def test_presets_save_network_calls_and_stay_near(wan, prompts, preset):
     assert data["attention"] is not None
 
 
-def test_a_stronger_preset_makes_fewer_calls(wan, prompts):
+def test_a_stronger_preset_makes_fewer_calls(smooth_wan, prompts):
     made = []
     for preset in ("off", "quality", "balanced", "draft"):
-        counting, calls = sampling_bed.counted(wan)
+        counting, calls = sampling_bed.counted(smooth_wan)
         ours(counting, prompts, preset, steps=40)
         made.append(sum(calls))
     assert made[0] == 80
     assert made == sorted(set(made), reverse=True)
 
 
-def test_distilled_leaves_the_negative_prompt_out_and_says_so(wan, prompts):
-    counting, calls = sampling_bed.counted(wan)
+def test_distilled_leaves_the_negative_prompt_out_and_says_so(smooth_wan, prompts):
+    counting, calls = sampling_bed.counted(smooth_wan)
     mine, _, data = ours(counting, prompts, "distilled", steps=4, cfg=6.0)
     assert calls == [1] * 4
-    assert torch.equal(mine["samples"], theirs(wan, prompts, steps=4, cfg=1.0)["samples"])
+    assert torch.equal(mine["samples"], theirs(smooth_wan, prompts, steps=4, cfg=1.0)["samples"])
     assert (data["cfg"], data["step_cache"]) == (1.0, [])
     assert data["notes"] == ["cfg 6 became 1: the preset is for distilled models"]
-    _, _, data = ours(wan, prompts, "distilled", steps=20, cfg=1.0)
+    _, _, data = ours(smooth_wan, prompts, "distilled", steps=20, cfg=1.0)
     assert "20 steps" in data["notes"][0]
 
 
-def test_a_step_cache_that_is_set_by_hand_stays(wan, prompts):
+def test_a_step_cache_that_is_set_by_hand_stays(smooth_wan, prompts):
     reports = []
-    model = step_cache_run.apply(wan, step_cache_run.Options(0.0), reports.append)
+    model = step_cache_run.apply(smooth_wan, step_cache_run.Options(0.0), reports.append)
     _, _, data = ours(model, prompts, "draft")
     assert (data["step_cache"], reports[0].skipped) == ([reports[0].data()], 0)
     assert any("stays as it was set" in note for note in data["notes"])
 
 
-def test_the_model_that_came_in_is_left_as_it_was(wan, prompts):
-    before = str(wan.model_options), str(wan.wrappers), dict(wan.attachments)
-    ours(wan, prompts, "draft", preview=MIDDLE_FRAME)
-    assert (str(wan.model_options), str(wan.wrappers), dict(wan.attachments)) == before
+def test_the_model_that_came_in_is_left_as_it_was(smooth_wan, prompts):
+    before = str(smooth_wan.model_options), str(smooth_wan.wrappers), dict(smooth_wan.attachments)
+    ours(smooth_wan, prompts, "draft", preview=MIDDLE_FRAME)
+    assert (
+        str(smooth_wan.model_options),
+        str(smooth_wan.wrappers),
+        dict(smooth_wan.attachments),
+    ) == before
 
 
-def test_preview_shows_the_middle_frame_and_changes_nothing(wan, prompts, monkeypatch):
+def test_preview_shows_the_middle_frame_and_changes_nothing(smooth_wan, prompts, monkeypatch):
     shown = []
     monkeypatch.setattr(
         comfy.utils,
@@ -147,27 +136,27 @@ def test_preview_shows_the_middle_frame_and_changes_nothing(wan, prompts, monkey
         lambda value, total, preview, node_id=None: shown.append((value, total, preview)),
     )
     latent = {"samples": sampling_bed.latent_of(5)}
-    mine, _, _ = ours(wan, prompts, steps=4, latent=latent, preview=MIDDLE_FRAME)
+    mine, _, _ = ours(smooth_wan, prompts, steps=4, latent=latent, preview=MIDDLE_FRAME)
     pictures = [(value, total, preview[1]) for value, total, preview in shown if preview]
     assert [(value, total) for value, total, _ in pictures] == [(i, 4) for i in range(1, 5)]
     assert pictures[0][2].size == (8, 8)
-    form = wan.model.latent_format
+    form = smooth_wan.model.latent_format
     frame = form.process_in(mine["samples"])[0, :, 2]
     colours = torch.einsum("chw,ck->hwk", frame, torch.tensor(form.latent_rgb_factors))
     colours += torch.tensor(form.latent_rgb_factors_bias)
     want = ((colours + 1) / 2).clamp(0, 1) * 255
     got = torch.tensor(list(pictures[-1][2].getdata())).reshape(8, 8, 3)
     assert float((got - want).abs().max()) <= 1.5
-    without = theirs(wan, prompts, steps=4, latent=latent)
+    without = theirs(smooth_wan, prompts, steps=4, latent=latent)
     assert torch.equal(mine["samples"], without["samples"])
 
 
 @pytest.mark.parametrize("span", [(0.0, 0.5), (0.3, 1.0), (0.2, 0.6)])
-def test_guidance_range_is_two_cfgs_by_hand(wan, prompts, span):
+def test_guidance_range_is_two_cfgs_by_hand(smooth_wan, prompts, span):
     """Euler by hand over the model's own estimates, cfg by noise level."""
-    sampling = wan.get_model_object("model_sampling")
+    sampling = smooth_wan.get_model_object("model_sampling")
     high, low = (sampling.percent_to_sigma(share) for share in span)
-    node = FrugalGuidanceRange.execute(wan, *span).args[0]
+    node = FrugalGuidanceRange.execute(smooth_wan, *span).args[0]
     counting, calls = sampling_bed.counted(node)
     mine = sampling_bed.sample(counting, prompts, STEPS)
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
@@ -184,19 +173,19 @@ def test_guidance_range_is_two_cfgs_by_hand(wan, prompts, span):
         x = x + (after - now) * slope
     assert 0 < guided < STEPS
     assert sum(calls) == STEPS + guided
-    x = wan.model.latent_format.process_out(x)
+    x = smooth_wan.model.latent_format.process_out(x)
     assert flow_bed.relative(mine, x) < 1e-3
 
 
-def test_guidance_range_refuses_what_it_cannot_do(wan, prompts):
+def test_guidance_range_refuses_what_it_cannot_do(smooth_wan, prompts):
     with pytest.raises(FrugalError, match=r"start 0\.8 and end 0\.2"):
-        guidance_run.apply(wan, 0.8, 0.2)
-    model = guidance_run.apply(wan, 0.0, 0.5)
+        guidance_run.apply(smooth_wan, 0.8, 0.2)
+    model = guidance_run.apply(smooth_wan, 0.0, 0.5)
     guider = Guider_DualCFG(model)
     guider.set_conds(prompts[0], prompts[1], prompts[1])
     guider.set_cfg(3.0, 2.0)
     latent = sampling_bed.latent_of()
-    sampling = wan.get_model_object("model_sampling")
+    sampling = smooth_wan.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 6)
     with torch.inference_mode(), pytest.raises(FrugalError, match="Guider_DualCFG"):
         guider.sample(
@@ -212,21 +201,21 @@ def test_every_preset_is_in_the_nodes_list():
 
 
 @pytest.mark.parametrize("preset", ["quality", "distilled"])
-def test_presets_plan_the_memory_and_say_what_it_took(random_wan, prompts, preset):
+def test_presets_plan_the_memory_and_say_what_it_took(wan, prompts, preset):
     latent = {"samples": sampling_bed.latent_of(3)}
-    _, text, data = ours(random_wan, prompts, preset, steps=2, cfg=1.0, latent=latent)
+    _, text, data = ours(wan, prompts, preset, steps=2, cfg=1.0, latent=latent)
     found = data["memory"]
-    plan, _ = planning.plan_of(random_wan, Job(64, 64, 9, 1, False), 0)
-    assert found["predicted"] == plan.phases[0].total > random_wan.model_size()
+    plan, _ = planning.plan_of(wan, Job(64, 64, 9, 1, False), 0)
+    assert found["predicted"] == plan.phases[0].total > wan.model_size()
     assert found["measured"] is None and found["fits"] and not found["changes"]
     assert "memory while sampling" in text and "pieces: none" in text
     assert not [note for note in data["notes"] if "plan" in note]
 
 
-def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(random_wan, prompts):
-    plan, peaks = planning.plan_of(random_wan, Job(64, 64, 5), 0)
+def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(wan, prompts):
+    plan, peaks = planning.plan_of(wan, Job(64, 64, 5), 0)
     object.__setattr__(plan, "switches", Switches(True, 2))
-    model = planning.apply(random_wan, plan, peaks, False, None)
+    model = planning.apply(wan, plan, peaks, False, None)
     # Even with the preset off, since the plan is at work.
     mine, text, data = ours(model, prompts, steps=2)
     assert "one after the other, feed-forward and cross-attention in 2 pieces" in text
@@ -237,19 +226,19 @@ def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(random_wan, prompt
     assert "2 pieces" in data["memory"]["switches"]
 
 
-def test_off_makes_no_plan_and_what_cannot_be_planned_is_said(random_wan, prompts, monkeypatch):
-    _, text, data = ours(random_wan, prompts, steps=1)
+def test_off_makes_no_plan_and_what_cannot_be_planned_is_said(wan, prompts, monkeypatch):
+    _, text, data = ours(wan, prompts, steps=1)
     assert data["memory"] is None and "memory" not in text
     monkeypatch.setattr(meta, "KNOWN", ())
-    _, _, data = ours(random_wan, prompts, "distilled", steps=1, cfg=1.0)
+    _, _, data = ours(wan, prompts, "distilled", steps=1, cfg=1.0)
     assert data["memory"] is None
     assert data["notes"] == ["no memory plan: the MODEL is a WAN21 (WanModel)"]
     monkeypatch.setattr(_offers, "_OFFERS", {})
-    _, _, data = ours(random_wan, prompts, "distilled", steps=1, cfg=1.0)
+    _, _, data = ours(wan, prompts, "distilled", steps=1, cfg=1.0)
     assert data["notes"] == ["no memory plan: the plan nodes are not loaded"]
 
 
-def test_memory_that_ran_out_is_in_the_report(random_wan, prompts):
+def test_memory_that_ran_out_is_in_the_report(wan, prompts):
     failed = []
 
     def once(executor, x, *args, **kwargs):
@@ -258,7 +247,7 @@ def test_memory_that_ran_out_is_in_the_report(random_wan, prompts):
             raise comfy.model_management.OOM_EXCEPTION("injected: CUDA out of memory")
         return executor(x, *args, **kwargs)
 
-    model = random_wan.clone()
+    model = wan.clone()
     model.add_wrapper_with_key("apply_model", "test.oom", once)
     _, text, data = ours(model, prompts, "quality", steps=2)
     assert failed and len(data["memory"]["changes"]) == 1

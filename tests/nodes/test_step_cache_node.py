@@ -19,21 +19,6 @@ OPEN = step_cache_run.Options(threshold=0.3, start=0.0, end=1.0, max_skips=3)
 OFF = step_cache_run.Options(threshold=0.0)
 
 
-@pytest.fixture(scope="module")
-def random_wan(tmp_path_factory):
-    return sampling_bed.tiny_wan(tmp_path_factory.mktemp("step_cache"))
-
-
-@pytest.fixture(scope="module")
-def wan(random_wan):
-    return sampling_bed.smooth(random_wan)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return sampling_bed.two_prompts()
-
-
 def with_cache(model, options=OPEN):
     reports = []
     return step_cache_run.apply(model, options, reports.append), reports
@@ -49,10 +34,10 @@ def run(model, prompts, options=OPEN, **more):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc"])
-def test_counts_and_error_by_sampler(wan, prompts, sampler):
-    full, off, all_calls = run(wan, prompts, OFF, sampler=sampler)
-    assert torch.equal(full, sampling_bed.sample(wan, prompts, STEPS, sampler))
-    result, report, calls = run(wan, prompts, sampler=sampler)
+def test_counts_and_error_by_sampler(smooth_wan, prompts, sampler):
+    full, off, all_calls = run(smooth_wan, prompts, OFF, sampler=sampler)
+    assert torch.equal(full, sampling_bed.sample(smooth_wan, prompts, STEPS, sampler))
+    result, report, calls = run(smooth_wan, prompts, sampler=sampler)
     assert (off.skipped, 2 * off.computed) == (0, all_calls)
     assert 2 * report.computed == calls
     assert report.computed + report.skipped == off.computed
@@ -60,23 +45,23 @@ def test_counts_and_error_by_sampler(wan, prompts, sampler):
     assert flow_bed.relative(result, full) < 0.2
 
 
-def test_a_network_that_no_line_follows_is_computed_in_full(random_wan, prompts):
-    result, report, calls = run(random_wan, prompts, steps=8)
-    assert torch.equal(result, sampling_bed.sample(random_wan, prompts, 8))
+def test_a_network_that_no_line_follows_is_computed_in_full(wan, prompts):
+    result, report, calls = run(wan, prompts, steps=8)
+    assert torch.equal(result, sampling_bed.sample(wan, prompts, 8))
     assert (report.skipped, calls) == (0, 16)
     assert min(report.checked) > OPEN.threshold
 
 
-def test_added_noise_turns_the_cache_down_by_itself(wan, prompts):
-    _, smooth, _ = run(wan, prompts)
-    _, noisy, calls = run(wan, prompts, sampler="euler_ancestral")
+def test_added_noise_turns_the_cache_down_by_itself(smooth_wan, prompts):
+    _, smooth, _ = run(smooth_wan, prompts)
+    _, noisy, calls = run(smooth_wan, prompts, sampler="euler_ancestral")
     assert noisy.skipped < smooth.skipped
     assert calls == 2 * noisy.computed
 
 
-def test_the_samplers_latent_is_not_touched(wan, prompts):
+def test_the_samplers_latent_is_not_touched(smooth_wan, prompts):
     """In float32 nothing is copied on the way to the network, so a change in place would show."""
-    seen, model = [], wan.clone()
+    seen, model = [], smooth_wan.clone()
 
     def outside(executor, *args, **kwargs):
         x, before = args[2], args[2].clone()
@@ -92,7 +77,7 @@ def test_the_samplers_latent_is_not_touched(wan, prompts):
     assert seen == [True] * STEPS
 
 
-def test_context_windows_are_conditions_of_their_own(wan, prompts):
+def test_context_windows_are_conditions_of_their_own(smooth_wan, prompts):
     from comfy.context_windows import (
         ContextFuseMethods,
         ContextSchedules,
@@ -106,7 +91,7 @@ def test_context_windows_are_conditions_of_their_own(wan, prompts):
         fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID),
         context_length=4, context_overlap=2, dim=2,
     )  # fmt: skip
-    model = wan.clone()
+    model = smooth_wan.clone()
     model.model_options["context_handler"] = handler
     latent = sampling_bed.latent_of(8)
     full, off, _ = run(model, prompts, OFF, latent=latent)
@@ -118,8 +103,8 @@ def test_context_windows_are_conditions_of_their_own(wan, prompts):
     assert flow_bed.relative(result, full) < 0.2
 
 
-def test_guidance_range_keeps_the_history_of_the_other_prompt(wan, prompts):
-    model = guidance_run.apply(wan, 0.0, 0.5)
+def test_guidance_range_keeps_the_history_of_the_other_prompt(smooth_wan, prompts):
+    model = guidance_run.apply(smooth_wan, 0.0, 0.5)
     full, off, all_calls = run(model, prompts, OFF)
     assert 1.3 * STEPS < all_calls < 1.7 * STEPS
     assert off.computed == STEPS
@@ -128,15 +113,15 @@ def test_guidance_range_keeps_the_history_of_the_other_prompt(wan, prompts):
     assert flow_bed.relative(result, full) < 0.2
 
 
-def test_a_prompt_that_ends_midway_is_not_foretold(wan, prompts):
+def test_a_prompt_that_ends_midway_is_not_foretold(smooth_wan, prompts):
     """With start and end percents the same list of prompts means something else later."""
     first, second = (prompts[0][0][0], prompts[1][0][0])
     scheduled = [
         [[first, {"end_percent": 0.5}], [second, {"start_percent": 0.5}]],
         prompts[1],
     ]
-    full, _, _ = run(wan, scheduled, OFF)
-    result, report, calls = run(wan, scheduled)
+    full, _, _ = run(smooth_wan, scheduled, OFF)
+    result, report, calls = run(smooth_wan, scheduled)
     assert report.skipped > 0
     assert calls >= 2 * report.computed
     assert flow_bed.relative(result, full) < 0.2
@@ -151,12 +136,12 @@ def fails_after(count, error):
 
 
 @pytest.mark.parametrize("kind", ["error", "cancel"])
-def test_a_run_cut_short_leaves_nothing(wan, prompts, kind):
+def test_a_run_cut_short_leaves_nothing(smooth_wan, prompts, kind):
     from comfy.model_management import InterruptProcessingException
 
     error = InterruptProcessingException() if kind == "cancel" else RuntimeError("broken")
-    cached, reports = with_cache(wan)
-    clean, _, _ = run(wan, prompts)
+    cached, reports = with_cache(smooth_wan)
+    clean, _, _ = run(smooth_wan, prompts)
     before = str(cached.model_options)
     with pytest.raises(type(error)):
         sampling_bed.sample(cached, prompts, STEPS, callback=fails_after(15, error))
@@ -169,19 +154,19 @@ def test_a_run_cut_short_leaves_nothing(wan, prompts, kind):
     assert torch.equal(sampling_bed.sample(cached, prompts, STEPS), clean)
 
 
-def test_clones_and_weights_stay_as_they_were(random_wan, prompts):
-    weights = {name: value.clone() for name, value in random_wan.model.state_dict().items()}
-    plain = sampling_bed.sample(random_wan, prompts, 3)
-    cached, _ = with_cache(random_wan)
+def test_clones_and_weights_stay_as_they_were(wan, prompts):
+    weights = {name: value.clone() for name, value in wan.model.state_dict().items()}
+    plain = sampling_bed.sample(wan, prompts, 3)
+    cached, _ = with_cache(wan)
     sampling_bed.sample(cached, prompts, 6)
-    assert not step_cache_run.present(random_wan)
-    assert torch.equal(sampling_bed.sample(random_wan, prompts, 3), plain)
-    after = random_wan.model.state_dict()
+    assert not step_cache_run.present(wan)
+    assert torch.equal(sampling_bed.sample(wan, prompts, 3), plain)
+    after = wan.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in after.items())
 
 
-def test_two_runs_of_one_model_do_not_share_state(wan, prompts):
-    cached, reports = with_cache(wan)
+def test_two_runs_of_one_model_do_not_share_state(smooth_wan, prompts):
+    cached, reports = with_cache(smooth_wan)
     first = sampling_bed.sample(cached, prompts, STEPS)
     wider = sampling_bed.latent_of(3, batch=2)
     sampling_bed.sample(cached, prompts, STEPS, latent=wider)
@@ -189,26 +174,26 @@ def test_two_runs_of_one_model_do_not_share_state(wan, prompts):
     assert reports[0] == reports[2]
 
 
-def test_applied_twice_is_applied_once(wan, prompts):
-    once, _ = with_cache(wan)
+def test_applied_twice_is_applied_once(smooth_wan, prompts):
+    once, _ = with_cache(smooth_wan)
     twice, reports = with_cache(once)
     sampling_bed.sample(twice, prompts, STEPS)
     assert len(reports) == 1
 
 
 @pytest.mark.parametrize("name", ["EasyCacheNode", "LazyCacheNode"])
-def test_stands_aside_for_another_cache(wan, prompts, name):
+def test_stands_aside_for_another_cache(smooth_wan, prompts, name):
     from comfy_extras import nodes_easycache
 
-    other = getattr(nodes_easycache, name).execute(wan, 0.2, 0.15, 0.95, False).args[0]
+    other = getattr(nodes_easycache, name).execute(smooth_wan, 0.2, 0.15, 0.95, False).args[0]
     _, report, _ = run(other, prompts)
     assert report.skipped == 0
     assert "stands aside" in report.text()
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_a_causal_model_is_left_alone(wan, prompts, monkeypatch, ours):
-    causal, network = wan.clone(), wan.model.diffusion_model
+def test_a_causal_model_is_left_alone(smooth_wan, prompts, monkeypatch, ours):
+    causal, network = smooth_wan.clone(), smooth_wan.model.diffusion_model
     if ours:
         causal.model_options["transformer_options"]["frugal.causal"] = object()
     else:
@@ -218,28 +203,28 @@ def test_a_causal_model_is_left_alone(wan, prompts, monkeypatch, ours):
     assert "causal" in report.notes[0]
 
 
-def test_works_around_a_compiled_model(wan, prompts):
+def test_works_around_a_compiled_model(smooth_wan, prompts):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    compiled = wan.clone()
+    compiled = smooth_wan.clone()
     set_torch_compile_wrapper(compiled, backend="eager")
     result, report, calls = run(compiled, prompts)
-    want, plain, _ = run(wan, prompts)
+    want, plain, _ = run(smooth_wan, prompts)
     assert report.skipped == plain.skipped > 0
     assert calls == 2 * report.computed
     assert flow_bed.relative(result, want) < 1e-5
 
 
-def test_says_when_it_cannot_help(wan, prompts):
-    _, report, _ = run(wan, prompts, steps=4)
+def test_says_when_it_cannot_help(smooth_wan, prompts):
+    _, report, _ = run(smooth_wan, prompts, steps=4)
     assert "4 steps" in report.notes[0]
-    _, report, _ = run(wan, prompts, OFF)
+    _, report, _ = run(smooth_wan, prompts, OFF)
     assert "never skips" in report.notes[0]
 
 
-def test_the_node_gives_a_model_and_refuses_an_empty_range(wan):
+def test_the_node_gives_a_model_and_refuses_an_empty_range(smooth_wan):
     node = FrugalStepCache.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
-    shown = node.execute(wan, 0.05, 0.15, 0.95, 3)
+    shown = node.execute(smooth_wan, 0.05, 0.15, 0.95, 3)
     assert step_cache_run.present(shown.args[0])
     with pytest.raises(FrugalError, match=r"start 0\.9 and end 0\.2"):
-        node.execute(wan, 0.05, 0.9, 0.2, 3)
+        node.execute(smooth_wan, 0.05, 0.9, 0.2, 3)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from packaging.requirements import Requirement
 
 from frugal.demo.comfy_server import ComfyServer, pack_node_ids
 from frugal.tests.bed.absent import closure, environment, modules_outside, read_requirements
+from frugal.tests.bed.tracked import tracked
 
 pytestmark = pytest.mark.comfy
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,10 +37,8 @@ def copy_archive(target: Path) -> None:
     pathspec = pytest.importorskip("pathspec")
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     left_out = pathspec.PathSpec.from_lines("gitignore", lines)
-    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if not left_out.match_file(name) and (ROOT / name).is_file():
+    for name in tracked():
+        if not left_out.match_file(name):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
 
