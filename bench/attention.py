@@ -1,23 +1,21 @@
 """Attention kernels on the calls that Wan and CatVTON make, and whether "auto" finds the best.
 
 `python bench/attention.py TREE RESULT.json [--shrink N] [--threads N]`, then `python
-bench/attention.py --table RESULT.json`. Every kernel that can run here, and the attention function
-that the ComfyUI in TREE takes by default, in turns of one call each on the same random numbers:
-median milliseconds, TFLOP/s (4 * B * H * Lq * Lk * D over the time), and the relative L2 error
-against float64 on 256 query rows. `auto` is what the choice took before the turns, and its time
-in them as a ratio to the fastest exact kernel. On a CPU the calls are shrunk, four heads at most
-and the tokens divided by N (16 if not given), because a whole one takes minutes, and milliseconds
-are those of the processor, all threads together, so that other programs count little; on a GPU
-they are whole. 8-bit kernels are listed and never chosen here; torch-math and chunked, which are
-tried only where nothing else serves, are left out.
+bench/attention.py --table RESULT.json ...`. Every kernel that can run here, and the attention
+function that the ComfyUI in TREE takes by default, in turns of one call each on the same random
+numbers: median milliseconds, TFLOP/s (4 * B * H * Lq * Lk * D over the time), and the relative L2
+error against float64 on 256 query rows. `auto` is what the choice took before the turns, and its
+time in them as a ratio to the fastest exact kernel. On a CPU the calls are shrunk, four heads at
+most and the tokens divided by N (16 if not given), because a whole one takes minutes, and
+milliseconds are those of the processor, all threads together, so that other programs count little;
+on a GPU they are whole. 8-bit kernels are listed and never chosen here; torch-math and chunked,
+which are tried only where nothing else serves, are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -75,27 +73,12 @@ def measure(tree: str, out: Path, shrink: int) -> None:
                 rows.append({"call": name, **one(shape, dtype, device, core.optimized_attention)})
                 print(json.dumps(rows[-1]), flush=True)
     result = {
-        "tree": Path(tree).name,
-        "torch": torch.__version__,
-        "commit": harness.commit(),
-        "device": cpu_name() if on_cpu else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
+        **harness.place(tree, device),
         "shrink": shrink if on_cpu else 1,
         "default": core.optimized_attention.__name__,
         "rows": rows,
     }
     harness.write(out, result)
-
-
-def cpu_name() -> str:
-    """Model and matrix units of this CPU, as Linux tells; the bare architecture elsewhere."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    units = [unit for unit in ("avx512_bf16", "amx_bf16") if unit in facts.get("flags", "")]
-    name = facts.get("model name") or platform.machine()
-    return f"{name}, {' and '.join(units) or 'no bf16 units'}"
 
 
 def one(shape: tuple[int, int, int, int], dtype, device, default) -> dict:
@@ -210,15 +193,13 @@ def show(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", type=Path)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--shrink", type=int, default=16)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("tree", nargs="?")
-    parser.add_argument("out", nargs="?", type=Path)
     given = parser.parse_args()
     if given.table:
-        show(given.table)
+        for path in given.table:
+            show(path)
     else:
         import torch
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,40 @@ def commit() -> str:
     """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def cpu_name() -> str:
+    """Model and matrix units of this CPU, as Linux tells; the bare architecture elsewhere."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    units = [unit for unit in ("avx512_bf16", "amx_bf16") if unit in facts.get("flags", "")]
+    name = facts.get("model name") or platform.machine()
+    return f"{name}, {' and '.join(units) or 'no bf16 units'}"
+
+
+def place(tree: str, device: Any) -> dict[str, Any]:
+    """What the figures of a run with this ComfyUI on this torch device hang on."""
+    import torch
+
+    on_cpu = device.type == "cpu"
+    return {
+        "tree": Path(tree).name,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "device": cpu_name() if on_cpu else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def arguments(about: str) -> argparse.ArgumentParser:
+    """A parser of `TREE RESULT.json`, or `--table RESULT.json ...` instead."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--table", type=Path, nargs="+")
+    parser.add_argument("tree", nargs="?")
+    parser.add_argument("out", nargs="?", type=Path)
+    return parser
 
 
 def write(path: Path, result: Any) -> None:

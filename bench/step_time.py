@@ -15,7 +15,6 @@ one. A way that fails is listed with its reason.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from attention import cpu_name, enter
+from attention import enter
 
 STEPS = 3
 NATIVE = "native"
@@ -170,11 +169,7 @@ def measure(
     name = name or ("14b" if device.type == "cuda" else "cpu")
     size = SIZES[name]
     result: dict[str, Any] = {
-        "tree": Path(tree).name,
-        "torch": torch.__version__,
-        "commit": harness.commit(),
-        "device": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
+        **harness.place(tree, device),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "size": name,
         "tokens": size[3] * size[4] * size[5] // 4,
@@ -206,14 +201,11 @@ def show(paths: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", type=Path, nargs="+")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--size", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     parser.add_argument("--weights", choices=KINDS, nargs="+", default=list(KINDS))
-    parser.add_argument("tree", nargs="?")
-    parser.add_argument("out", nargs="?", type=Path)
     given = parser.parse_args()
     if given.table:
         show(given.table)
