@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FrugalError
-from .desk import Desk, Event, Rules
+from .desk import Desk, Event, Limits, Rules
 from .orders import Order
 from .store import Store
 
@@ -24,7 +24,7 @@ LOOK = 0.5
 
 
 @dataclass(frozen=True)
-class Fleet:
+class Fleet(Limits):
     """Everything that a fleet is started with; the fields are also the arguments of `build`.
 
     comfyui, python, comfy_arguments: what a worker runs. store: folder of the jobs, on a disk that
@@ -32,7 +32,7 @@ class Fleet:
     latter for autoscaling. gpus, cpus: what Ray reserves per worker. store_resource: name of a Ray
     resource that only the machine with the store has. token_env: the variable that holds the token
     where the application is built; or token_hash, its SHA-256 as hex.
-    The rest: see Rules.
+    The rest: see Limits.
     """
 
     comfyui: str
@@ -48,18 +48,11 @@ class Fleet:
     token_env: str = ""
     token_hash: str = ""
     largest_request: int = 256 * 10**6
-    queue: int = 64
-    attempts: int = 4
-    job_seconds: float = 3600.0
-    wait_seconds: float = 6 * 3600.0
-    keep_seconds: float = 0.0
-    memory: int = 0
 
     def rules(self) -> Rules:
         """The part of it that the front desk goes by."""
-        shared = {each.name for each in fields(Rules)} - {"at_once"}
-        most = max(self.workers, self.most_workers)
-        return Rules(**{name: getattr(self, name) for name in shared}, at_once=2 * most + 2)
+        limits = {each.name: getattr(self, each.name) for each in fields(Limits)}
+        return Rules(**limits, at_once=2 * max(self.workers, self.most_workers) + 2)
 
 
 class Worker:

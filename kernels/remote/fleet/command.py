@@ -16,6 +16,7 @@ from ...errors import FrugalError
 from ...report import megabytes
 from . import batch, sheet, token
 from .client import FleetClient
+from .desk import Limits
 from .orders import Order, order
 
 TOKEN = "FRUGAL_FLEET_TOKEN"
@@ -82,9 +83,10 @@ def _serve(serve: argparse.ArgumentParser) -> None:
     add("--cluster", default="", metavar="ADDRESS", help="a Ray cluster that is there already")
     add("--token-env", default="", metavar="NAME",
         help="variable with the clients' token (default: one is made, in STORE/token)")  # fmt: skip
-    add("--queue", type=int, default=64, help="jobs that may wait or run at once")
-    add("--attempts", type=int, default=4, help="how often a job is begun when workers are lost")
-    add("--job-seconds", type=float, default=3600.0, help="time limit of one attempt")
+    add("--queue", type=int, default=Limits.queue, help="jobs that may wait or run at once")
+    add("--attempts", type=int, default=Limits.attempts,
+        help="how often a job is begun when workers are lost")  # fmt: skip
+    add("--job-seconds", type=float, default=Limits.job_seconds, help="time limit of one attempt")
     add("--keep-days", type=float, default=0.0, help="delete ended jobs after that; 0: never")
     add("--worker-gb", type=float, default=0.0,
         help="memory that plans are held against, in GB (default: the card's)")  # fmt: skip

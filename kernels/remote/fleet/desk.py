@@ -42,12 +42,11 @@ class NotYetError(FrugalError):
     """It cannot be said yet; ask again later."""
 
 
-@dataclass(frozen=True)
-class Rules:
+@dataclass(frozen=True, kw_only=True)
+class Limits:
     """queue: jobs that may be open at once. attempts: how often a job is begun. job_seconds: time
     of one attempt. wait_seconds: time until it is begun. keep_seconds: how long what ended is kept;
-    0: until deleted. memory: bytes of a worker; 0: as the workers report. at_once: orders given out
-    at one time; those beyond the number of workers wait where they show that more are wanted.
+    0: until deleted. memory: bytes of a worker; 0: as the workers report.
     """
 
     queue: int = 64
@@ -56,6 +55,14 @@ class Rules:
     wait_seconds: float = 6 * 3600.0
     keep_seconds: float = 0.0
     memory: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules(Limits):
+    """at_once: orders given out at one time; those beyond the number of workers wait where they
+    show that more are wanted.
+    """
+
     at_once: int = 64
 
 
