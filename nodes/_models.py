@@ -71,6 +71,11 @@ def offered(
     )
 
 
+def model_offered(name: str | None) -> bool | str:
+    """`offered` for a name from `model_names`."""
+    return offered(name, model_names(), FOLDER, WAN_PAGE)
+
+
 def model_path(name: str) -> Path:
     """The full path of a file chosen from `model_names`. Raises FrugalError if it is gone."""
     return file_path(FOLDER, name)

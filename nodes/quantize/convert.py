@@ -10,7 +10,7 @@ from ...kernels.quant import formats
 from ...kernels.quant.job import Job, budget_bytes
 from ...kernels.quant.quality_picture import picture
 from .._comfy import CATEGORY, known, show_text
-from .._models import FOLDER, WAN_PAGE, model_names, model_path, offered
+from .._models import model_names, model_offered, model_path
 from . import glue
 from .ports import calibration_input, calibration_path, lora_inputs, loras, state
 
@@ -112,7 +112,7 @@ class FrugalQuantize(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None):
-        return offered(model_name, model_names(), FOLDER, WAN_PAGE)
+        return model_offered(model_name)
 
     @classmethod
     def execute(

@@ -9,7 +9,7 @@ from ...kernels.quant.calibration import read_calibration
 from ...kernels.quant.gptq_layer import GROUPS
 from ...kernels.quant.server_folder import ServerJob
 from .._comfy import CATEGORY, known, show_text
-from .._models import FOLDER, WAN_PAGE, model_names, model_path, offered
+from .._models import model_names, model_offered, model_path
 from . import glue, server_glue
 from .ports import calibration_input, calibration_path, lora_inputs, loras, state
 
@@ -72,7 +72,7 @@ class FrugalServerExport(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None):
-        return offered(model_name, model_names(), FOLDER, WAN_PAGE)
+        return model_offered(model_name)
 
     @classmethod
     def execute(

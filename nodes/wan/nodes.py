@@ -8,7 +8,7 @@ from ...kernels.quant.matmul import AUTO
 from ...kernels.quant.matmul import CHOICES as PRODUCTS
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
-from .._models import FOLDER, WAN_PAGE, fingerprint, model_names, model_path, offered
+from .._models import fingerprint, model_names, model_offered, model_path
 from . import causal, embeds, glue
 from .causal_to_file import FrugalCausalVideoFile
 from .constant_context import FrugalWanConstantContext
@@ -95,7 +95,7 @@ class FrugalLoadWan(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None):
-        return offered(model_name, model_names(), FOLDER, WAN_PAGE)
+        return model_offered(model_name)
 
     @classmethod
     def execute(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO) -> io.NodeOutput:
