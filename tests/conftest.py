@@ -90,12 +90,23 @@ def comfy_tree() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(comfy_tree: Path, tmp_path_factory: pytest.TempPathFactory):
+def sockets(tmp_path_factory: pytest.TempPathFactory):
+    """The socket calls of the shared server from its start on."""
+    from frugal.tests.bed.sockets import SocketLog
+
+    return SocketLog(tmp_path_factory.mktemp("sockets"))
+
+
+@pytest.fixture(scope="session")
+def server(comfy_tree: Path, sockets, tmp_path_factory: pytest.TempPathFactory):
     """One real ComfyUI server with the pack for the whole run, with its web page where that is
     installed; see demo/comfy_server.py.
     """
     from frugal.demo.comfy_server import ComfyServer
 
     page = importlib.util.find_spec("comfyui_frontend_package") is not None
-    with ComfyServer(comfy_tree, tmp_path_factory.mktemp("comfy"), frontend=page) as running:
-        yield running
+    running = ComfyServer(comfy_tree, tmp_path_factory.mktemp("comfy"), frontend=page)
+    with sockets.watching():
+        running.start()
+    yield running
+    running.stop()
