@@ -26,7 +26,7 @@ OTHERS = (501, 502, 503)
 
 
 def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
-    from frugal.kernels.quant import formats
+    from frugal.kernels.quant import coding, formats
     from frugal.kernels.quant.budget import frontier
     from frugal.kernels.quant.calibration import from_hessian, read_calibration
     from frugal.kernels.quant.curves import LayerCurve, stored_error
@@ -45,7 +45,7 @@ def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
         made = {target: bench.tensors(name, target) for target in TARGETS}
         options = {target: formats.options(target, tuple(weight.shape)) for target in TARGETS}
         for target in TARGETS:
-            bench.decoded[name, target] = formats.decode(
+            bench.decoded[name, target] = coding.decode(
                 target, made[target], options[target], tuple(weight.shape)
             )
         hessian = statistics.hessian()

@@ -34,7 +34,7 @@ def shapes() -> dict[tuple[int, int], int]:
 
 def main() -> None:
     harness.enter("none")
-    from frugal.kernels.quant import formats
+    from frugal.kernels.quant import coding, formats
 
     torch.manual_seed(0)
     targets = (formats.INT8, formats.W4A8, formats.W4A8_G64)
@@ -43,8 +43,8 @@ def main() -> None:
         weight = torch.randn(shape)
         row = {"shape": list(shape), "count": count, "error": {}}
         for target in targets:
-            made = formats.encode(target, weight, "cpu")
-            lost = (formats.decode(target, made, None, shape) - weight).square().sum().item()
+            made = coding.encode(target, weight, "cpu")
+            lost = (coding.decode(target, made, None, shape) - weight).square().sum().item()
             norm = weight.square().sum().item()
             row["error"][target] = round((lost / norm) ** 0.5, 5)
             total[target]["bytes"] += count * formats.stored_bytes(target, shape)

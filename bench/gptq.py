@@ -23,7 +23,7 @@ import torch
 RESULTS = harness.RESULTS / "gptq.json"
 harness.enter("none")
 
-from frugal.kernels.quant import formats, gptq, grids, shrink  # noqa: E402
+from frugal.kernels.quant import coding, formats, gptq, grids, shrink  # noqa: E402
 from frugal.kernels.quant.calibration import from_hessian, statistics_of  # noqa: E402
 from frugal.kernels.quant.curves import stored_error  # noqa: E402
 from frugal.kernels.quant.moments import Gatherer  # noqa: E402
@@ -36,8 +36,8 @@ PACKAGED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 def held(bed: Layer, target: str, statistics=None) -> torch.Tensor:
     shape = tuple(bed.weight.shape)
-    made = formats.encode(target, bed.weight, "cpu", statistics=statistics)
-    return formats.decode(target, made, None, shape)
+    made = coding.encode(target, bed.weight, "cpu", statistics=statistics)
+    return coding.decode(target, made, None, shape)
 
 
 def error(bed: Layer, weight: torch.Tensor) -> float:

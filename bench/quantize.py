@@ -69,11 +69,11 @@ def once(who: str, source: str, target: str, out: str) -> dict:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from frugal.kernels.quant import formats
+    from frugal.kernels.quant import coding
     from frugal.kernels.quant.convert import convert, uniform
     from frugal.kernels.quant.weights import Weights
 
-    formats.encode(target, torch.randn(64, 256), "cpu")
+    coding.encode(target, torch.randn(64, 256), "cpu")
     highest, done = [0], threading.Event()
 
     def watch() -> None:
@@ -105,7 +105,7 @@ def once(who: str, source: str, target: str, out: str) -> dict:
                 continue
             tensor = tensor.clone() if who == "rounding" else tensor
             clocks = [time.perf_counter(), time.process_time()]
-            parts = formats.encode(target, tensor, "cpu")
+            parts = coding.encode(target, tensor, "cpu")
             rounding[0] += time.perf_counter() - clocks[0]
             rounding[1] += time.process_time() - clocks[1]
             if who == "in memory":

@@ -11,7 +11,7 @@ import comfy.sd
 import torch
 
 from frugal.demo import tiny_wan
-from frugal.kernels.quant import formats
+from frugal.kernels.quant import coding, formats
 from frugal.kernels.quant.curves import measure
 from frugal.kernels.quant.model_error import end_to_end
 from frugal.kernels.quant.reference_calls import ReferenceCall
@@ -92,14 +92,14 @@ class Bench:
     def tensors(self, name: str, target: str) -> dict[str, torch.Tensor]:
         """A layer as it is stored, by leaf."""
         statistics = self.statistics(name)
-        return formats.encode(target, self.weights[name], "cpu", statistics=statistics)
+        return coding.encode(target, self.weights[name], "cpu", statistics=statistics)
 
     def stored(self, name: str, target: str) -> torch.Tensor:
         """The weight that a stored layer stands for."""
         if (name, target) not in self.decoded:
             shape = tuple(self.weights[name].shape)
             options = formats.options(target, shape)
-            self.decoded[name, target] = formats.decode(
+            self.decoded[name, target] = coding.decode(
                 target, self.tensors(name, target), options, shape
             )
         return self.decoded[name, target]

@@ -21,7 +21,7 @@ from ..checkpoints.header import TensorInfo
 from ..checkpoints.layouts import FLOAT8, NATIVE, ONE
 from ..errors import FrugalError
 from ..report import megabytes
-from . import formats
+from . import coding, formats
 from .weights import Weights, label
 from .writer import Group, Writer, arranged
 
@@ -283,7 +283,7 @@ def _tensors(
     if step.target == formats.BF16:
         weight = weight.to(step.group[f"{step.unit}.weight"].dtype)
     where = f"{source.plan.file}: {step.unit}"
-    made = formats.encode(step.target, weight, device, None, known, where=where)
+    made = coding.encode(step.target, weight, device, None, known, where=where)
     note = None
     if measure is not None:
         note = {step.unit: dict(measure(step.unit, step.target, weight, made, known))}

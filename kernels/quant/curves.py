@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import FrugalError
-from . import formats
+from . import coding, formats
 from .shrink import shrink_
 
 # Values turned to float32 at a time: bounds the working memory beside the weight and its H.
@@ -130,7 +130,7 @@ def layer_curve(
             refused[target] = reason
             continue
         options = formats.options(target, shape)
-        tensors = formats.encode(target, weight, device, options, statistics=statistics, where=name)
+        tensors = coding.encode(target, weight, device, options, statistics=statistics, where=name)
         made[target] = _error(name, target, weight, tensors, options, hessian, device)
     white = 1.0
     if hessian is not None and made:
@@ -188,7 +188,7 @@ def _error(
 ) -> FormatError:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     shape = (int(weight.shape[0]), int(weight.shape[1]))
-    decoded = formats.decode(target, tensors, options, shape)
+    decoded = coding.decode(target, tensors, options, shape)
     signal = noise = cross = 0.0
     step = max(1, PIECE // shape[1])
     for start in range(0, shape[0], step):

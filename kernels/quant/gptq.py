@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import FrugalError
-from . import formats
+from . import coding, formats
 from .grids import AffineGrid, CodebookGrid, Grid
 from .rotation import rotate
 from .shrink import shrink_
@@ -261,7 +261,7 @@ def _w4a8(
     target: str, weight: torch.Tensor, shape: Curvature, rotation: int, run: int
 ) -> dict[str, torch.Tensor]:
     device = shape.hessian.device
-    made = formats.encode(target, weight, device)
+    made = coding.encode(target, weight, device)
     made.pop(formats.DECLARATION)
     codebook = made["weight_codebook"].to(device)
     runs = _run_order(shape.order, run)
@@ -270,7 +270,7 @@ def _w4a8(
         channel = made["weight_s_channel"][rows].to(device)
         grid = CodebookGrid(codebook, made["weight_s_rel"][rows].to(device)[:, runs], run)
         values = solve_rows(columns / channel, shape, grid)
-        made["weight"][rows] = formats.pack_nibbles(grid.codes(values)[:, places]).cpu()
+        made["weight"][rows] = coding.pack_nibbles(grid.codes(values)[:, places]).cpu()
         made["weight_s_rel"][rows] = grid.scales[:, torch.argsort(runs)].cpu()
     return made
 
@@ -284,7 +284,7 @@ def _awq(
         return AffineGrid(rows, weight.shape[1], run, kind, device)
 
     codes, scales, zeros = solve_affine(weight, shape, grid)
-    codes = formats.pack_nibbles(codes)
+    codes = coding.pack_nibbles(codes)
     return {"weight": codes, "weight_scale": scales, "weight_zeros": zeros}
 
 

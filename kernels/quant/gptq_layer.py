@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import FrugalError
-from . import formats
+from . import coding, formats
 from .gptq import curvature, solve_affine
 from .grids import SymmetricGrid
 from .packed_int import GPTQ, PackedSpec, PackedWeight, dequantise, pack_gptq
@@ -109,7 +109,7 @@ def _solved(
     device: torch.device,
     where: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    for _ in formats.pieces(weight, device, where):
+    for _ in coding.pieces(weight, device, where):
         pass
     inside = weight.shape[1]
     shape = curvature(statistics, inside, 0, group, device)
@@ -125,7 +125,7 @@ def _nearest(
     out, inside = weight.shape
     codes = torch.empty(out, inside, dtype=torch.uint8)
     scales = torch.empty(inside // group, out, dtype=torch.float16)
-    for rows, piece in formats.pieces(weight, device, where):
+    for rows, piece in coding.pieces(weight, device, where):
         # Every group of every row is a column of its own: one run of a grid.
         columns = piece.reshape(-1, group).t()
         grid = SymmetricGrid(columns.shape[1], group, group, device)

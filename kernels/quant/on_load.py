@@ -23,7 +23,7 @@ from ..checkpoints.layouts import FLOATS, INT8, ROW, W4A8, LayerLayout
 from ..checkpoints.plan import Plan
 from ..checkpoints.plan_notes import format_name
 from ..errors import FrugalError
-from . import formats
+from . import coding, formats
 from .scale_grid import round_rows
 
 AS_STORED = "as stored"
@@ -97,7 +97,7 @@ def quantiser(
                 "use an fp32, fp16 or bf16 file of the same model",
             )
         if layout.format in BY_FORMAT:
-            made = formats.encode(BY_FORMAT[layout.format], weight, device, where=file)
+            made = coding.encode(BY_FORMAT[layout.format], weight, device, where=file)
             made.pop(formats.DECLARATION)
         else:
             made = _float8_rows(file, weight, device)
@@ -110,7 +110,7 @@ def quantiser(
 def _float8_rows(file: str, weight: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
     out = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty(weight.shape[0], 1, dtype=torch.float32)
-    for rows, piece in formats.pieces(weight, device, file):
+    for rows, piece in coding.pieces(weight, device, file):
         made, scale = round_rows(piece, torch.float8_e4m3fn)
         out[rows], scales[rows] = made.cpu(), scale.cpu()
     return {"weight": out, "weight_scale": scales}

@@ -21,7 +21,7 @@ from ..checkpoints.packed import PACKED
 from ..checkpoints.plan import Plan, plan_wan
 from ..checkpoints.source import Source, open_source
 from ..checkpoints.wan_shapes import parameters
-from . import formats, scale_grid
+from . import coding, formats, scale_grid
 from .on_load import LARGE
 from .packed_int import PackedWeight, dequantise
 
@@ -144,15 +144,15 @@ def decoded(
         scale = leaves["weight_scale"].reshape(-1, 1).expand(shape[0], 1)
         given = {"weight": leaves["weight"], "weight_scale": scale}
         settings = {"format": form, "convrot": True, "convrot_groupsize": rotation}
-        return formats.decode(formats.INT8, given, settings, shape)
+        return coding.decode(formats.INT8, given, settings, shape)
     if form == formats.FORMATS[formats.AWQ]:
         settings = {"format": form, "group_size": options.get("group_size", 64)}
-        return formats.decode(formats.AWQ, leaves, settings, shape)
+        return coding.decode(formats.AWQ, leaves, settings, shape)
     if form == W4A8:
         group = options.get("group_size", 16)
         settings = {"format": form, "group_size": group, "convrot_groupsize": rotation}
-        return formats.decode(formats.W4A8, leaves, settings, shape)
-    kind = formats.kitchen(KITCHEN[form])
+        return coding.decode(formats.W4A8, leaves, settings, shape)
+    kind = coding.kitchen(KITCHEN[form])
     common = {"orig_dtype": torch.float32, "orig_shape": shape}
     scale = leaves["weight_scale"]
     if form == NVFP4:

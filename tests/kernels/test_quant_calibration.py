@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import calibration, formats, gptq
+from frugal.kernels.quant import calibration, coding, formats, gptq
 from frugal.kernels.quant.calibration import read_calibration, write_calibration
 from frugal.kernels.quant.moments import Gatherer, Moment, columns_within, merged
 from frugal.kernels.quant.reference_calls import ReferenceCall, unstorable
@@ -98,10 +98,10 @@ def test_more_columns_lose_less_in_the_end():
         moment = gatherer.moment("layer")
         found = calibration.from_hessian("layer", moment.dense(), moment.rows)
         made = gptq.solve(formats.W4A8, weight, found, "cpu")
-        decoded = formats.decode(formats.W4A8, made, None, (64, 256))
+        decoded = coding.decode(formats.W4A8, made, None, (64, 256))
         errors.append(output_error(weight, decoded, held_out))
-    made = formats.encode(formats.W4A8, weight, "cpu")
-    nearest = output_error(weight, formats.decode(formats.W4A8, made, None, (64, 256)), held_out)
+    made = coding.encode(formats.W4A8, weight, "cpu")
+    nearest = output_error(weight, coding.decode(formats.W4A8, made, None, (64, 256)), held_out)
     assert errors[0] < errors[1] < errors[2] < 0.75 * nearest
     assert errors[0] < 0.5 * nearest
 

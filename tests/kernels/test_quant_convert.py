@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from frugal.kernels.checkpoints.header import read_header
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.quant import coding, formats
 from frugal.kernels.quant import convert as module
-from frugal.kernels.quant import formats
 from frugal.kernels.quant.convert import convert, uniform
 from frugal.kernels.quant.weights import Weights
 from frugal.tests import wan_bed as bed
@@ -77,7 +77,7 @@ def test_large_layers_change_and_nothing_else(target, dtype, floats, tmp_path):
     for name, tensor in held.items():
         layer = name.removesuffix(".weight")
         if layer in layers and name.endswith(".weight"):
-            parts = formats.encode(target, tensor, "cpu")
+            parts = coding.encode(target, tensor, "cpu")
             expected |= {f"{layer}.{leaf}": value for leaf, value in parts.items()}
             if target != formats.BF16:
                 own = json.loads(bytes(made[f"{layer}.comfy_quant"].tolist()))
@@ -233,7 +233,7 @@ def test_merge_comes_before_rounding(target, floats, tmp_path):
         assert same(made[name], held[name] * 2)
     weight = held["blocks.0.ffn.0.weight"].float() * 2
     weight = weight.half() if target == formats.BF16 else weight
-    for leaf, tensor in formats.encode(target, weight, "cpu").items():
+    for leaf, tensor in coding.encode(target, weight, "cpu").items():
         assert same(made[f"blocks.0.ffn.0.{leaf}"], tensor), leaf
     assert same(made["blocks.0.ffn.2.bias"], held["blocks.0.ffn.2.bias"])
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import formats
+from frugal.kernels.quant import coding, formats
 from frugal.kernels.quant.calibration import statistics_of
 from frugal.tests import wan_bed as bed
 
@@ -35,7 +35,7 @@ def weight(rows=96, width=256, seed=1, dtype=torch.bfloat16):
 )
 def test_leaves_are_what_is_encoded(target, rows, groups, dtype):
     shape = (rows, 64 * groups)
-    made = formats.encode(target, weight(*shape, dtype=dtype), "cpu")
+    made = coding.encode(target, weight(*shape, dtype=dtype), "cpu")
     told = formats.leaves(target, shape, dtype=dtype)
     assert list(made) == list(told)
     for leaf, (kind, size) in told.items():
@@ -52,16 +52,16 @@ def test_leaves_are_what_is_encoded(target, rows, groups, dtype):
 @pytest.mark.parametrize("target", formats.TARGETS)
 def test_decoded_is_near_whatever_the_pieces(target, monkeypatch):
     exact = weight()
-    made = formats.encode(target, exact, "cpu")
-    got = formats.decode(target, made, None, tuple(exact.shape))
+    made = coding.encode(target, exact, "cpu")
+    got = coding.decode(target, made, None, tuple(exact.shape))
     low, high = EXPECTED[target]
     assert low <= bed.relative(got, exact) <= high
     held = {leaf: tensor.clone() for leaf, tensor in made.items()}
-    monkeypatch.setattr(formats, "PIECE", 1000)
-    pieces = formats.encode(target, exact, "cpu")
+    monkeypatch.setattr(coding, "PIECE", 1000)
+    pieces = coding.encode(target, exact, "cpu")
     # Products of few rows add up in another order, which turns a code over here and there.
-    assert bed.relative(formats.decode(target, pieces, None, tuple(exact.shape)), got) < 2e-3
-    assert torch.allclose(formats.decode(target, made, None, tuple(exact.shape)), got, atol=1e-6)
+    assert bed.relative(coding.decode(target, pieces, None, tuple(exact.shape)), got) < 2e-3
+    assert torch.allclose(coding.decode(target, made, None, tuple(exact.shape)), got, atol=1e-6)
     assert all(torch.equal(held[leaf].float(), made[leaf].float()) for leaf in made)
 
 
@@ -69,7 +69,7 @@ def test_decoded_is_near_whatever_the_pieces(target, monkeypatch):
 def test_comfy_kitchen_decodes_the_same(target):
     exact = weight(dtype=torch.float32)
     shape = tuple(exact.shape)
-    made = formats.encode(target, exact, "cpu")
+    made = coding.encode(target, exact, "cpu")
     chosen = formats.options(target, shape)
     common = {"orig_dtype": torch.float32, "orig_shape": shape}
     settings = {key: chosen[key] for key in ("group_size", "convrot_groupsize") if key in chosen}
@@ -94,19 +94,19 @@ def test_comfy_kitchen_decodes_the_same(target):
             **common,
         )
     theirs = form.dequantize(made["weight"], params)
-    assert torch.allclose(formats.decode(target, made, None, shape), theirs, atol=1e-6)
+    assert torch.allclose(coding.decode(target, made, None, shape), theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_awq_codes_are_the_nearest(dtype):
     """Every value sits on the nearest of its group's 16 levels, as stored."""
     exact = weight(8, 128, dtype=dtype)
-    made = formats.encode(formats.AWQ, exact, "cpu")
+    made = coding.encode(formats.AWQ, exact, "cpu")
     scale, zero = (made[f"weight_{leaf}"].float().t() for leaf in ("scale", "zeros"))
     levels = (torch.arange(16) - 8) * scale[..., None] + zero[..., None]
     grouped = exact.float().reshape(8, 2, 64)
     best = (grouped[..., None] - levels[:, :, None, :]).abs().amin(dim=3)
-    got = formats.decode(formats.AWQ, made, None, (8, 128)).reshape(8, 2, 64)
+    got = coding.decode(formats.AWQ, made, None, (8, 128)).reshape(8, 2, 64)
     assert torch.allclose((got - grouped).abs(), best, atol=1e-7)
     assert made["weight_scale"].dtype == formats.half(dtype)
 
@@ -115,13 +115,13 @@ def test_awq_codes_are_the_nearest(dtype):
 def test_zero_and_constant_rows_stay(target):
     exact = weight(8, 128, dtype=torch.float32)
     exact[2], exact[5] = 0, 0.25
-    made = formats.encode(target, exact, "cpu")
-    got = formats.decode(target, made, None, (8, 128))
+    made = coding.encode(target, exact, "cpu")
+    got = coding.decode(target, made, None, (8, 128))
     assert bool(torch.isfinite(got).all())
     assert float(got[2].abs().max()) < 1e-6
     assert bed.relative(got[5], exact[5]) < 0.1
-    nothing = formats.encode(target, torch.zeros(4, 128), "cpu")
-    assert float(formats.decode(target, nothing, None, (4, 128)).abs().max()) < 1e-6
+    nothing = coding.encode(target, torch.zeros(4, 128), "cpu")
+    assert float(coding.decode(target, nothing, None, (4, 128)).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("target", formats.TARGETS)
@@ -130,14 +130,14 @@ def test_weight_that_is_not_finite(target, bad):
     broken = weight(4, 64)
     broken[1, 3] = bad
     with pytest.raises(FrugalError, match="wan: x holds a weight that is not finite"):
-        formats.encode(target, broken, "cpu", where="wan: x")
+        coding.encode(target, broken, "cpu", where="wan: x")
 
 
 def test_weight_beyond_bf16():
     """The largest float32 numbers round to infinity."""
     large = torch.full((2, 64), torch.finfo(torch.float32).max)
     with pytest.raises(FrugalError, match="holds a weight beyond bfloat16"):
-        formats.encode(formats.BF16, large, "cpu")
+        coding.encode(formats.BF16, large, "cpu")
 
 
 @pytest.mark.parametrize("target", QUANTISED)
@@ -158,7 +158,7 @@ def test_unknown_target_and_settings():
     with pytest.raises(FrugalError, match="the format 'int3'"):
         formats.options("int3", (4, 64))
     with pytest.raises(FrugalError, match="settings among"):
-        formats.encode(formats.INT8, weight(4, 64), "cpu", {"group": 3})
+        coding.encode(formats.INT8, weight(4, 64), "cpu", {"group": 3})
 
 
 @pytest.mark.parametrize("target", QUANTISED)
@@ -169,10 +169,10 @@ def test_statistics_lower_the_error_of_the_output(target):
     exact = weight(64, 128, dtype=torch.float32)
     errors = []
     for known in (None, statistics_of("x", inputs)):
-        made = formats.encode(target, exact, "cpu", statistics=known)
+        made = coding.encode(target, exact, "cpu", statistics=known)
         assert {k: (t.dtype, tuple(t.shape)) for k, t in made.items()} == formats.leaves(
             target, (64, 128), dtype=torch.float32
         )
-        got = formats.decode(target, made, None, (64, 128))
+        got = coding.decode(target, made, None, (64, 128))
         errors.append(bed.relative(inputs @ got.t(), inputs @ exact.t()))
     assert errors[1] < (0.95 if target in (formats.FP8, formats.INT8) else 0.7) * errors[0]

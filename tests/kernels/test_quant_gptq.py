@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import clip, formats, gptq, grids, rotation
+from frugal.kernels.quant import clip, coding, formats, gptq, grids, rotation
 from frugal.kernels.quant.calibration import from_hessian, statistics_of
 from frugal.kernels.quant.curves import layer_curve
 from frugal.tests.quant_bed import layer, output_error
@@ -22,8 +22,8 @@ SOLVED = [target for target in formats.TARGETS if target != formats.BF16]
 
 def held(target, weight, statistics=None):
     shape = tuple(weight.shape)
-    made = formats.encode(target, weight, "cpu", statistics=statistics)
-    return formats.decode(target, made, None, shape), made
+    made = coding.encode(target, weight, "cpu", statistics=statistics)
+    return coding.decode(target, made, None, shape), made
 
 
 @pytest.fixture(scope="module", params=[11, 12])
@@ -140,14 +140,14 @@ def test_descending_never_goes_up(size, rows, seed, float8):
 def test_codes_stand_for_the_native_levels(target, small):
     weight, seen, _ = small
     decoded, made = held(target, weight, statistics_of("layer", seen))
-    codes = formats.unpack_nibbles(made["weight"]).long()
+    codes = coding.unpack_nibbles(made["weight"]).long()
     group = 256 // made["weight_s_rel"].shape[1]
     scale = made["weight_s_rel"].float().repeat_interleave(group, dim=1)
     levels = (made["weight_codebook"][codes] * scale).round().clamp(-127, 127)
     rotated = levels * made["weight_s_channel"][:, None]
     assert torch.allclose(rotation.rotate(rotated, 256), decoded, atol=1e-6)
     # The scales moved by at most two of their own steps.
-    plain = formats.encode(target, weight, "cpu")
+    plain = coding.encode(target, weight, "cpu")
     moved = made["weight_s_rel"].view(torch.int8) - plain["weight_s_rel"].view(torch.int8)
     assert int(moved.abs().max()) <= 2 and float((moved != 0).float().mean()) > 0.1
     for leaf in ("weight_s_channel", "weight_codebook"):
@@ -242,8 +242,8 @@ def test_few_inputs_do_not_hide_the_error(kind, rows):
         seen, others = (torch.randn(count, 256, generator=make) for count in (64, 1024))
     statistics = statistics_of("layer", seen[:rows])
     found = layer_curve("layer", bed.weight, (formats.W4A8_G64,), statistics=statistics)
-    made = formats.encode(formats.W4A8_G64, bed.weight, "cpu", statistics=statistics)
-    held = formats.decode(formats.W4A8_G64, made, None, tuple(bed.weight.shape))
+    made = coding.encode(formats.W4A8_G64, bed.weight, "cpu", statistics=statistics)
+    held = coding.decode(formats.W4A8_G64, made, None, tuple(bed.weight.shape))
     true = output_error(bed.weight, held, others)
     told = found.formats[formats.W4A8_G64].relative
     assert 0.9 < true / told < 1.25

@@ -12,7 +12,7 @@ from frugal.kernels.checkpoints.normalise import declaration, normalise
 from frugal.kernels.checkpoints.plan import plan_wan
 from frugal.kernels.checkpoints.source import open_source
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import formats, on_load
+from frugal.kernels.quant import coding, on_load
 from frugal.kernels.quant.on_load import FP8, INT8_CONVROT, TARGETS, W4A8_NAME, quantised_plan
 from frugal.tests import wan_bed as bed
 
@@ -99,7 +99,7 @@ def test_pieces_give_what_the_whole_gives(target, tmp_path, monkeypatch):
     layout = plan.layers["blocks.0.ffn.2"]
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
     whole = on_load.quantiser("f", CPU)(weight, layout)
-    monkeypatch.setattr(formats, "PIECE", 300)
+    monkeypatch.setattr(coding, "PIECE", 300)
     for leaf, tensor in on_load.quantiser("f", CPU)(weight, layout).items():
         assert torch.equal(tensor.float(), whole[leaf].float()), leaf
 
@@ -111,7 +111,7 @@ def test_memory_for_a_large_layer_is_bounded(target, tmp_path, monkeypatch):
     _, plan = planned(tmp_path, target)
     layout = plan.layers["blocks.0.ffn.2"]
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(1)).bfloat16()
-    monkeypatch.setattr(formats, "PIECE", 1 << 20)
+    monkeypatch.setattr(coding, "PIECE", 1 << 20)
     quantise = on_load.quantiser("f", CPU)
     quantise(weight[:64], layout)
     grown, made = bed.peak_memory(lambda: quantise(weight, layout))

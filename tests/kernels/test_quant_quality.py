@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.quant import coding, formats, quality
 from frugal.kernels.quant import curves as module
-from frugal.kernels.quant import formats, quality
 from frugal.kernels.quant.budget import allocate, frontier
 from frugal.kernels.quant.chart import WIDTH
 from frugal.kernels.quant.check_picture import COLOUR, check_picture
@@ -49,12 +49,12 @@ def layer(seed: int, shape=SHAPE) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def rounded(monkeypatch):
     """Encoding to the nearest value whatever the statistics: these tests are about the figures."""
-    encode = formats.encode
+    encode = coding.encode
 
     def nearest(target, weight, device, options=None, statistics=None, **rest):
         return encode(target, weight, device, options, None, **rest)
 
-    monkeypatch.setattr(formats, "encode", nearest)
+    monkeypatch.setattr(coding, "encode", nearest)
 
 
 @pytest.mark.parametrize("target", formats.TARGETS)
@@ -66,8 +66,8 @@ def test_figures_are_those_of_the_outputs(target, calibrated, rounded, monkeypat
     known = Recorded(inputs) if calibrated else None
     made = layer_curve("a", weight, (target,), statistics=known)
     error = made.formats[target]
-    tensors = formats.encode(target, weight, "cpu")
-    stored = formats.decode(target, tensors, formats.options(target, SHAPE), SHAPE).double()
+    tensors = coding.encode(target, weight, "cpu")
+    stored = coding.decode(target, tensors, formats.options(target, SHAPE), SHAPE).double()
     seen = inputs.double() if calibrated else torch.eye(SHAPE[1]).double()
     out, kept = seen @ weight.double().T, seen @ stored.T
     expected = end_to_end(out, kept)
@@ -212,13 +212,13 @@ def test_figures_while_converting_make_the_same_report(curves):
     name = "blocks.0.ffn.0"
     rows = []
     for target in (formats.INT8, formats.W4A8):
-        tensors = formats.encode(target, weight, "cpu")
+        tensors = coding.encode(target, weight, "cpu")
         row = quality.measured(name, target, weight, tensors, Recorded(inputs))
         rows.append(json.loads(json.dumps(row, allow_nan=False)))
     made = report_of("f", "s", 1000, rows)
     known = Recorded(inputs)
     for one in made.layers:
-        tensors = formats.encode(one.target, weight, "cpu")
+        tensors = coding.encode(one.target, weight, "cpu")
         options = formats.options(one.target, SHAPE)
         error = stored_error(name, one.target, weight, tensors, options, known)
         assert (one.relative, one.bytes) == (error.relative, error.bytes)

@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import formats
+from frugal.kernels.quant import coding, formats
 from frugal.kernels.quant.calibration import read_calibration
 from frugal.kernels.quant.on_load import INT8_CONVROT
 from frugal.nodes.quantize import calibrate, capture, glue, shares, small_calls
@@ -416,8 +416,8 @@ def test_calibrated_models_are_closer_on_other_noise(model, source, prompts, tmp
                 continue
             weight = source[f"{name}.weight"]
             statistics = found.layer(name) if calibrated else None
-            made = formats.encode(target, weight, "cpu", statistics=statistics)
-            weights[f"{name}.weight"] = formats.decode(target, made, None, tuple(weight.shape))
+            made = coding.encode(target, weight, "cpu", statistics=statistics)
+            weights[f"{name}.weight"] = coding.decode(target, made, None, tuple(weight.shape))
         changed[calibrated] = weights
     meant = sample(model, prompts, seed=99)
     errors = {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import formats
+from frugal.kernels.quant import coding, formats
 from frugal.kernels.quant.convert import convert, uniform
 from frugal.kernels.quant.weights import Weights
 from frugal.nodes.quantize import convert as node
@@ -147,7 +147,7 @@ def test_lora_is_merged_before_rounding(styles, original, tmp_path):
         wanted = SOURCE[name].bfloat16().float() + 0.75 * delta
         # The two strengths are added one after the other, so a few values round the other way.
         assert float((made.weight(layer).float() - wanted).abs().max()) < 2**-8 * wanted.abs().max()
-        parts = formats.encode(formats.INT8, wanted, "cpu")
+        parts = coding.encode(formats.INT8, wanted, "cpu")
         got = held.stored(layer)
         error = bed.relative(held.weight(layer), wanted)
         assert error < 0.02 and got[f"{layer}.weight"].shape == parts["weight"].shape
