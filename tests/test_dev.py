@@ -123,6 +123,21 @@ def test_where_each_test_runs(dev):
     assert dev.split_paths(["tests/test_dev.py"]) == (["tests/test_dev.py"], [], [])
 
 
+def test_a_fault_of_style_or_type_fails_the_run(dev, tmp_path, capfd):
+    for name in dev.CHECKS:
+        pytest.importorskip(name)
+    dev.PYTHON = sys.executable
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    source = tmp_path / "kernels" / "some.py"
+    for text, codes in (("a: int = 1\n", [0, 0]), ("import os\na: int = ''\n", [1, 1])):
+        source.write_text(text)
+        assert dev.check_source(tmp_path) == codes
+    said = capfd.readouterr().out
+    assert "F401" in said and "reportAssignmentType" in said
+    assert "ruff found the faults above" in said and "pyright found the faults above" in said
+
+
 def test_counts_come_from_pytest(dev, tmp_path):
     (tmp_path / "test_sample.py").write_text(
         "import pytest\n"
