@@ -69,14 +69,20 @@ class FrugalMaskRefine(io.ComfyNode):
                     "inverted", display_name="inverted", tooltip="1 minus the refined mask."
                 ),
                 io.Int.Output(
-                    "x", tooltip="Left edge in pixels of the box around the mask in all frames."
+                    "x",
+                    display_name="x",
+                    tooltip="Left edge in pixels of the box around the mask in all frames.",
                 ),
-                io.Int.Output("y", tooltip="Top edge in pixels of that box."),
+                io.Int.Output("y", display_name="y", tooltip="Top edge in pixels of that box."),
                 io.Int.Output(
-                    "width", tooltip="Width in pixels of that box; 0 if the mask is empty."
+                    "width",
+                    display_name="width",
+                    tooltip="Width in pixels of that box; 0 if the mask is empty.",
                 ),
                 io.Int.Output(
-                    "height", tooltip="Height in pixels of that box; 0 if the mask is empty."
+                    "height",
+                    display_name="height",
+                    tooltip="Height in pixels of that box; 0 if the mask is empty.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -124,9 +124,15 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
                 io.Mask.Output(
                     "cropped_mask", display_name="mask", tooltip="The same window of the mask."
                 ),
-                Window.Output("window", tooltip="Where the window was, for Uncrop."),
-                io.Int.Output("width", tooltip="Width of the window in pixels."),
-                io.Int.Output("height", tooltip="Height of the window in pixels."),
+                Window.Output(
+                    "window", display_name="window", tooltip="Where the window was, for Uncrop."
+                ),
+                io.Int.Output(
+                    "width", display_name="width", tooltip="Width of the window in pixels."
+                ),
+                io.Int.Output(
+                    "height", display_name="height", tooltip="Height of the window in pixels."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -27,8 +27,10 @@ class FrugalDoctor(io.ComfyNode):
             ),
             inputs=[],
             outputs=[
-                io.String.Output("report", tooltip="The findings as text."),
-                io.String.Output("data", tooltip="All facts and findings as JSON."),
+                io.String.Output("report", display_name="report", tooltip="The findings as text."),
+                io.String.Output(
+                    "data", display_name="data", tooltip="All facts and findings as JSON."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -72,10 +72,16 @@ class FrugalMemoryPlan(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("planned_model", tooltip="The model, working as planned."),
-                io.String.Output("report", tooltip="The plan as text."),
-                io.String.Output("data", tooltip="The same numbers as JSON."),
-                io.Image.Output("chart", tooltip="Bars of memory, phase by phase."),
+                io.Model.Output(
+                    "planned_model",
+                    display_name="planned_model",
+                    tooltip="The model, working as planned.",
+                ),
+                io.String.Output("report", display_name="report", tooltip="The plan as text."),
+                io.String.Output("data", display_name="data", tooltip="The same numbers as JSON."),
+                io.Image.Output(
+                    "chart", display_name="chart", tooltip="Bars of memory, phase by phase."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

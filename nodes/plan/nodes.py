@@ -53,8 +53,8 @@ class FrugalReport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("report", tooltip="The report as text."),
-                io.String.Output("data", tooltip="The same numbers as JSON."),
+                io.String.Output("report", display_name="report", tooltip="The report as text."),
+                io.String.Output("data", display_name="data", tooltip="The same numbers as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -86,7 +86,11 @@ class FrugalCalibrate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("recorded_model", tooltip="The model, for the sampler."),
+                io.Model.Output(
+                    "recorded_model",
+                    display_name="recorded_model",
+                    tooltip="The model, for the sampler.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             **known(

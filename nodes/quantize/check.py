@@ -45,9 +45,13 @@ class FrugalQualityCheck(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("report", tooltip="The figures as text."),
-                io.String.Output("figures", tooltip="The same as JSON."),
-                io.Image.Output("chart", tooltip="Error of each call, and of each block if known."),
+                io.String.Output("report", display_name="report", tooltip="The figures as text."),
+                io.String.Output("figures", display_name="figures", tooltip="The same as JSON."),
+                io.Image.Output(
+                    "chart",
+                    display_name="chart",
+                    tooltip="Error of each call, and of each block if known.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

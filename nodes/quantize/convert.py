@@ -92,10 +92,20 @@ class FrugalQuantize(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("file_name", tooltip="Name of the file as loaders list it."),
-                io.String.Output("report", tooltip="Sizes, formats, errors, and what was changed."),
+                io.String.Output(
+                    "file_name",
+                    display_name="file_name",
+                    tooltip="Name of the file as loaders list it.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Sizes, formats, errors, and what was changed.",
+                ),
                 io.Image.Output(
-                    "chart", tooltip="Error and size of every block; black if nothing was measured."
+                    "chart",
+                    display_name="chart",
+                    tooltip="Error and size of every block; black if nothing was measured.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

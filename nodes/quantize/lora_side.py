@@ -47,7 +47,9 @@ class FrugalLoraSide(io.ComfyNode):
                     "model_with_lora", display_name="model", tooltip="The model with this LoRA."
                 ),
                 io.String.Output(
-                    "report", tooltip="How many keys were applied, and which not, with reasons."
+                    "report",
+                    display_name="report",
+                    tooltip="How many keys were applied, and which not, with reasons.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -56,8 +56,16 @@ class FrugalServerExport(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("folder", tooltip="Full path of the folder, for the server."),
-                io.String.Output("report", tooltip="Size, error of the weights, what is missing."),
+                io.String.Output(
+                    "folder",
+                    display_name="folder",
+                    tooltip="Full path of the folder, for the server.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Size, error of the weights, what is missing.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -108,7 +108,9 @@ class FrugalPromptExtend(io.ComfyNode):
                     tooltip="The rewritten prompt, or the original one if no answer came.",
                 ),
                 io.String.Output(
-                    "report", tooltip="Who answered, what was shortened, or why nothing came."
+                    "report",
+                    display_name="report",
+                    tooltip="Who answered, what was shortened, or why nothing came.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],

@@ -116,9 +116,15 @@ class FrugalRemoteVideo(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("images", tooltip="All frames."),
-                io.Video.Output("video", tooltip="The file as the server sent it."),
-                io.String.Output("report", tooltip="Who made it, how long it took, what differs."),
+                io.Image.Output("images", display_name="images", tooltip="All frames."),
+                io.Video.Output(
+                    "video", display_name="video", tooltip="The file as the server sent it."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Who made it, how long it took, what differs.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

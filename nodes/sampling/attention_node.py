@@ -53,9 +53,13 @@ class FrugalAttention(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="The model with this attention."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The model with this attention."
+                ),
                 io.String.Output(
-                    "report", tooltip="The kernels of this machine, and why others are not there."
+                    "report",
+                    display_name="report",
+                    tooltip="The kernels of this machine, and why others are not there.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -22,7 +22,11 @@ class FrugalCompile(io.ComfyNode):
                 "LoRAs work as without it. The first step takes longer, the others less."
             ),
             inputs=[model_input()],
-            outputs=[io.Model.Output("model", tooltip="The same model, for any sampler.")],
+            outputs=[
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The same model, for any sampler."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
             **known(
                 io.Schema,

@@ -29,7 +29,11 @@ class FrugalGuidanceRange(io.ComfyNode):
                     "end_percent", 0.8, "Part of the schedule at which guidance ends, 0 to 1."
                 ),
             ],
-            outputs=[io.Model.Output("model", tooltip="The same model, for any sampler.")],
+            outputs=[
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The same model, for any sampler."
+                )
+            ],
             **known(
                 io.Schema,
                 search_aliases=["cfg override", "cfg interval", "limited interval", "speed up"],

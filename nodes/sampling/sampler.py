@@ -91,9 +91,13 @@ class FrugalSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("latent", tooltip="The finished latent."),
-                io.String.Output("report", tooltip="What was skipped and what it took, as text."),
-                io.String.Output("data", tooltip="The same numbers as JSON."),
+                io.Latent.Output("latent", display_name="latent", tooltip="The finished latent."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What was skipped and what it took, as text.",
+                ),
+                io.String.Output("data", display_name="data", tooltip="The same numbers as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
             **known(

@@ -53,7 +53,11 @@ class FrugalStepCache(io.ComfyNode):
                     tooltip="Most steps in a row without a model call.",
                 ),
             ],
-            outputs=[io.Model.Output("model", tooltip="The same model, for any sampler.")],
+            outputs=[
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The same model, for any sampler."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
             **known(
                 io.Schema,

@@ -107,8 +107,14 @@ class FrugalCausalModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="For the causal sampler, and no other."),
-                io.String.Output("report", tooltip="Bytes per latent frame, and how it attends."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="For the causal sampler, and no other."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Bytes per latent frame, and how it attends.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             **known(io.Schema, search_aliases=ALIASES),
@@ -143,7 +149,9 @@ class FrugalCausalSampler(io.ComfyNode):
             outputs=[
                 latent_output(),
                 session_output(),
-                io.String.Output("report", tooltip="Frames, bytes and model calls."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Frames, bytes and model calls."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             **known(io.Schema, search_aliases=[*ALIASES, "ksampler", "prompt travel"]),
@@ -177,7 +185,11 @@ class FrugalCausalSamplerSelect(io.ComfyNode):
                 "and prompt changes."
             ),
             inputs=[block_input()],
-            outputs=[io.Sampler.Output("sampler", tooltip="For a model from Causal Model.")],
+            outputs=[
+                io.Sampler.Output(
+                    "sampler", display_name="sampler", tooltip="For a model from Causal Model."
+                )
+            ],
             **known(io.Schema, search_aliases=ALIASES),
         )
 
@@ -208,7 +220,9 @@ class FrugalCausalPrompt(io.ComfyNode):
                     "other_prompts", optional=True, tooltip="Another Causal Prompt's output."
                 ),
             ],
-            outputs=[Prompts.Output("prompts", tooltip="For the causal sampler.")],
+            outputs=[
+                Prompts.Output("prompts", display_name="prompts", tooltip="For the causal sampler.")
+            ],
             **known(io.Schema, search_aliases=["prompt schedule", "prompt travel", "longlive"]),
         )
 
@@ -259,7 +273,9 @@ class FrugalLoadCausalSession(io.ComfyNode):
                     tooltip="A file in output/causal_sessions.",
                 ),
             ],
-            outputs=[Session.Output("session", tooltip="For the causal sampler.")],
+            outputs=[
+                Session.Output("session", display_name="session", tooltip="For the causal sampler.")
+            ],
             **known(io.Schema, search_aliases=ALIASES),
         )
 

@@ -100,8 +100,14 @@ def preset_input():
 
 
 def latent_output():
-    return io.Latent.Output("video_latent", tooltip="The frames of this run.")
+    return io.Latent.Output(
+        "video_latent", display_name="video_latent", tooltip="The frames of this run."
+    )
 
 
 def session_output():
-    return Session.Output("next_session", tooltip="What the next run needs; empty unless kept.")
+    return Session.Output(
+        "next_session",
+        display_name="next_session",
+        tooltip="What the next run needs; empty unless kept.",
+    )

@@ -55,7 +55,11 @@ class FrugalCausalVideoFile(io.ComfyNode):
                 video_output(),
                 latent_output(),
                 session_output(),
-                io.String.Output("report", tooltip="Frames, bytes, model calls and decoding."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Frames, bytes, model calls and decoding.",
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,

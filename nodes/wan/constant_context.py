@@ -54,8 +54,14 @@ class FrugalWanConstantContext(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="The same model, for any sampler."),
-                io.String.Output("report", tooltip="What a run will save and keep, in bytes."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The same model, for any sampler."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What a run will save and keep, in bytes.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             **known(

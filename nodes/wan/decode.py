@@ -24,7 +24,9 @@ class FrugalWanDecode(io.ComfyNode):
             ),
             inputs=[latent_input(), vae_input(), *tile_inputs()],
             outputs=[
-                io.Image.Output("images", tooltip="All frames, clip after clip."),
+                io.Image.Output(
+                    "images", display_name="images", tooltip="All frames, clip after clip."
+                ),
                 report_output(),
             ],
             hidden=[io.Hidden.unique_id],

@@ -33,7 +33,9 @@ class FrugalWanEncode(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(
-                    "latent", tooltip="One latent for the first frame, one for every four after."
+                    "latent",
+                    display_name="latent",
+                    tooltip="One latent for the first frame, one for every four after.",
                 ),
                 report_output(),
             ],

@@ -47,9 +47,17 @@ class FrugalCachedTextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("positive", tooltip="The positive prompt, encoded."),
-                io.Conditioning.Output("negative", tooltip="The negative prompt, encoded."),
-                io.String.Output("report", tooltip="What came from the cache and what is new."),
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="The positive prompt, encoded."
+                ),
+                io.Conditioning.Output(
+                    "negative", display_name="negative", tooltip="The negative prompt, encoded."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What came from the cache and what is new.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             **known(

@@ -46,8 +46,14 @@ class FrugalWanTwoExperts(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="Both experts as one model, for any sampler."),
-                io.String.Output("report", tooltip="Both files and where the switch lies."),
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="Both experts as one model, for any sampler.",
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Both files and where the switch lies."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             **known(

@@ -72,8 +72,14 @@ class FrugalLoadWan(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="The video model, for any sampler."),
-                io.String.Output("report", tooltip="What the file holds and how it was loaded."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The video model, for any sampler."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What the file holds and how it was loaded.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             **known(
@@ -153,7 +159,9 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(
-                    "conditioning", tooltip="The conditioning as it was saved, bit for bit."
+                    "conditioning",
+                    display_name="conditioning",
+                    tooltip="The conditioning as it was saved, bit for bit.",
                 ),
             ],
             **known(io.Schema, search_aliases=["load conditioning", "text embeds", "prompt cache"]),

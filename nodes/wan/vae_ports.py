@@ -41,5 +41,7 @@ def tile_inputs() -> list:
 
 def report_output():
     return io.String.Output(
-        "report", tooltip="Pieces, memory, and what was done if memory ran out."
+        "report",
+        display_name="report",
+        tooltip="Pieces, memory, and what was done if memory ran out.",
     )

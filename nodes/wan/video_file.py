@@ -50,7 +50,10 @@ def file_inputs() -> list:
 
 def video_output():
     return io.Video.Output(
-        "video", is_output_list=True, tooltip="The file, one per clip of the batch."
+        "video",
+        display_name="video",
+        is_output_list=True,
+        tooltip="The file, one per clip of the batch.",
     )
 
 
