@@ -4,18 +4,21 @@
 
 Needs `pip install playwright` and a Chromium (`--browser`). `--frontend` names the `static` folder
 of comfyui-frontend-package where it is not installed. Lists of model files are empty here, so that
-the pictures do not depend on whose machine it was; "(your file)" stands in them.
+the pictures do not depend on whose machine it was; "(your file)" stands in them. Each picture has
+what it shows in it as text, so that a test finds the one that its node has left behind.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .comfy_server import ComfyServer, pack_node_ids
 from .layout import DEMO
@@ -53,6 +56,20 @@ PLACE = """async ([id, x, y]) => {
 }"""
 
 
+SHOWS = "Shows"  # the keyword of the text in the file
+
+
+def shows(info: dict[str, Any]) -> str:
+    """What a picture of the node shows: title, inputs with their defaults, outputs; `info` as in
+    /object_info.
+    """
+    given = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    defaults = {
+        name: (rest[0] if rest else {}).get("default") for name, (_, *rest) in given.items()
+    }
+    return json.dumps([info["display_name"], defaults, list(info["output_name"])])
+
+
 def take(page: Any, node_id: str) -> Image.Image:
     """One node by itself, with a margin."""
     x, y, width, height = page.evaluate(PLACE, [node_id, 400, 150])
@@ -87,8 +104,9 @@ def main() -> None:
         open_page(page, server.url, SETTINGS)
         page.wait_for_timeout(2000)
         for node_id in sorted(options.only or pack_node_ids()):
-            picture = take(page, node_id)
-            picture.save(HELP / f"{node_id}.png", optimize=True)
+            picture, text = take(page, node_id), PngInfo()
+            text.add_text(SHOWS, shows(server.object_info()[node_id]))
+            picture.save(HELP / f"{node_id}.png", optimize=True, pnginfo=text)
             print(f"{node_id}: {picture.width} x {picture.height}")
 
 

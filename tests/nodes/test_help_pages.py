@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from frugal.demo.node_pictures import SHOWS, shows
 from frugal.nodes import FAMILIES
 
 PAGES = Path(__file__).resolve().parents[2] / "nodes" / "web" / "docs"
@@ -22,9 +23,14 @@ LARGEST_SUM = 1_500_000
 
 
 @pytest.fixture(scope="module")
-def schemas(comfy_tree) -> list:
+def nodes(comfy_tree) -> list:
     families = [importlib.import_module(f"frugal.nodes.{name}.nodes") for name in FAMILIES]
-    return [node.GET_SCHEMA() for family in families for node in family.NODES]
+    return [node for family in families for node in family.NODES]
+
+
+@pytest.fixture(scope="module")
+def schemas(nodes) -> list:
+    return [node.GET_SCHEMA() for node in nodes]
 
 
 def sections(page: str) -> dict[str, str]:
@@ -96,6 +102,30 @@ def test_every_node_has_a_picture(schemas):
     assert sum(sizes.values()) <= LARGEST_SUM
     strays = {path.name for path in PAGES.glob("*.png")} - set(sizes)
     assert not strays, f"pictures of no node: {sorted(strays)}"
+
+
+def test_every_picture_shows_its_node_as_it_is(nodes):
+    stale = []
+    for node in nodes:
+        info = node.GET_NODE_INFO_V1()
+        with Image.open(PAGES / f"{info['name']}.png") as picture:
+            if picture.text.get(SHOWS) != shows(info):
+                stale.append(info["name"])
+    assert not stale, f"python -m demo.node_pictures --tree DIR --only {' '.join(stale)}"
+
+
+def test_a_picture_goes_stale_with_what_it_shows(nodes):
+    info = next(node for node in nodes if node.__name__ == "FrugalMaskGrow").GET_NODE_INFO_V1()
+    given = info["input"]["required"]
+    kind, options = given["grow"]
+    changed = [
+        info | {"display_name": "Grow"},
+        info | {"output_name": ["mask"]},
+        info | {"input": {"required": {**given, "more": ("INT", {})}}},
+        info | {"input": {"required": {**given, "grow": (kind, {**options, "default": 9})}}},
+        info | {"input": {"required": dict(reversed(given.items()))}},
+    ]
+    assert len({shows(each) for each in (info, *changed)}) == 6
 
 
 def test_nodes_are_found_by_other_words(schemas):
