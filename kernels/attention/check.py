@@ -26,11 +26,16 @@ def limit(dtype: torch.dtype, exact: bool) -> float:
 
 
 def fingerprint(*tensors: torch.Tensor) -> list[int]:
-    """Changes when a number of a tensor changes; reads the bits, so that NaN counts as well."""
+    """Changes when a number of a tensor [B, H, L, D] changes; reads the bits, so that NaN counts as
+    well.
+    """
     same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    # Head by head: PyTorch sums a copy in 64 bits, four times a whole tensor of 16.
     return [
-        int(each.view(same_size[each.element_size()]).sum(dtype=torch.int64)) for each in tensors
-    ]
+        int(sum(head.view(same_size[each.element_size()]).sum(dtype=torch.int64)
+                for picture in each for head in picture))
+        for each in tensors
+    ]  # fmt: skip
 
 
 def error(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from frugal.kernels.attention import Chooser, attention, check, measure, remember
 from frugal.kernels.attention.backends import CHUNKED, TORCH, Backend
@@ -265,3 +266,13 @@ def test_a_trial_takes_whole_groups_of_heads(monkeypatch):
         assert part[3].expand(*shape, 70).shape == (*shape, 70)
         off_by = check.complaint(attention(*part), *part, 40**-0.5, True)
         assert off_by is None
+
+
+def test_looking_at_the_inputs_takes_little_memory():
+    """Of a whole q on a card, beside a model that fills it; summed at once it took four times q."""
+    q = torch.randn(1, 6, 4000, 64).bfloat16()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        before = check.fingerprint(q)
+    assert max(-each.self_cpu_memory_usage for each in seen.events()) < q.nbytes
+    q[0, 5, 3999, 63] += 1
+    assert check.fingerprint(q) != before
