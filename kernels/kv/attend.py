@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .cache import VideoCache
 
 GATHER, MERGE, IN_PLACE = "gather", "merge", "in place"
+FLASH, EFFICIENT = "flash", "efficient"
 MERGED_FRAMES = 3  # frames brought together at a time when pages are attended run by run
 
 
@@ -31,12 +32,28 @@ def with_lse(
     if q.device.type in ("cpu", "meta"):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)
         return out, lse.float()
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    kernel = cuda_kernel(q) if q.device.type == "cuda" else ""
+    if kernel == FLASH:
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False)[:2]
         return out, lse.float()
+    if kernel == EFFICIENT:
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        # The rows of this lse are rounded up to a multiple of 32.
+        return out, lse[..., : q.shape[2]].float()
     scores = (q.float() @ k.float().mT) * q.shape[-1] ** -0.5
     lse = scores.logsumexp(-1)
     return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), lse
+
+
+def cuda_kernel(q: torch.Tensor) -> str:
+    """Which of PyTorch's fused kernels takes q on its card, "" for none. Before compute capability
+    8.0 (an RTX 2060 has 7.5) that is not the flash kernel, and none for bfloat16.
+    """
+    hip = torch.version.cuda is None
+    modern = hip or torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if modern and q.dtype in (torch.float16, torch.bfloat16):
+        return FLASH
+    return EFFICIENT if q.dtype in (torch.float16, torch.float32) else ""
 
 
 def merged(q: torch.Tensor, runs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -9,8 +9,8 @@ import gc
 import pytest
 import torch
 
-from frugal.kernels.kv import paged
-from frugal.kernels.kv.attend import GATHER, MERGE, with_lse
+from frugal.kernels.kv import attend, paged
+from frugal.kernels.kv.attend import EFFICIENT, FLASH, GATHER, MERGE, with_lse
 from frugal.kernels.kv.cache import VideoCache
 from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.paged_kernels import KERNELS
@@ -80,6 +80,19 @@ def test_bytes_on_the_card_are_those_of_the_formula():
     held = torch.cuda.memory_allocated() - before
     assert held == pytest.approx(hosted.staging.held_bytes, rel=0.03)
     assert hosted.staging.held_bytes == 2 * 4 * hosted.fmt.page_bytes
+
+
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT])
+def test_the_fused_kernels_and_their_lse(monkeypatch, kernel):
+    """With the one for cards before Ampere, on rows that it rounds up."""
+    make = torch.Generator("cuda").manual_seed(3)
+    q, k, v = torch.randn(3, 2, 12, 1570, 128, generator=make, device="cuda").half().unbind(0)
+    scores = (q.double() @ k.double().mT) * 128**-0.5
+    monkeypatch.setattr(attend, "cuda_kernel", lambda _: kernel)
+    out, lse = with_lse(q, k, v)
+    assert (lse - scores.logsumexp(-1)).abs().max() < 0.01
+    wanted = scores.softmax(-1) @ v.double()
+    assert (out - wanted).norm() < 0.01 * wanted.norm()
 
 
 @pytest.mark.parametrize("tokens", [1560, 1024])

@@ -42,6 +42,23 @@ def test_merged_runs_are_softmax_attention(lengths):
         assert (attend.merged(q, runs[1:]) - wanted).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [
+        ((8, 6), torch.bfloat16, attend.FLASH),
+        ((7, 5), torch.float16, attend.EFFICIENT),
+        ((7, 5), torch.bfloat16, ""),
+        ((12, 0), torch.float32, attend.EFFICIENT),
+        ((12, 0), torch.float64, ""),
+    ],
+)
+def test_the_fused_kernel_that_a_card_gets(monkeypatch, capability, dtype, kernel):
+    """The flash kernel of PyTorch raises on cards before Ampere."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert attend.cuda_kernel(torch.empty(1, 1, 1, 16, dtype=dtype)) == kernel
+
+
 def test_far_apart_runs_do_not_overflow():
     q, k, v = (values(seed) for seed in (1, 2, 3))
     runs = [(200 * k, v), (k, values(4))]
