@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..errors import FrugalError
 
+_numbers = itertools.count()
+
 
 class Graphs:
-    """Compiled calls of modules of one kind. Every call is one graph or an error.
+    """Compiled calls of modules, or functions, of one kind. Every call is one graph or an error.
 
-    backend: a name that torch.compile knows.
+    backend, dynamic: as torch.compile knows them.
     """
 
-    def __init__(self, backend: str):
+    def __init__(self, backend: str, dynamic: bool | None = None):
         # Here and not above: it costs seconds, and only those who compile need it.
         from torch._dynamo import exc
 
-        self.backend = backend
+        self.backend, self.dynamic = backend, dynamic
+        # What PyTorch learns of sizes that change it keeps by name and place in the file.
+        self._name = f"_run_{next(_numbers)}"
         self.made = 0
         self._refusals = exc
         self._call = self._compiled()
 
-    def __call__(self, module: torch.nn.Module, *args, **kwargs) -> tuple[Any, int, float]:
+    def __call__(self, module: Callable[..., Any], *args, **kwargs) -> tuple[Any, int, float]:
         """(what the module returns, graphs made for this call, seconds it took if any was made)."""
         made, start = self.made, time.perf_counter()
         try:
@@ -55,8 +61,8 @@ class Graphs:
             return backend(graph, inputs)
 
         # PyTorch keeps graphs per code object, so this has one of its own.
-        own = types.FunctionType(_run.__code__.replace(), _run.__globals__)
-        return torch.compile(own, backend=counting, fullgraph=True)
+        own = types.FunctionType(_run.__code__.replace(co_name=self._name), _run.__globals__)
+        return torch.compile(own, backend=counting, fullgraph=True, dynamic=self.dynamic)
 
 
 def _run(module, *args, **kwargs):

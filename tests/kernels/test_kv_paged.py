@@ -12,6 +12,7 @@ import dataclasses
 import pytest
 import torch
 
+from frugal.kernels.compile import graphs
 from frugal.kernels.kv import attend, paged, paged_kernels
 from frugal.kernels.kv.cache import VideoCache
 from frugal.kernels.kv.options import CacheOptions
@@ -57,7 +58,7 @@ def varlen_attn(
 
 @pytest.fixture(autouse=True)
 def without_card(monkeypatch):
-    monkeypatch.setattr(paged_kernels, "COMPILED", False)
+    monkeypatch.setattr(paged_kernels, "BACKEND", "")
     monkeypatch.setattr(paged_kernels, "flash_3", lambda: flash_attn_with_kvcache)
     monkeypatch.setattr(paged_kernels, "varlen", lambda: varlen_attn)
 
@@ -94,6 +95,36 @@ def test_pages_of_the_table_and_no_others(kernel, tokens, samples, streams):
         assert (lse[row] - wanted_lse[0]).abs().max() < 1e-5
 
 
+def test_flex_is_compiled_for_every_slab(monkeypatch):
+    """Beyond the limit of torch.compile it would run as it is written, with every score at once."""
+    made = []
+
+    class Counted(graphs.Graphs):
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
+            made.append(self)
+
+    monkeypatch.setattr(graphs, "Graphs", Counted)
+    monkeypatch.setattr(paged_kernels, "BACKEND", "eager")
+    fmt = PageFormat((1, 128, 1, 16), torch.float32)
+    q, table = torch.randn(1, 128, 1, 16), torch.tensor([[1, 0]])
+    for pages in range(2, 14):
+        slab = paged.Slab(fmt, pages, CPU, FLEX.rows)
+        FLEX.attend(q, slab, FLEX.prepare(slab, table, 128))
+    assert [each.made for each in made] == [12]
+
+
+def test_what_flex_is_told_is_small():
+    """One list of pages for all rows of q, whole blocks and partly empty ones apart."""
+    slab = paged.Slab(PageFormat((1, 150, 1, 16), torch.float32), 7, CPU, FLEX.rows)
+    mask = FLEX.prepare(slab, torch.tensor([[4, 1, 6], [0, 5, 3]]), 1000)
+    assert mask.kv_indices.shape == mask.full_kv_indices.shape == (2, 1, 1, 2 * 7)
+    assert mask.BLOCK_SIZE == (1024, 128)
+    assert mask.full_kv_indices[0, 0, 0, :3].tolist() == [8, 2, 12]
+    assert mask.kv_indices[1, 0, 0, :3].tolist() == [1, 11, 7]
+    assert mask.kv_num_blocks.flatten().tolist() == [3, 3]
+
+
 def test_where_none_can_be_used_it_says_why():
     fmt = PageFormat((1, 1560, 12, 128), torch.bfloat16)
     none, said = paged.choose(fmt, CPU, False, 3)
@@ -125,6 +156,7 @@ def card(monkeypatch, capability, fa3):
         ((9, 0), True, 1560, torch.bfloat16, FLASH_3),
         ((9, 0), True, 1560, torch.float32, FLEX),
         ((9, 0), False, 1560, torch.bfloat16, FLEX),
+        ((12, 0), True, 1560, torch.bfloat16, FLEX),
         ((8, 6), True, 1560, torch.bfloat16, FLEX),
         ((8, 6), True, 1024, torch.bfloat16, VARLEN),
         ((7, 5), True, 1024, torch.float16, FLEX),

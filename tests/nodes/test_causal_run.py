@@ -63,7 +63,7 @@ def test_pages_in_place_equal_the_masked_forward(plain, network, monkeypatch):
     gathered = videos.make(model, 6, cfg=3.0, job=job)
     assert "no compiled kernel for cpu" in text(job)
     monkeypatch.setattr(paged, "choose", lambda *_: (paged_kernels.FLEX, ""))
-    monkeypatch.setattr(paged_kernels, "COMPILED", False)
+    monkeypatch.setattr(paged_kernels, "BACKEND", "")
     job = Job(keep=True)
     made = videos.make(model, 6, cfg=3.0, job=job)
     wanted = videos.Reference(network, window=4, sink=1).make(6, cfg=3.0)
