@@ -393,14 +393,17 @@ class VideoCache:
                 self.in_place.drop()
 
     def unpark(self) -> None:
-        """Bring this video's pages back to where attention needs them."""
+        """Bring this video's pages back to where attention needs them; after `reserve`, so that
+        those that are read in place come back into their slab.
+        """
         pages = (
             page
             for stream in self.streams.values()
             for layers in stream.values()
             for page in layers
         )
-        self.pool.fetch(pages, lambda page: to_device(page, self.device))
+        device, in_place = self.device, self.in_place
+        self.pool.fetch(pages, in_place.bring if in_place else lambda page: to_device(page, device))
 
 
 def _drop_all(pool: PagePool[Page], streams: dict[int, Stream]) -> None:

@@ -17,6 +17,7 @@ from ..attention import check
 from ..report import megabytes
 from . import paged_kernels
 from .attend import joined, with_lse
+from .offload import to_device
 from .paged_kernels import Kernel
 from .storage import Page, PageFormat
 
@@ -71,7 +72,7 @@ class InPlace:
     """The slab of a pool's pages, and attention over those that are kept beside a block's own.
 
     kernel: the one that is used, None before the slab is made. calls: attended in place. loose:
-    calls some of whose pages lie outside of the slab, as pages do that came back from main memory.
+    calls some of whose pages lie outside of the slab, as those do that were made when it was full.
     reason: why it is not used any more, "" while it is.
     """
 
@@ -102,6 +103,15 @@ class InPlace:
         """A page of the slab, or one by itself when there is none left."""
         page = None if self.slab is None else self.slab.page()
         return page or self.fmt.empty(self.device)
+
+    def bring(self, page: Page) -> Page:
+        """A page from main memory, copied into the slab; without one, onto the device."""
+        if self.slab is None:
+            return to_device(page, self.device)
+        place = self.make()
+        for name, tensor in place.tensors().items():
+            tensor.copy_(page.tensors()[name])
+        return place
 
     def drop(self) -> None:
         """Let the slab go: none of its pages is in use."""

@@ -85,8 +85,9 @@ class FrugalCausalModel(io.ComfyNode):
                     tooltip=(
                         "gathered: one copy of a layer's pages, the chosen attention backend. run "
                         "by run: three frames at a time in torch's own attention, less memory. "
-                        "in place: flex_attention through a block table, on CUDA with absolute "
-                        "positions and pages in the model's type, else gathered."
+                        "in place: through a block table, on CUDA with absolute positions and "
+                        "pages in the model's type on the device, where a kernel can; else "
+                        "gathered."
                     ),
                 ),
                 io.Float.Input(

@@ -70,8 +70,6 @@ def sample_causal(
             "start a new video, or take the size of the session",
         )
     try:
-        # Only now has ComfyUI made room on the device.
-        job.cache.unpark()
         return _make(model, x, sigmas, extra_args, callback, frames_per_block, job)
     finally:
         if own:
@@ -82,7 +80,9 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
     cache, total = job.cache, x.shape[2]
     sides = _sides(model.inner_model, extra_args["model_options"])
     after = total + len(cache.kept) + (0 if job.prefix is None else job.prefix.shape[2])
+    # Only now has ComfyUI made room on the device.
     cache.reserve(cache.pages_for(after, sides))
+    cache.unpark()
     run = CausalRun(cache, cache.next_frame, total)
     extra_args = run.installed(extra_args)
     ones = x.new_ones([x.shape[0]])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from frugal.kernels.compile import graphs
-from frugal.kernels.kv import attend, paged, paged_kernels
+from frugal.kernels.kv import attend, paged, paged_kernels, session_file
 from frugal.kernels.kv.cache import VideoCache
 from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.paged_kernels import FLASH_3, FLEX, VARLEN
@@ -192,15 +192,21 @@ def video(blocks=4, reserve=24, **options):
     cache.reserve(reserve)
     make, pairs = torch.Generator().manual_seed(1), []
     for _ in range(blocks):
-        cache.start_block(1)
-        with cache.writing(torch.zeros(1, 1, 1, 1, 1)):
-            for layer in range(2):
-                q, k, v = torch.randn(3, 2, 40, 2, 16, generator=make).unbind(0)
-                cache.store(layer, (1, 0), k, v)
-                found = cache.attended_in_place(layer, (1, 0), q, k, v)
-                exact = attend.merged(q, [cache.gathered(layer, (1, 0), k, v)])
-                pairs.append((found, exact))
+        pairs += block(cache, make)
     return cache, pairs
+
+
+def block(cache, make):
+    """The attention of one more block, layer by layer: (in place, over the gathered keys)."""
+    pairs = []
+    cache.start_block(1)
+    with cache.writing(torch.zeros(1, 1, 1, 1, 1)):
+        for layer in range(2):
+            q, k, v = torch.randn(3, 2, 40, 2, 16, generator=make).unbind(0)
+            cache.store(layer, (1, 0), k, v)
+            found = cache.attended_in_place(layer, (1, 0), q, k, v)
+            pairs.append((found, attend.merged(q, [cache.gathered(layer, (1, 0), k, v)])))
+    return pairs
 
 
 def test_a_video_in_place(anywhere):
@@ -209,10 +215,28 @@ def test_a_video_in_place(anywhere):
     assert all((found - exact).abs().max() < 1e-5 for found, exact in pairs[2:])
     assert (cache.in_place.calls, cache.in_place.loose, cache.in_place.reason) == (6, 0, "")
     assert f"by {anywhere.name}: 6 calls" in cache.in_place.text()
-    # A branch attends in place too, as far as its pages are in the slab.
     assert cache.fork().in_place is cache.in_place
+
+
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_a_session_goes_on_in_place(anywhere, tmp_path, from_disk):
+    """Its pages come back into the slab: apart from it they would take their memory twice."""
+    cache, _ = video()
     cache.park()
     assert cache.in_place.slab is None
+    if from_disk:
+        session_file.save(cache, tmp_path / "video.safetensors")
+        cache = session_file.load(tmp_path / "video.safetensors", CPU)
+    for branch in (cache.fork(), cache.fork()):
+        branch.reserve(24)
+        branch.unpark()
+        held = [branch.pool.read(page) for s in branch.streams.values() for f in s.values()
+                for page in f]  # fmt: skip
+        assert len(held) == 16 and all(page.slab is branch.in_place.slab for page in held)
+        found, exact = block(branch, torch.Generator().manual_seed(2))[0]
+        assert (found - exact).abs().max() < 1e-5
+        assert branch.in_place.loose == 0
+        branch.park()
 
 
 def test_pages_outside_of_the_slab_are_gathered(anywhere):
