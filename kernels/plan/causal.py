@@ -27,8 +27,9 @@ RUN_COPIES, BLOCK_COPIES = 4, 10
 
 @dataclass(frozen=True)
 class Needs:
-    """What a sampler knows of a run before it starts: frames per block, frames that a session
-    brings, sides of the guidance that run. held: bytes of pages that have their place already.
+    """What a sampler knows of a run before it starts: frames per block, frames that a session or a
+    start brings, sides of the guidance that run. held: bytes of pages that have their place
+    already.
     """
 
     block: int

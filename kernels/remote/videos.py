@@ -31,8 +31,6 @@ ANSWER = 60.0
 DONE, FAILED = ("completed",), ("failed", "cancelled", "deleted")
 # A name that goes into an address.
 JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# Clocks of two machines differ.
-SKEW = 300
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ async def _check_image(desk: Desk, server: Server) -> None:
 
 
 async def _create(desk: Desk, server: Server) -> str:
-    began = time.time()
+    before = await _listed(desk, server)
     try:
         reply = await exchange(
             desk.session,
@@ -175,7 +173,7 @@ async def _create(desk: Desk, server: Server) -> str:
         )
     except FrugalError as error:
         # It may have arrived all the same.
-        job = await _arrived(desk, server, began)
+        job = await _arrived(desk, server, before)
         if job is None:
             raise LostServerError.of(error) from None
         desk.notes.append(f"the answer to the order was lost; the job was found in the list: {job}")
@@ -195,21 +193,30 @@ async def _create(desk: Desk, server: Server) -> str:
     return job
 
 
-async def _arrived(desk: Desk, server: Server, began: float) -> str | None:
-    """The newest job in the server's list that is this wish, made since `began`."""
+async def _listed(desk: Desk, server: Server) -> dict[str, Mapping[str, Any]] | None:
+    """The server's newest jobs, newest first; None where it does not tell."""
     try:
         reply = await exchange(
             desk.session, server, "GET", "/videos?limit=20&order=desc", timeout=ANSWER
         )
-        listed = reply.json(server.name)["data"]
+        return {
+            each["id"]: each
+            for each in reply.json(server.name)["data"]
+            if JOB.fullmatch(each["id"])
+        }
     except (FrugalError, KeyError, TypeError):
         return None
-    for each in listed:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            same = each["prompt"] == desk.wish.prompt and each["size"] == desk.wish.size
-            recent = float(each["created_at"]) >= began - SKEW
-            if same and recent and JOB.fullmatch(each["id"]):
-                return each["id"]
+
+
+async def _arrived(desk: Desk, server: Server, before: Mapping[str, Any] | None) -> str | None:
+    """The newest job in the server's list that is this wish and was not there `before`: one from
+    before may have another seed, which lists do not tell.
+    """
+    wanted = desk.wish.prompt, desk.wish.size
+    now = None if before is None else await _listed(desk, server)
+    for job, said in (now or {}).items():
+        if job not in (before or {}) and (said.get("prompt"), said.get("size")) == wanted:
+            return job
     return None
 
 

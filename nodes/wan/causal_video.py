@@ -91,7 +91,9 @@ def make_video(
         model.model_options["transformer_options"][causal_model.OPTIONS] = options
     guided = settings.cfg != 1.0 or model.model_options.get("disable_cfg1_optimization", False)
     model.model_options["transformer_options"][causal_model.NEEDS] = causal_model.Needs(
-        settings.frames_per_block, len(session.kept) if session else 0, 2 if guided else 1
+        settings.frames_per_block,
+        len(session.kept) if session else _given(before),
+        2 if guided else 1,
     )
     job = Job(keep=True, live=live)
     if preset is None:

@@ -156,6 +156,22 @@ def test_a_lost_answer_to_the_order_is_not_paid_twice(tmp_path):
     assert len(one.asked) == 1 and "found in the list" in " ".join(made.notes)
 
 
+def test_an_order_that_never_arrived_is_not_taken_for_the_one_before(tmp_path):
+    """Which has the same prompt and size, and another seed."""
+    one = Videos(VLLM)
+
+    async def hang_up(request):
+        request.transport.abort()
+        return web.Response()
+
+    with served(one) as urls:
+        put(urls, tmp_path)
+        one.on_create = hang_up
+        with pytest.raises(FrugalError, match=r"cannot be reached|broke off"):
+            put(urls, tmp_path, replace(WISH, seed=1))
+    assert len(one.asked) == 1
+
+
 def test_a_run_that_was_broken_off_finds_its_job_again(tmp_path):
     one = Videos(VLLM, polls=10**9)
     with served(one) as urls:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.kv import session_file
-from frugal.nodes.wan import causal_files
+from frugal.kernels.plan.causal import Needs
+from frugal.nodes.wan import causal_files, causal_model
 from frugal.nodes.wan.causal_video import Settings, make_video, segments
 from frugal.tests import causal_bed as videos
 
@@ -78,11 +79,17 @@ def test_parts_of_a_run():
         segments(a, ((1.0, b), (1.5, c)), 30, 3)
 
 
-def test_given_start_frames_come_first(model):
+def test_given_start_frames_come_first(model, monkeypatch):
     start = {"samples": torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(2))}
     found, session, _ = made(model, 5, KEEP, start=start)
     assert torch.equal(found[:, :, :1], start["samples"])
     assert found.shape[2] == session.next_frame == 5
+    # Their keys and values need room as those of a session do.
+    told = []
+    monkeypatch.setattr(causal_model, "Needs", lambda *what: told.append(what) or Needs(*what))
+    made(model, 5, start=start)
+    made(model, 4, session=session)
+    assert told == [(2, 1, 1), (2, 5, 1)]
     other = {"samples": start["samples"] + 1}
     assert videos.far(made(model, 5, start=other)[0][:, :, 1:], found[:, :, 1:]) > 1e-4
 
