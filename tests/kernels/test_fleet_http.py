@@ -17,6 +17,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.remote.fleet import client as client_module
 from frugal.kernels.remote.fleet import command, token
 from frugal.kernels.remote.fleet.client import FleetClient
+from frugal.kernels.remote.transport import Reply
 from frugal.tests.fleet_bed import TOKEN, complains, dies, hangs, picture_graph, running, works
 
 GRAPH = json.dumps(picture_graph(5)).encode()
@@ -247,6 +248,54 @@ def test_the_client_waits_while_the_fleet_is_away(tmp_path, monkeypatch):
         async with FleetClient(fleet.url, TOKEN) as client:
             with pytest.raises(FrugalError, match="404"):
                 await client.wait("none", 30)
+
+    with running(tmp_path, works) as fleet:
+        asyncio.run(main())
+
+
+def test_a_fleet_that_goes_away_while_its_queue_is_full_is_waited_for_too(tmp_path, monkeypatch):
+    """An outage is counted from when the fleet was last heard of."""
+    monkeypatch.setattr(client_module, "LONGEST_POLL", 0.05)
+    monkeypatch.setattr(client_module, "OUTAGE", 0.4)
+
+    async def main():
+        async with FleetClient(fleet.url, TOKEN) as client:
+            first = await client.submit(GRAPH, {}, "one")
+            waiting = asyncio.ensure_future(client.submit(GRAPH, {}, "two", patience=30))
+            await asyncio.sleep(2.5)
+            silent(client, monkeypatch, 2)
+            await asyncio.sleep(2.5)
+            assert not waiting.done()
+            await FleetClient.cancel(client, first["id"])
+            assert (await waiting)["status"] == "queued"
+
+    with running(tmp_path, hangs, queue=1) as fleet:
+        fleet.desk.retry_after = lambda: 1
+        asyncio.run(main())
+
+
+def test_a_fleet_that_fails_for_a_moment_loses_no_row(tmp_path, monkeypatch):
+    """When its front desk dies the proxy before it answers 500, at every step of a job."""
+    monkeypatch.setattr(client_module, "LONGEST_POLL", 0.05)
+    asked = []
+
+    async def main():
+        async with FleetClient(fleet.url, TOKEN) as client:
+            real = client._exchange
+
+            async def exchange(method, path, *arguments, **more):
+                asked.append(path)
+                if asked.count(path) == 1:
+                    return Reply(500, "text/plain", b"Internal Server Error")
+                if asked.count(path) == 2:
+                    raise FrugalError("nobody there", "a running server there", "start it")
+                return await real(method, path, *arguments, **more)
+
+            monkeypatch.setattr(client, "_exchange", exchange)
+            job = await client.submit(GRAPH, {}, "one", patience=30)
+            job = await client.wait(job["id"], 30)
+            fetched = await client.fetch(job, tmp_path / "results")
+            assert len(fetched) == len(job["files"]) > 0
 
     with running(tmp_path, works) as fleet:
         asyncio.run(main())

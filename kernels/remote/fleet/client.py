@@ -25,6 +25,8 @@ POLL, LONGEST_POLL = 0.3, 3.0
 # Ray starts a lost front desk or proxy again; on a busy machine that takes a while.
 OUTAGE = 180.0
 LARGEST_RESULT = 4 * 10**9
+# The status of a queue without room.
+FULL = 503
 
 
 class FleetClient:
@@ -73,17 +75,18 @@ class FleetClient:
             return {"data": form}
 
         keyed = Server(self.server.base, {**self.server.headers, "Idempotency-Key": key})
-        began = time.monotonic()
+        heard = time.monotonic()
+        end = heard + patience
         while True:
-            waited = time.monotonic() - began
-            try:
-                reply = await self._exchange("POST", JOBS, keyed, timeout=TRANSFER, body=body)
-            except FrugalError:
-                if waited >= min(patience, OUTAGE):
-                    raise
+            reply = await self._unless_away(
+                min(heard + OUTAGE, end), "POST", JOBS, to=keyed, answers=(FULL,),
+                timeout=TRANSFER, body=body,
+            )  # fmt: skip
+            if reply is None:
                 await asyncio.sleep(LONGEST_POLL)
                 continue
-            if reply.status != 503 or waited > patience:
+            heard = time.monotonic()
+            if reply.status != FULL or heard > end:
                 return self._read(reply)
 
     async def job(self, job: str) -> dict[str, Any]:
@@ -115,9 +118,9 @@ class FleetClient:
         heard = time.monotonic()
         end, pause = heard + patience, POLL
         while True:
-            found = await self._job_unless_away(job, heard + OUTAGE)
-            if found is not None:
-                heard = time.monotonic()
+            reply = await self._unless_away(heard + OUTAGE, "GET", f"{JOBS}/{quote(job)}")
+            if reply is not None:
+                heard, found = time.monotonic(), self._read(reply)
                 if found["status"] in ENDED:
                     return found
             if time.monotonic() > end:
@@ -129,20 +132,25 @@ class FleetClient:
             await asyncio.sleep(pause)
             pause = min(1.3 * pause, LONGEST_POLL)
 
-    async def _job_unless_away(self, job: str, until: float) -> dict[str, Any] | None:
-        """The job, or None where the fleet does not answer before the moment `until`."""
+    async def _unless_away(
+        self, until: float, method: str, path: str, answers: tuple[int, ...] = (), **more: Any
+    ) -> Reply | None:
+        """The reply, or None where the fleet does not answer, or says that it failed, before the
+        moment `until`. answers: statuses from 500 on that say something else.
+        """
         try:
-            reply = await self._exchange("GET", f"{JOBS}/{quote(job)}")
+            reply = await self._exchange(method, path, **more)
         except FrugalError:
             if time.monotonic() > until:
                 raise
             return None
-        if reply.status >= 500 and time.monotonic() < until:
-            return None
-        return self._read(reply)
+        failed = reply.status >= 500 and reply.status not in answers
+        return None if failed and time.monotonic() < until else reply
 
     async def fetch(self, job: Mapping[str, Any], folder: Path) -> list[Path]:
-        """The results of an ended job, written to `folder` under their names."""
+        """The results of an ended job, written to `folder` under their names. A fleet that does not
+        answer is waited for up to OUTAGE.
+        """
         root, written = folder.resolve(), []
         for file in job["files"]:
             path = (root / file["name"]).resolve()
@@ -152,12 +160,15 @@ class FleetClient:
                     "a name below the folder for it",
                     "do not trust this server",
                 )
-            reply = await self._exchange(
-                "GET",
-                f"{JOBS}/{quote(job['id'])}/files/{quote(file['name'])}",
-                timeout=TRANSFER,
-                limit=LARGEST_RESULT,
-            )
+            address = f"{JOBS}/{quote(job['id'])}/files/{quote(file['name'])}"
+            until = time.monotonic() + OUTAGE
+            while True:
+                reply = await self._unless_away(
+                    until, "GET", address, timeout=TRANSFER, limit=LARGEST_RESULT
+                )
+                if reply is not None:
+                    break
+                await asyncio.sleep(LONGEST_POLL)
             if reply.status >= 400:
                 raise refusal(self.server, reply)
             if len(reply.body) != file["bytes"]:
