@@ -54,26 +54,23 @@ def offered(
     """For a loader's `validate_inputs`: True if the chosen name is among those on offer, else the
     sentence that says which file is missing, in which folder, and where it comes from.
 
-    name: None if another node gives it. folder: below models/. source: address of a page that has
-    the public file. ComfyUI's own sentence for this lists the names, and nothing to do.
+    name: None if another node gives it. folder: as people find it, "models/loras". source: address
+    of a page that has the public file. ComfyUI's own sentence for this lists the names, and nothing
+    to do.
     """
     if name is None or name in names:
         return True
     here = f"{ascii(name)[1:-1]} is not in" if name else "nothing is chosen from"
     some = f"one of the {len(names)} files" if names else "a file"
-    do = f"download it from {source} into that folder" if source else "copy it there"
+    do = f"download it from {source} and put it there" if source else "copy it there"
     return str(
-        FrugalError(
-            f"{here} models/{folder}",
-            f"{some} in that folder",
-            f"{do}, then press R to refresh the lists",
-        )
+        FrugalError(f"{here} {folder}", f"{some} there", f"{do}, then press R to refresh the lists")
     )
 
 
 def model_offered(name: str | None) -> bool | str:
     """`offered` for a name from `model_names`."""
-    return offered(name, model_names(), FOLDER, WAN_PAGE)
+    return offered(name, model_names(), f"models/{FOLDER}", WAN_PAGE)
 
 
 def model_path(name: str) -> Path:

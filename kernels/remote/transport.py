@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,13 @@ def _pause(wish: str) -> float:
 
 
 def _unreachable(server: Server, error: BaseException) -> FrugalError:
-    reason = ascii(str(error) or type(error).__name__)[1:-1][:SHOWN]
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, ConnectionRefusedError):
+        reason = "nothing listens there"
+    elif isinstance(cause, socket.gaierror):
+        reason = "the name is not known"
+    else:
+        reason = ascii(str(error) or type(error).__name__)[1:-1][:SHOWN]
     return FrugalError(
         f"{server.name} cannot be reached ({reason})",
         "a running server there",

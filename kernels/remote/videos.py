@@ -50,6 +50,8 @@ class RemoteVideo:
 class LostServerError(FrugalError):
     """This server cannot go on; another may."""
 
+    __module__ = FrugalError.__module__  # people see this one too
+
     @classmethod
     def of(cls, error: FrugalError) -> LostServerError:
         """The same sentence as this kind of error."""

@@ -64,7 +64,7 @@ class FrugalLoraSide(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None):
-        return offered(lora_name, folder_paths.get_filename_list("loras"), "loras")
+        return offered(lora_name, folder_paths.get_filename_list("loras"), "models/loras")
 
     @classmethod
     def execute(cls, model, lora_name, strength) -> io.NodeOutput:

@@ -16,10 +16,10 @@ from .._models import offered
 
 KIND = "CatVTON"
 BASE_KINDS = ("diffusion_models", "checkpoints")
-# For the sentence about a file that is not there: folders below models/, and who offers the files.
-BASE_FOLDERS = "checkpoints, diffusion_models or CatVTON"
+# For the sentence about a file that is not there: folders, and who offers the files.
+BASE_FOLDERS = "models/checkpoints, diffusion_models or CatVTON"
 BASE_PAGE = "https://huggingface.co/webui/stable-diffusion-inpainting"
-ATTENTION_PAGE = "https://huggingface.co/zhengchong/CatVTON"
+ATTENTION_PAGE = "https://huggingface.co/zhengchong/CatVTON/tree/main/mix-48k-1024/attention"
 NO_ATTENTION = "none: base is a merged file"
 WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 # Parts of a diffusers folder; such a folder is offered as a whole.
@@ -103,7 +103,7 @@ def base_path(choice: str) -> str:
     if called is None:
         raise FrugalError(
             f"the base '{choice}' is not there",
-            f"a file in models/{BASE_FOLDERS}",
+            f"a file in {BASE_FOLDERS}",
             "press R to refresh the lists and choose again",
         )
     kind, name = called

@@ -75,7 +75,8 @@ class FrugalLoadCatVTON(io.ComfyNode):
         found = glue.base_offered(base)
         if found is not True:
             return found
-        return offered(attention, glue.attention_choices(), glue.KIND, glue.ATTENTION_PAGE)
+        folder = f"models/{glue.KIND}"
+        return offered(attention, glue.attention_choices(), folder, glue.ATTENTION_PAGE)
 
     @classmethod
     def execute(cls, base, attention, weight_dtype, quantize=precision.AS_STORED):

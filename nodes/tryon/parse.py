@@ -66,7 +66,9 @@ class FrugalHumanParse(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, parser=None):
-        return offered(parser, parser_glue.choices(), parser_glue.KIND, parser_glue.PAGE)
+        return offered(
+            parser, parser_glue.choices(), f"models/{parser_glue.KIND}", parser_glue.PAGE
+        )
 
     @classmethod
     def execute(cls, image, parser):

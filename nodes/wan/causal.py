@@ -9,6 +9,7 @@ from ...kernels.kv.options import CacheOptions
 from ...kernels.kv.storage import FP8, INT8, MODEL
 from ...kernels.sampling.causal_presets import AS_SET
 from .._comfy import known, show_text
+from .._models import offered
 from . import causal_files, causal_model, causal_video
 from .causal_ports import (
     ALIASES,
@@ -279,6 +280,10 @@ class FrugalLoadCausalSession(io.ComfyNode):
             ],
             **known(io.Schema, search_aliases=ALIASES),
         )
+
+    @classmethod
+    def validate_inputs(cls, session_name=None):
+        return offered(session_name, causal_files.names(), f"output/{causal_files.FOLDER}")
 
     @classmethod
     def fingerprint_inputs(cls, session_name):

@@ -14,6 +14,7 @@ from .._models import state_of
 from .._output import folder_of, names_in, next_path, within
 
 FOLDER = "text_embeds"
+PLACES = f"models/{FOLDER} or output/{FOLDER}"
 OUTPUT_MARK = " [output]"
 SUFFIX = ".safetensors"
 

@@ -72,7 +72,8 @@ class FrugalCachedTextEncode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder_name=None):
-        return offered(encoder_name, embeds_cache.names(), embeds_cache.FOLDER, WAN_PAGE)
+        folder = f"models/{embeds_cache.FOLDER}"
+        return offered(encoder_name, embeds_cache.names(), folder, WAN_PAGE)
 
     @classmethod
     def execute(

@@ -8,7 +8,7 @@ from ...kernels.quant.matmul import AUTO
 from ...kernels.quant.matmul import CHOICES as PRODUCTS
 from ...kernels.quant.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
-from .._models import fingerprint, model_names, model_offered, model_path
+from .._models import fingerprint, model_names, model_offered, model_path, offered
 from . import causal, embeds, glue
 from .causal_to_file import FrugalCausalVideoFile
 from .constant_context import FrugalWanConstantContext
@@ -166,6 +166,10 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
             ],
             **known(io.Schema, search_aliases=["load conditioning", "text embeds", "prompt cache"]),
         )
+
+    @classmethod
+    def validate_inputs(cls, embeds_name=None):
+        return offered(embeds_name, embeds.names(), embeds.PLACES)
 
     @classmethod
     def fingerprint_inputs(cls, embeds_name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import threading
 import time
 
@@ -222,8 +223,17 @@ def test_answers_that_are_none(handle, says):
 
 
 def test_nobody_there():
-    with pytest.raises(FrugalError, match="cannot be reached"):
+    with pytest.raises(FrugalError, match=r"cannot be reached \(nothing listens there\)"):
         put("http://127.0.0.1:9/v1")
+
+
+def test_a_name_that_no_one_knows(monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(FrugalError, match=r"cannot be reached \(the name is not known\)"):
+        put("http://gpu-box/v1")
 
 
 def test_cancel_ends_the_wait_and_the_connection():

@@ -294,6 +294,12 @@ def test_a_download_that_breaks_off_is_fetched_again(tmp_path):
         put(urls, tmp_path)
 
 
+def test_the_page_shows_no_path_before_the_sentence(tmp_path):
+    with pytest.raises(FrugalError, match="cannot be reached") as caught:
+        put(["http://127.0.0.1:9/v1"], tmp_path)
+    assert (caught.type.__name__, caught.type.__module__) == ("LostServerError", "frugal")
+
+
 def test_what_is_no_video_is_refused(tmp_path, monkeypatch):
     one = Videos(VLLM)
 

@@ -9,12 +9,18 @@ import pytest
 LOADERS = [
     ("wan", "FrugalLoadWan", "model_name", "models/diffusion_models"),
     ("wan", "FrugalCachedTextEncode", "encoder_name", "models/text_encoders"),
+    ("wan", "FrugalLoadTextEmbeds", "embeds_name", "models/text_embeds or output/text_embeds"),
+    ("wan", "FrugalLoadCausalSession", "session_name", "output/causal_sessions"),
     ("tryon", "FrugalLoadCatVTON", "base", "models/checkpoints, diffusion_models or CatVTON"),
     ("tryon", "FrugalLoadCatVTON", "attention", "models/CatVTON"),
     ("tryon", "FrugalHumanParse", "parser", "models/human_parsing"),
     ("quantize", "FrugalQuantize", "model_name", "models/diffusion_models"),
     ("quantize", "FrugalLoraSide", "lora_name", "models/loras"),
 ]
+
+
+# Of these there is no public file to name.
+OWN_FILES = {"FrugalLoadTextEmbeds", "FrugalLoadCausalSession", "FrugalLoraSide"}
 
 
 def node(family: str, name: str):
@@ -28,7 +34,7 @@ def test_the_sentence_leads_to_the_file(comfy_tree, family, name, choice, folder
     said = check(**{choice: "wan_that_nobody_has.safetensors"})
     assert isinstance(said, str) and said.isascii()
     assert said.startswith(f"wan_that_nobody_has.safetensors is not in {folder}; expected ")
-    assert ("https://huggingface.co/" in said) == (folder != "models/loras")
+    assert ("https://huggingface.co/" in said) == (name not in OWN_FILES)
     assert said.endswith("then press R to refresh the lists.")
     # What another node gives is not known yet when a graph is checked.
     assert check() is True
