@@ -55,29 +55,26 @@ def test_all_nodes_register_and_numba_waits(comfy_tree, tmp_path):
     assert not numba
 
 
-def test_all_nodes_register_without_numba(comfy_tree, tmp_path):
-    ids, _, log = register(comfy_tree, tmp_path, "sys.modules['numba'] = None")
-    assert set(ids) == pack_node_ids()
-    assert "[Frugal]" not in log
-
-
 def test_a_missing_module_costs_one_family_and_one_line(comfy_tree, tmp_path):
-    """One family cannot find a foreign module: the others load, the log says what to do."""
+    """One family cannot find a foreign module: the others load, the log says what to do. Numba is
+    missing too and costs nothing.
+    """
     before = """
 import builtins
 real = builtins.__import__
 def fake(name, globals=None, *rest, **more):
-    if (globals or {}).get("__name__") == "frugal.nodes.masks.nodes":
+    if (globals or {}).get("__name__") == "frugal.nodes.remote.nodes":
         raise ModuleNotFoundError("No module named 'absent'", name="absent")
     return real(name, globals, *rest, **more)
 builtins.__import__ = fake
+sys.modules["numba"] = None
 """
     ids, _, log = register(comfy_tree, tmp_path, before)
-    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "nodes/masks").glob("*.py")]
-    masks = {c.value for tree in trees for c in ast.walk(tree) if isinstance(c, ast.Constant)}
-    assert set(ids) == pack_node_ids() - masks
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "nodes/remote").glob("*.py")]
+    remote = {c.value for tree in trees for c in ast.walk(tree) if isinstance(c, ast.Constant)}
+    assert set(ids) == pack_node_ids() - remote and remote & pack_node_ids()
     lines = [line for line in log.splitlines() if "[Frugal]" in line]
-    assert len(lines) == 1 and "masks" in lines[0] and "'absent'" in lines[0]
+    assert len(lines) == 1 and "remote" in lines[0] and "'absent'" in lines[0]
 
 
 def test_a_mistake_of_our_own_is_loud(comfy_tree, tmp_path):

@@ -31,6 +31,10 @@ def stored(patcher):
     return {n: t.clone() for n, t in patcher.model.diffusion_model.state_dict().items()}
 
 
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
 def metadata(path):
     with safe_open(path, "pt") as file:
         return file.metadata()
@@ -65,8 +69,7 @@ def test_what_is_saved_reads_back_bit_for_bit(files, tmp_path, kind, dtype):
     # And once more: a saved file saves to the same tensors.
     twice = tmp_path / "twice.safetensors"
     saving.save_catvton(again, str(twice))
-    one, two = load_file(path), load_file(twice)
-    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    assert equal(load_file(path), load_file(twice))
 
 
 def test_a_quantised_file_is_half_as_large(files, tmp_path):
@@ -84,7 +87,7 @@ def test_a_quantised_file_is_not_quantised_again(files, tmp_path):
     patcher = loading.load_catvton(*files, "auto", "int8")
     saving.save_catvton(patcher, path)
     same = loading.load_catvton(path, None, "auto", "int8")
-    assert all(torch.equal(t, stored(same)[n]) for n, t in stored(patcher).items())
+    assert equal(stored(same), stored(patcher))
     with pytest.raises(FrugalError, match="already holds 56 layers"):
         loading.load_catvton(path, None, "auto", "fp8")
 
@@ -121,15 +124,15 @@ def test_a_lora_is_merged_as_comfyui_merges_it(files, tmp_path, kind):
     patched = bed.run(clone, x, t)
     # Saved while it is loaded, and so merged already: the same file.
     saving.save_catvton(clone, loaded)
-    one, two = load_file(path), load_file(loaded)
-    assert all(torch.equal(one[n], two[n]) for n in one)
+    one = load_file(path)
+    assert equal(one, load_file(loaded))
     scale = one.get(f"{ATTN.removeprefix('diffusion_model.')}_scale", torch.zeros(0))
     assert scale.shape == {"as stored": (0,), "int8": (192, 1), "fp8": ()}[kind]
     again = bed.run(loading.load_catvton(path, None, "fp32"), x, t)
     assert bed.relative(again, patched) <= 1e-6
     assert bed.relative(again, plain) > 0.1
     assert torch.equal(bed.run(patcher, x, t), plain)
-    assert all(torch.equal(t, stored(patcher)[n]) for n, t in before.items())
+    assert equal(stored(patcher), before)
 
 
 def test_other_models_and_changes_that_are_no_weights_are_refused(files, tmp_path):

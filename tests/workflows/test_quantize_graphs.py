@@ -82,7 +82,7 @@ def test_record_quantise_to_a_size_and_check(server, files):
                 chosen = result_name if key in late else NAME
                 inputs["model_name"] = f"{chosen}.safetensors"
             case "FrugalCalibrate":
-                inputs |= {"name": NAME, "memory_gb": 0.05}
+                inputs |= {"name": NAME, "memory_gb": 0.02}
             case "CLIPTextEncode":
                 node["class_type"] = "FrugalLoadTextEmbeds"
                 node["inputs"] = {"embeds_name": files["positive"]}
