@@ -49,3 +49,8 @@ def apply(model: Any, start: float, end: float) -> Any:
     model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, wrapper)
     return model
+
+
+def present(model: Any) -> bool:
+    """Whether the ModelPatcher has a guidance range of this pack."""
+    return KEY in model.wrappers.get(WrappersMP.PREDICT_NOISE, {})

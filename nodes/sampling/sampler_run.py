@@ -86,7 +86,9 @@ def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any,
         cfg = preset.cfg
     if preset.cfg is not None and job.steps > FEW_STEPS:
         notes.append(f"{job.steps} steps: distilled models are made for 4 to {FEW_STEPS}")
-    if preset.guidance_end < 1 and cfg != 1:
+    if preset.guidance_end < 1 and guidance_run.present(model):
+        notes.append("the guidance range that is on the model stays as it was set there")
+    elif preset.guidance_end < 1 and cfg != 1:
         model = guidance_run.apply(model, 0.0, preset.guidance_end)
         notes.append(f"guidance ends after {preset.guidance_end:.0%} of the schedule")
     if preset.threshold and step_cache_run.present(model):

@@ -28,6 +28,7 @@ from frugal.tests import flow_bed, sampling_bed
 
 assert plan_family.NODES  # the family that offers memory plans, loaded as ComfyUI loads it
 STEPS, CFG = 16, sampling_bed.CFG
+NO_CACHE = step_cache_run.Options(0.0)
 
 
 def ours(model, prompts, preset="off", steps=STEPS, sampler="euler", cfg=CFG, **more):
@@ -112,10 +113,20 @@ def test_distilled_leaves_the_negative_prompt_out_and_says_so(smooth_wan, prompt
 
 def test_a_step_cache_that_is_set_by_hand_stays(smooth_wan, prompts):
     reports = []
-    model = step_cache_run.apply(smooth_wan, step_cache_run.Options(0.0), reports.append)
+    model = step_cache_run.apply(smooth_wan, NO_CACHE, reports.append)
     _, _, data = ours(model, prompts, "draft")
     assert (data["step_cache"], reports[0].skipped) == ([reports[0].data()], 0)
     assert any("stays as it was set" in note for note in data["notes"])
+
+
+def test_a_guidance_range_that_is_set_by_hand_stays(smooth_wan, prompts):
+    counting, calls = sampling_bed.counted(guidance_run.apply(smooth_wan, 0.0, 0.3))
+    _, _, data = ours(step_cache_run.apply(counting, NO_CACHE, lambda _: None), prompts, "draft")
+    alone = calls.copy()
+    calls.clear()
+    theirs(counting, prompts)
+    assert alone == calls and sum(calls) < 2 * len(calls)
+    assert "the guidance range that is on the model stays as it was set there" in data["notes"]
 
 
 def test_the_model_that_came_in_is_left_as_it_was(smooth_wan, prompts):
