@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .storage import Page
+from .storage import Page, empty
 
 HOST = torch.device("cpu")
 
@@ -19,16 +19,14 @@ def pins(device: torch.device) -> bool:
 
 
 def to_host(page: Page, device: torch.device) -> Page:
-    """A copy in main memory, pinned where `device`, which it will return to, profits. A page that
-    is there already is returned as it is.
+    """A copy in main memory, pinned where `device`, which it will return to, profits and there is
+    such memory. A page that is there already is returned as it is.
     """
     if page.k.device == HOST:
         return page
     held = {}
     for name, tensor in page.tensors().items():
-        held[name] = torch.empty(
-            tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=pins(device)
-        ).copy_(tensor)
+        held[name] = empty(tensor.shape, tensor.dtype, HOST, pins(device)).copy_(tensor)
     return Page(**held)
 
 

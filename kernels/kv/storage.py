@@ -8,6 +8,7 @@ range, 2**-10 of the scale, amax / 448.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ class PageFormat:
         return 2 * (samples * tokens * heads * width * self.stored.itemsize + scales)
 
     def empty(self, device: torch.device, pinned: bool = False) -> Page:
-        def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+        def make(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            return empty(shape, dtype, device, pinned)
 
         page = Page(make(self.shape, self.stored), make(self.shape, self.stored))
         if self.kind != MODEL:
@@ -116,6 +117,18 @@ class PageFormat:
             else:
                 values = tensor.to(device, non_blocking=True).float()
                 out.copy_(values.mul_(scale.to(device, non_blocking=True)))
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, pinned: bool
+) -> torch.Tensor:
+    """Uninitialised, and pinned where that is wanted and to be had: Windows pins about half of the
+    main memory, most of which ComfyUI takes for weights.
+    """
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def relative_error(fmt: PageFormat, page: Page, k: torch.Tensor, v: torch.Tensor) -> float:

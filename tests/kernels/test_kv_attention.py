@@ -133,6 +133,25 @@ def test_to_main_memory_and_back_to_the_bit(kind):
         assert torch.equal(back.tensors()[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
+def test_memory_that_cannot_be_pinned_is_taken_all_the_same(monkeypatch):
+    """What a system pins is less than what it has."""
+    real = torch.empty
+
+    def limited(*shape, pin_memory=False, **more):
+        if pin_memory:
+            raise torch.OutOfMemoryError("CUDA error: out of memory")
+        return real(*shape, **more)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    page = PageFormat(SHAPE, torch.bfloat16, FP8).empty(torch.device("cpu"), pinned=True)
+    assert {t.device.type for t in page.tensors().values()} == {"cpu"}
+    monkeypatch.setattr(offload, "pins", lambda device: True)
+    there = Page(page.k.to("meta"), page.v.to("meta"))
+    with pytest.raises(NotImplementedError, match="no data"):
+        # A place for it is there; only the values of this device are not.
+        offload.to_host(there, torch.device("cuda"))
+
+
 def roped(k, time):
     """The time part of Wan's RoPE by complex numbers, in float64."""
     axis = k.shape[-1] - 4 * (k.shape[-1] // 6)
