@@ -32,7 +32,7 @@ def with_lse(
     if q.device.type in ("cpu", "meta"):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False)
         return out, lse.float()
-    kernel = cuda_kernel(q) if q.device.type == "cuda" else ""
+    kernel = cuda_kernel(q.dtype, q.device) if q.device.type == "cuda" else ""
     if kernel == FLASH:
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False)[:2]
         return out, lse.float()
@@ -45,15 +45,15 @@ def with_lse(
     return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), lse
 
 
-def cuda_kernel(q: torch.Tensor) -> str:
-    """Which of PyTorch's fused kernels takes q on its card, "" for none. Before compute capability
-    8.0 (an RTX 2060 has 7.5) that is not the flash kernel, and none for bfloat16.
+def cuda_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """Which of PyTorch's fused kernels takes this type on this card, "" for none. Before compute
+    capability 8.0 (an RTX 2060 has 7.5) that is not the flash kernel, and none for bfloat16.
     """
     hip = torch.version.cuda is None
-    modern = hip or torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if modern and q.dtype in (torch.float16, torch.bfloat16):
+    modern = hip or torch.cuda.get_device_capability(device) >= (8, 0)
+    if modern and dtype in (torch.float16, torch.bfloat16):
         return FLASH
-    return EFFICIENT if q.dtype in (torch.float16, torch.float32) else ""
+    return EFFICIENT if dtype in (torch.float16, torch.float32) else ""
 
 
 def merged(q: torch.Tensor, runs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -38,6 +38,9 @@ def run(
             outcome.set_result(asyncio.run(main()))
         except BaseException as error:
             outcome.set_exception(error)
+            if not started.done():
+                work.close()
+                started.set_exception(error)
 
     thread = threading.Thread(target=body, name="frugal-remote", daemon=True)
     thread.start()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.kv.attend import MERGE, over_pages
+from ...kernels.kv.attend import MERGE, cuda_kernel, over_pages
 from ...kernels.kv.cache import VideoCache
 from ...kernels.kv.options import CacheOptions
 from ...kernels.kv.storage import wan_page
@@ -58,7 +58,7 @@ class CausalPeaks(ForwardPeaks):
         """What the run will keep, and what is not counted of it."""
         said = self.memory(job.batch, job.latent).notes()
         fused = self._device.type == "cpu" or (
-            self._device.type == "cuda" and self._dtype.itemsize == 2
+            self._device.type == "cuda" and cuda_kernel(self._dtype, self._device)
         )
         if self.options.way == MERGE and not fused:
             said.append(

@@ -56,7 +56,7 @@ def test_the_fused_kernel_that_a_card_gets(monkeypatch, capability, dtype, kerne
     """The flash kernel of PyTorch raises on cards before Ampere."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    assert attend.cuda_kernel(torch.empty(1, 1, 1, 16, dtype=dtype)) == kernel
+    assert attend.cuda_kernel(dtype, torch.device("cuda")) == kernel
 
 
 def test_far_apart_runs_do_not_overflow():

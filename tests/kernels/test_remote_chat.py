@@ -260,6 +260,25 @@ def test_cancel_ends_the_wait_and_the_connection():
     assert not [t for t in threading.enumerate() if t.name == "frugal-remote"]
 
 
+def test_a_loop_that_cannot_begin_is_an_error_and_no_endless_wait(monkeypatch):
+    def no_loop(main):
+        main.close()
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(asyncio, "run", no_loop)
+    found = []
+
+    def asked():
+        with pytest.raises(OSError, match="too many open files"):
+            run(asyncio.sleep(0))
+        found.append(True)
+
+    thread = threading.Thread(target=asked, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert found
+
+
 def test_every_task_and_language_has_instructions():
     made = {instructions(task, language) for task in TASKS for language in LANGUAGES}
     assert len(made) == len(TASKS) * len(LANGUAGES)
