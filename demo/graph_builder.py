@@ -208,6 +208,7 @@ def _note(note: Note, number: int) -> dict[str, Any]:
         "title": note.title,
         "properties": {},
         "widgets_values": [note.text],
-        "color": "#432",
-        "bgcolor": "#653",
+        # Black: on the page's own yellow, the blue that it writes code in cannot be read.
+        "color": "#222",
+        "bgcolor": "#000",
     }
