@@ -27,7 +27,7 @@ from .waiting import within
 
 VIDEO_LIMIT = 10**9
 POLL, PATIENCE = 2.0, 60.0
-ANSWER = 60.0
+ANSWER, GOODBYE = 60.0, 5.0
 DONE, FAILED = ("completed",), ("failed", "cancelled", "deleted")
 # A name that goes into an address.
 JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -173,6 +173,9 @@ async def _create(desk: Desk, server: Server) -> str:
             repeat=False,
             body=lambda: desk.dialect.body(desk.wish),
         )
+    except asyncio.CancelledError:
+        await asyncio.shield(_take_off(desk, server, before))
+        raise
     except FrugalError as error:
         # It may have arrived all the same.
         job = await _arrived(desk, server, before)
@@ -292,6 +295,18 @@ async def _fetch(desk: Desk, server: Server, job: str) -> Reply:
     return reply
 
 
+async def _take_off(desk: Desk, server: Server, before: Mapping[str, Any] | None) -> None:
+    """Remove what an order that was cancelled on its way has become."""
+    job = None
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with within(GOODBYE):
+            job = await _arrived(desk, server, before)
+    if job is not None:
+        await _remove(desk, server, job)
+
+
 async def _remove(desk: Desk, server: Server, job: str) -> None:
     with contextlib.suppress(FrugalError):
-        await exchange(desk.session, server, "DELETE", f"/videos/{job}", timeout=5.0, repeat=False)
+        await exchange(
+            desk.session, server, "DELETE", f"/videos/{job}", timeout=GOODBYE, repeat=False
+        )

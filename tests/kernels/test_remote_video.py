@@ -205,6 +205,27 @@ def test_cancel_takes_the_job_off_the_server(tmp_path):
     assert one.deleted == ["video_gen_0"]
 
 
+def test_cancel_while_the_order_is_on_its_way_takes_it_off_too(tmp_path):
+    one = Videos(VLLM)
+
+    class Cancelled(BaseException):
+        pass
+
+    async def take_and_think(request):
+        one.add(dict(await request.post()))
+        await asyncio.sleep(20)
+
+    def check():
+        if one.jobs:
+            raise Cancelled
+
+    one.on_create = take_and_think
+    with served(one) as urls, pytest.raises(Cancelled):
+        work = videos.order([server(urls[0])], DIALECTS[VLLM], WISH, tmp_path, 60)
+        run(work, check, 0.02)
+    assert one.deleted == ["video_gen_0"]
+
+
 def test_the_next_server_is_asked_when_one_is_gone_or_full(tmp_path):
     async def full(request):
         return web.json_response({"detail": "busy"}, status=503, headers={"Retry-After": "0"})
