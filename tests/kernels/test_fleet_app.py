@@ -254,3 +254,26 @@ def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
                 await worker.comfy.stop()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("fault", [asyncio.TimeoutError(), OSError("gone")])
+def test_a_graph_that_has_ended_stays_so_when_tidying_fails(tmp_path, monkeypatch, fault):
+    """A time-out there was told as that of the job."""
+    pytest.importorskip("filelock")
+    from frugal.kernels.remote.fleet.comfy import Comfy, Recipe
+
+    async def asked(method, path, body=None):
+        if path == "/history":
+            raise fault
+        if path.startswith("/history/"):
+            return {path.rpartition("/")[2]: {"status": {"status_str": "success"}, "outputs": {}}}
+        return {}
+
+    async def taken(body):
+        return ""
+
+    comfy = Comfy(Recipe(str(tmp_path), str(tmp_path / "work")))
+    monkeypatch.setattr(comfy, "_ask", asked)
+    monkeypatch.setattr(comfy, "_queue", taken)
+    assert asyncio.run(comfy._graph({}))["kind"] == "done"
+    comfy.place.remove()

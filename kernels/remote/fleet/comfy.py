@@ -7,6 +7,7 @@ Models and custom nodes are those of the given ComfyUI; inputs, outputs and the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -29,6 +30,8 @@ from .workplace import Workplace
 BOOT_SECONDS, STOP_SECONDS = 600.0, 20.0
 POLL, LONGEST_POLL = 0.1, 1.0
 LOG_SHOWN = 15
+# What a question to it raises when no usable answer comes.
+UNHEARD = (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError)
 # What of the owner's environment custom nodes have no business with.
 PRIVATE = re.compile(r"RAY_.*|FRUGAL_FLEET_.*|PYTHONSAFEPATH")
 # Messages after which the process can do nothing more with its card.
@@ -135,7 +138,7 @@ class Comfy:
             try:
                 stats = await self._ask("GET", "/system_stats")
                 known = await self._ask("GET", "/object_info")
-            except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError):
+            except UNHEARD:
                 await asyncio.sleep(0.3)
                 continue
             device = (stats.get("devices") or [{}])[0]
@@ -179,7 +182,7 @@ class Comfy:
         # Begun on a process that the job before took down, a job would lose an attempt for nothing.
         try:
             await self._ask("GET", "/prompt")
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        except UNHEARD as error:
             raise self._lost(error) from None
         self.place.lay(order.files)
         yield {"kind": "started", "worker": self.name, "memory": self.memory}
@@ -239,7 +242,9 @@ class Comfy:
             except (OSError, aiohttp.ClientError, ValueError) as error:
                 raise self._lost(error) from None
             if prompt in history:
-                await self._ask("POST", "/history", {"delete": [prompt]})
+                # Tidying only: it must not turn a graph that has ended into another end.
+                with contextlib.suppress(*UNHEARD):
+                    await self._ask("POST", "/history", {"delete": [prompt]})
                 return self._outcome(history[prompt])
 
     def _outcome(self, entry: Mapping[str, Any]) -> Event:
@@ -261,7 +266,7 @@ class Comfy:
             await self._ask("POST", "/queue", {"delete": [prompt]})
             await self._ask("POST", "/interrupt", {"prompt_id": prompt})
             await asyncio.wait_for(self._watch(prompt), STOP_SECONDS)
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError, LostError):
+        except (*UNHEARD, LostError):
             if self.process is not None and self.alive():
                 self.process.kill()
 
