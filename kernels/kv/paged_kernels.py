@@ -105,7 +105,15 @@ def _why_not_flash_3(fmt: PageFormat, device: torch.device, pages: int) -> str:
     if importlib.util.find_spec("flash_attn_interface") is None:
         return "flash_attn_interface (FlashAttention 3) is not installed"
     # On a card that it has no code for it ends the process instead of raising.
-    return _why_not_half(fmt, device, 9, 10)
+    reason = _why_not_half(fmt, device, 9, 10)
+    if reason:
+        return reason
+    try:
+        flash_3()
+    # A package of that name on PyPI is empty; one for another torch fails in its library.
+    except (ImportError, OSError) as error:
+        return f"flash_attn_interface cannot be imported ({type(error).__name__})"
+    return ""
 
 
 def _attend_flash_3(q, slab, prepared):

@@ -168,6 +168,18 @@ def test_the_kernel_that_a_card_gets(monkeypatch, capability, fa3, tokens, dtype
     assert paged.choose(fmt, torch.device("cuda"), False, 30 * 24) == (chosen, "")
 
 
+def test_a_package_that_is_empty_is_passed_over(monkeypatch):
+    def empty():
+        raise ImportError("cannot import name 'flash_attn_with_kvcache'")
+
+    card(monkeypatch, (9, 0), True)
+    monkeypatch.setattr(paged_kernels, "flash_3", empty)
+    fmt = PageFormat((1, 1560, 12, 128), torch.bfloat16)
+    assert paged.choose(fmt, torch.device("cuda"), False, 30 * 24) == (FLEX, "")
+    said = paged_kernels.refusals(fmt, torch.device("cuda"), 30 * 24)[FLASH_3.name]
+    assert said == "flash_attn_interface cannot be imported (ImportError)"
+
+
 def test_more_pages_than_flex_counts(monkeypatch):
     """1.3B with window 21 and sink 3 fits in 32 bits, 14B does not."""
     card(monkeypatch, (8, 6), False)
