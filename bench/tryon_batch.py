@@ -50,7 +50,7 @@ def upload_figures(server, folder: Path, persons: int, garments: int) -> None:
 
 
 def loaders(steps: int) -> dict:
-    from frugal.demo.build_workflows import DEMO
+    from frugal.demo.tryon_graph import DEMO
 
     return {
         "model": ("FrugalLoadCatVTON", {

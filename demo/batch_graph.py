@@ -27,7 +27,7 @@ the group when memory runs out. Its report says what it did.
 The models are the small ones of the demo: drawn figures, not photos. `python -m demo.batch_graph
 FOLDER` draws the pictures into ComfyUI's input folder.
 
-For photos load the real weights as in `tryon_to_video_12gb`, remove *sampler* and *sigmas* to get
+For photos load the real weights as in `tryon_12gb`, remove *sampler* and *sigmas* to get
 CatVTON's own, and set 768 x 1024, 50 steps, cfg 2.5.""",
     4,
 )
@@ -60,7 +60,7 @@ def draw_into(folder: Path) -> list[Path]:
 
 
 def tryon_batch(s: dict) -> dict[str, Node]:
-    """Nodes by key; `s` holds names, sizes and steps of the demo, see build_workflows.DEMO."""
+    """Nodes by key; `s` holds names, sizes and steps of the demo, see tryon_graph.DEMO."""
     nodes = {}
     for kind, files in (("person", FIGURES), ("mask", MASKS), ("garment", GARMENTS)):
         for i, file in enumerate(files):

@@ -161,8 +161,12 @@ class Canvas:
         return answer.body()
 
     def in_view(self, text: str) -> bool:
-        """Whether these words can be read without scrolling."""
-        return self.page.evaluate(IN_VIEW, text)
+        """Whether these words can be read without scrolling, once panels have come to rest."""
+        for _ in range(50):
+            if self.page.evaluate(IN_VIEW, text):
+                return True
+            self.page.wait_for_timeout(200)
+        return False
 
     def shoot(self, name: str) -> None:
         """Keep a picture of the page."""
