@@ -25,12 +25,6 @@ class CacheOptions:
     way: str = GATHER
     budget: int = 0
 
-    def page_bytes(self, fmt: PageFormat) -> int:
-        """Bytes that a page takes at the most."""
-        if self.way == IN_PLACE and not self.on_host:
-            return widest_page(fmt, self.relative)
-        return fmt.page_bytes
-
     def __post_init__(self):
         if self.window < 0 or self.sink < 0:
             raise FrugalError(
@@ -44,3 +38,9 @@ class CacheOptions:
                 "a window, for without one every frame is kept",
                 "set the window, or the sink to 0",
             )
+
+    def page_bytes(self, fmt: PageFormat) -> int:
+        """Bytes that a page takes at the most."""
+        if self.way == IN_PLACE and not self.on_host:
+            return widest_page(fmt, self.relative)
+        return fmt.page_bytes

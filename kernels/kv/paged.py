@@ -91,8 +91,7 @@ class InPlace:
         kernel, self.reason = choose(self.fmt, self.device, self.relative, pages)
         if kernel is None:
             return
-        numbers = 2 * paged_kernels.elements(self.fmt, pages, kernel.rows)
-        size = numbers * self.fmt.dtype.itemsize
+        size = paged_kernels.slab_bytes(self.fmt, pages, kernel.rows)
         if self.budget and size > self.budget:
             self.reason = f"a slab for {kernel.name} takes {megabytes(size)}, more than the budget"
             return

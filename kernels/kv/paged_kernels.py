@@ -7,7 +7,6 @@ page must have, and what a table has to be made into.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..attention.backends import BACKENDS, importable
+from ..attention.call import Call, device_kind
 from .storage import MODEL, PageFormat
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ BLOCK = 128
 LARGEST = 1 << 31
 # Of torch.compile; "" runs flex_attention as it is written, which computes every score.
 BACKEND = "inductor"
-HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -62,25 +62,30 @@ def elements(fmt: PageFormat, pages: int, rows: Callable[[int], int]) -> int:
     return pages * samples * rows(tokens) * heads * width
 
 
+def slab_bytes(fmt: PageFormat, pages: int, rows: Callable[[int], int]) -> int:
+    """Of K and V together."""
+    return 2 * elements(fmt, pages, rows) * fmt.dtype.itemsize
+
+
 def widest_page(fmt: PageFormat, relative: bool) -> int:
     """Bytes of a page that is read in place, with the rows of the kernel that wants the most."""
     if why_none(fmt, relative):
         return fmt.page_bytes
+    return max(slab_bytes(fmt, 1, kernel.rows) for kernel in KERNELS)
+
+
+def _refused_as(name: str, fmt: PageFormat, device: torch.device) -> str:
+    """Why the kernel of that name in `kernels/attention` does not serve such keys, of which this is
+    another entry; "" if it does. Whether its package is there is not asked.
+    """
+    backend = next(each for each in BACKENDS if each.name == name)
+    kind = device_kind(device)
+    if kind not in backend.devices:
+        return f"runs on {' and '.join(backend.devices)}, not on {kind}"
     samples, tokens, heads, width = fmt.shape
-    rows = max(kernel.rows(tokens) for kernel in KERNELS)
-    return 2 * samples * rows * heads * width * fmt.dtype.itemsize
-
-
-def _why_not_half(fmt: PageFormat, device: torch.device, least: int, below: int = 99) -> str:
-    """least, below: major compute capabilities."""
-    if device.type != "cuda":
-        return f"it is for CUDA, not for {device.type}"
-    if fmt.dtype not in HALVES:
-        return f"it takes float16 and bfloat16, not {fmt.dtype}"
-    if fmt.shape[-1] > 256 or fmt.shape[-1] % 8:
-        return f"a head of {fmt.shape[-1]} numbers"
-    found = torch.cuda.get_device_capability(device)
-    return "" if least <= found[0] < below else f"compute capability {found[0]}.{found[1]}"
+    capability = torch.cuda.get_device_capability(device)
+    lengths = samples, heads, heads, tokens, tokens
+    return backend.refusal(Call(kind, capability, fmt.dtype, *lengths, width, width)) or ""
 
 
 def _as_pages(slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,10 +107,10 @@ def flash_3() -> Callable[..., Any]:
 
 
 def _why_not_flash_3(fmt: PageFormat, device: torch.device, pages: int) -> str:
-    if importlib.util.find_spec("flash_attn_interface") is None:
+    if not importable("flash_attn_interface"):
         return "flash_attn_interface (FlashAttention 3) is not installed"
     # On a card that it has no code for it ends the process instead of raising.
-    reason = _why_not_half(fmt, device, 9, 10)
+    reason = _refused_as("flash-attn-3", fmt, device)
     if reason:
         return reason
     try:
@@ -140,7 +145,7 @@ def _why_not_varlen(fmt: PageFormat, device: torch.device, pages: int) -> str:
     tokens = fmt.shape[1]
     if tokens % 256:
         return f"{tokens} tokens per page, not a multiple of 256"
-    return _why_not_half(fmt, device, 8)
+    return _refused_as("flash-attn-2", fmt, device)
 
 
 def _prepare_varlen(slab, table, queries):

@@ -142,11 +142,11 @@ def card(monkeypatch, capability, fa3):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(paged_kernels, "_has_triton", lambda: True)
-    find = paged_kernels.importlib.util.find_spec
+    find = paged_kernels.importable
     monkeypatch.setattr(
-        paged_kernels.importlib.util,
-        "find_spec",
-        lambda name: fa3 or None if name == "flash_attn_interface" else find(name),
+        paged_kernels,
+        "importable",
+        lambda name: fa3 if name == "flash_attn_interface" else find(name),
     )
 
 
