@@ -58,33 +58,35 @@ def model(name: str, url: str, directory: str) -> list[dict[str, str]]:
     return [{"name": name, "url": url, "directory": directory}]
 
 
+def _picture(file: str, title: str) -> Node:
+    return Node("LoadImage", 0, {"image": file}, title=title, size=(340, 340))
+
+
 def _models(s: dict, real: bool) -> dict[str, Node]:
     """CatVTON and its VAE; the real ones say where they come from."""
     base, attention, vae = s["base"], s["attention"], s["vae"]
-    files = {
-        "catvton": [
-            *model(
-                base, f"{HUB}/webui/stable-diffusion-inpainting/resolve/main/{base}", "checkpoints"
-            ),
-            *model(
-                attention,
-                f"{HUB}/zhengchong/CatVTON/resolve/main/mix-48k-1024/attention/{attention}",
-                "CatVTON",
-            ),
-        ],
-        "vae": model(vae, f"{HUB}/stabilityai/sd-vae-ft-mse-original/resolve/main/{vae}", "vae"),
-    }
-    if not real:
-        files = {"catvton": [], "vae": []}
+    bases = f"{HUB}/webui/stable-diffusion-inpainting/resolve/main"
+    versions = f"{HUB}/zhengchong/CatVTON/resolve/main/mix-48k-1024/attention"
+    vaes = f"{HUB}/stabilityai/sd-vae-ft-mse-original/resolve/main"
+    catvton = [
+        *model(base, f"{bases}/{base}", "checkpoints"),
+        *model(attention, f"{versions}/{attention}", "CatVTON"),
+    ]
     return {
         "catvton": Node(
             "FrugalLoadCatVTON",
             1,
             {"base": base, "attention": attention},
             size=(380, 300),
-            models=files["catvton"],
+            models=catvton if real else [],
         ),
-        "vae": Node("VAELoader", 1, {"vae_name": vae}, size=(380, 70), models=files["vae"]),
+        "vae": Node(
+            "VAELoader",
+            1,
+            {"vae_name": vae},
+            size=(380, 70),
+            models=model(vae, f"{vaes}/{vae}", "vae") if real else [],
+        ),
     }
 
 
@@ -92,10 +94,8 @@ def tryon_photo(s: dict) -> dict[str, Node]:
     """Photo with a painted mask and garment -> dressed photo, in one node."""
     width, height = s["canvas"]
     return {
-        "person": Node(
-            "LoadImage", 0, {"image": s["person"]}, title="Person: paint the mask", size=(340, 340)
-        ),
-        "garment": Node("LoadImage", 0, {"image": s["garment"]}, title="Garment", size=(340, 340)),
+        "person": _picture(s["person"], "Person: paint the mask"),
+        "garment": _picture(s["garment"], "Garment"),
         **_models(s, True),
         "refine": Node(
             "FrugalMaskRefine", 2, {"fill_holes": -1}, {"mask": ("person", 1)}, size=(380, 660)
@@ -144,7 +144,7 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
     width, height = s["canvas"]
     clip_width, clip_height, frames = s["clip"]
     nodes = {
-        "person": Node("LoadImage", 0, {"image": s["person"]}, title="Person", size=(340, 340)),
+        "person": _picture(s["person"], "Person"),
         "mask": Node(
             "LoadImageMask",
             0,
@@ -152,7 +152,7 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             title="Mask: what to repaint",
             size=(340, 340),
         ),
-        "garment": Node("LoadImage", 0, {"image": s["garment"]}, title="Garment", size=(340, 340)),
+        "garment": _picture(s["garment"], "Garment"),
         **_models(s, real),
         "refine": Node(
             "FrugalMaskRefine",
