@@ -16,6 +16,7 @@ from frugal.kernels.remote.fleet.desk import Desk, Event, Rules
 from frugal.kernels.remote.fleet.http import application, hashed
 from frugal.kernels.remote.fleet.orders import Order, order
 from frugal.kernels.remote.fleet.store import Store
+from frugal.tests.bed.patience import FOREVER, HANG, comes
 
 TOKEN = "a-token-for-the-tests"
 MEMORY = 8 * 10**9
@@ -94,7 +95,7 @@ async def complains(job: str, wanted: Order) -> AsyncIterator[Event]:
 async def hangs(job: str, wanted: Order) -> AsyncIterator[Event]:
     """Never ends."""
     yield started()
-    await asyncio.sleep(3600)
+    await asyncio.sleep(FOREVER)
     yield {"kind": "done", "shown": {}}
 
 
@@ -126,19 +127,18 @@ def running(
         held.append(desk)
         desk.open()
         task = asyncio.ensure_future(web.serve())
-        while not web.started and not task.done():
-            await asyncio.sleep(0.01)
+        await comes(lambda: web.started or task.done())
         ready.set()
         await task
         await desk.close()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()
-    assert ready.wait(30) and web.started
+    assert ready.wait(HANG) and web.started
     port = web.servers[0].sockets[0].getsockname()[1]
     try:
         yield Running(f"http://127.0.0.1:{port}", held[0], loop, pretended)
     finally:
         web.should_exit = True
-        thread.join(30)
+        thread.join(HANG)
         loop.close()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from aiohttp import web
 
+from frugal.tests.bed.patience import HANG
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -63,12 +65,12 @@ def scripted(handle) -> Iterator[Scripted]:
 
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(HANG)
     try:
         yield server
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(HANG)
 
 
 def completion(text: str, finish: str = "stop") -> web.Response:
@@ -142,4 +144,4 @@ def transformers_serve(model: Path, log: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(HANG)

@@ -14,6 +14,7 @@ import pytest
 
 from frugal.kernels.errors import FrugalError
 from frugal.tests.bed.installed import installed
+from frugal.tests.bed.patience import comes
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = "import sys\nfor name in {names!r}: sys.modules[name] = None\n"
@@ -226,11 +227,8 @@ def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
         front = await make(app.FrontDesk, fleet, handle)
         try:
             jobs = [front.desk.accept(job(color))[0].id for color in (5, 13, 6)]
-            for _ in range(1500):
-                done = [front.desk.store.job(each) for each in jobs]
-                if not front.desk.store.open_jobs():
-                    break
-                await asyncio.sleep(0.02)
+            await comes(lambda: not front.desk.store.open_jobs())
+            done = [front.desk.store.job(each) for each in jobs]
             assert [each.status for each in done] == ["completed", "failed", "completed"]
             assert "lost in each of 2 attempts" in done[1].error
             for each, text in ((jobs[0], b"in 5"), (jobs[2], b"in 6")):
@@ -239,10 +237,7 @@ def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
             assert front.desk.rules.at_once == 4 and front.desk.rules.attempts == 2
             with pytest.raises(RuntimeError, match="has ended"):
                 await handle.workers[0].check_health()
-            for _ in range(500):
-                if len(gone) == 2:
-                    break
-                await asyncio.sleep(0.02)
+            await comes(lambda: len(gone) == 2)
             assert gone == [1, 1]
             # The third job comes before or after the second loss, and no loss is charged to it.
             assert len(handle.workers) in (2, 3) and done[2].attempts == 1

@@ -11,6 +11,7 @@ pytest.importorskip("starlette")
 from frugal.kernels.remote.fleet import desk as d
 from frugal.kernels.remote.fleet.orders import order
 from frugal.kernels.remote.fleet.store import FullError, KeyReusedError, Store
+from frugal.tests.bed.patience import comes
 from frugal.tests.fleet_bed import (
     MEMORY,
     Pretended,
@@ -48,20 +49,12 @@ def at_desk(folder, body, *acts, **rules):
 
 async def ended(desk, *jobs):
     """Those jobs when they have ended."""
-    for _ in range(2000):
-        found = [desk.store.job(job) for job in jobs]
-        if all(job.status in d.ENDED for job in found):
-            return found
-        await asyncio.sleep(0.005)
-    raise AssertionError([job.status for job in found])
 
+    def found():
+        return [desk.store.job(job) for job in jobs]
 
-async def until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("never")
+    await comes(lambda: all(job.status in d.ENDED for job in found()), found)
+    return found()
 
 
 def test_a_result_is_put_together_from_its_pieces(tmp_path):
@@ -199,9 +192,9 @@ def test_cancel_stops_the_worker(tmp_path):
 
     async def body(desk, pretended):
         job = desk.accept(an_order())[0].id
-        await until(lambda: desk.store.job(job).status == "running")
+        await comes(lambda: desk.store.job(job).status == "running")
         assert await desk.cancel(job) and not await desk.cancel(job)
-        await until(lambda: stopped == [job])
+        await comes(lambda: stopped == [job])
         assert desk.store.job(job).error == "cancelled by request"
         with pytest.raises(KeyError):
             await desk.cancel("unknown")
@@ -210,17 +203,25 @@ def test_cancel_stops_the_worker(tmp_path):
 
 
 def test_orders_wait_on_disk_until_their_turn(tmp_path):
-    async def body(desk, pretended):
-        jobs = [desk.accept(an_order(color))[0].id for color in range(5)]
-        await until(lambda: len(pretended.begun) == 2)
-        await asyncio.sleep(0.05)
-        assert [job for job, _ in pretended.begun] == jobs[:2]
-        for job in jobs:
-            await desk.cancel(job)
-        await until(lambda: not desk._tasks)
-        assert len(pretended.begun) == 2
+    inside, most, gate = [], [], asyncio.Event()
 
-    at_desk(tmp_path, body, hangs, at_once=2)
+    async def gated(job, wanted):
+        inside.append(job)
+        most.append(len(inside))
+        await gate.wait()
+        inside.remove(job)
+        async for event in works(job, wanted):
+            yield event
+
+    async def body(desk, pretended):
+        jobs = [desk.accept(an_order(color))[0].id for color in range(6)]
+        await comes(lambda: len(inside) >= 2)
+        await desk.cancel(jobs[5])
+        gate.set()
+        await ended(desk, *jobs)
+        assert [job for job, _ in pretended.begun] == jobs[:5] and max(most) == 2
+
+    at_desk(tmp_path, body, gated, at_once=2)
 
 
 def plan(size: int) -> bytes:
@@ -253,7 +254,7 @@ def test_a_new_desk_takes_everything_up_again(tmp_path):
         ready = desk.accept(an_order(1), "one")[0].id
         await ended(desk, ready)
         jobs = [desk.accept(an_order(color))[0].id for color in (2, 3)]
-        await until(lambda: all(desk.store.job(job).status == "running" for job in jobs))
+        await comes(lambda: all(desk.store.job(job).status == "running" for job in jobs))
         return ready, jobs
 
     async def second(desk, pretended):

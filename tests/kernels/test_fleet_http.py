@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
-import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.remote import transport
 from frugal.kernels.remote.fleet import client as client_module
 from frugal.kernels.remote.fleet import command, token
 from frugal.kernels.remote.fleet.client import FleetClient
 from frugal.kernels.remote.transport import Reply
+from frugal.tests.bed.patience import HANG, comes, until
 from frugal.tests.fleet_bed import TOKEN, complains, dies, hangs, picture_graph, running, works
 
 GRAPH = json.dumps(picture_graph(5)).encode()
@@ -30,7 +32,7 @@ def ask(url, method="GET", body=None, key=TOKEN, **headers):
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, body, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=HANG) as answer:
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read()
@@ -52,12 +54,12 @@ def post(url, *parts, **headers):
 
 
 def ended(url, job):
-    for _ in range(500):
-        found = json.loads(ask(f"{url}/v1/jobs/{job}")[2])
-        if found["status"] not in ("queued", "running"):
-            return found
-        time.sleep(0.01)
-    raise AssertionError(found)
+
+    def found():
+        return json.loads(ask(f"{url}/v1/jobs/{job}")[2])
+
+    until(lambda: found()["status"] not in ("queued", "running"), found)
+    return found()
 
 
 def test_a_job_from_form_to_file(tmp_path):
@@ -203,8 +205,8 @@ def test_the_client_waits_for_room(tmp_path):
     async def main():
         async with FleetClient(fleet.url, TOKEN) as client:
             first = await client.submit(GRAPH, {}, "one")
-            waiting = asyncio.ensure_future(client.submit(GRAPH, {}, "two", patience=30))
-            await asyncio.sleep(0.3)
+            waiting = asyncio.ensure_future(client.submit(GRAPH, {}, "two", patience=HANG))
+            await refused(fleet, 1)
             assert not waiting.done()
             await client.cancel(first["id"])
             assert (await waiting)["status"] == "queued"
@@ -212,8 +214,15 @@ def test_the_client_waits_for_room(tmp_path):
                 await client.submit(GRAPH, {}, "three")
 
     with running(tmp_path, hangs, queue=1) as fleet:
-        fleet.desk.retry_after = lambda: 1
+        fleet.desk.retry_after = lambda: 0
         asyncio.run(main())
+
+
+async def refused(fleet, times):
+    """So many more orders have found the queue full."""
+    told = fleet.desk.store.counters
+    before = told().get("refused_full", 0)
+    await comes(lambda: told().get("refused_full", 0) >= before + times, told)
 
 
 def silent(client, monkeypatch, times):
@@ -235,19 +244,19 @@ def test_the_client_waits_while_the_fleet_is_away(tmp_path, monkeypatch):
     async def main():
         async with FleetClient(fleet.url, TOKEN) as client:
             silent(client, monkeypatch, 4)
-            job = await client.submit(GRAPH, {}, "one", patience=30)
+            job = await client.submit(GRAPH, {}, "one", patience=HANG)
             silent(client, monkeypatch, 4)
-            assert (await client.wait(job["id"], 30))["status"] == "completed"
+            assert (await client.wait(job["id"], HANG))["status"] == "completed"
             silent(client, monkeypatch, 1)
             with pytest.raises(FrugalError, match="nobody there"):
                 await client.submit(GRAPH, {}, "two")
             monkeypatch.setattr(client_module, "OUTAGE", 0.3)
             silent(client, monkeypatch, 10**6)
             with pytest.raises(FrugalError, match="nobody there"):
-                await client.wait(job["id"], 30)
+                await client.wait(job["id"], HANG)
         async with FleetClient(fleet.url, TOKEN) as client:
             with pytest.raises(FrugalError, match="404"):
-                await client.wait("none", 30)
+                await client.wait("none", HANG)
 
     with running(tmp_path, works) as fleet:
         asyncio.run(main())
@@ -256,21 +265,25 @@ def test_the_client_waits_while_the_fleet_is_away(tmp_path, monkeypatch):
 def test_a_fleet_that_goes_away_while_its_queue_is_full_is_waited_for_too(tmp_path, monkeypatch):
     """An outage is counted from when the fleet was last heard of."""
     monkeypatch.setattr(client_module, "LONGEST_POLL", 0.05)
-    monkeypatch.setattr(client_module, "OUTAGE", 0.4)
+    now = [0.0]
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def main():
         async with FleetClient(fleet.url, TOKEN) as client:
             first = await client.submit(GRAPH, {}, "one")
-            waiting = asyncio.ensure_future(client.submit(GRAPH, {}, "two", patience=30))
-            await asyncio.sleep(2.5)
+            waiting = asyncio.ensure_future(client.submit(GRAPH, {}, "two", patience=HANG))
+            await refused(fleet, 1)
+            now[0] += 2 * client_module.OUTAGE
+            # More than one client's attempts: it has heard of the fleet at the new time.
+            await refused(fleet, transport.TRIES + 1)
             silent(client, monkeypatch, 2)
-            await asyncio.sleep(2.5)
+            await refused(fleet, transport.TRIES + 1)
             assert not waiting.done()
             await FleetClient.cancel(client, first["id"])
             assert (await waiting)["status"] == "queued"
 
     with running(tmp_path, hangs, queue=1) as fleet:
-        fleet.desk.retry_after = lambda: 1
+        fleet.desk.retry_after = lambda: 0
         asyncio.run(main())
 
 
@@ -292,8 +305,8 @@ def test_a_fleet_that_fails_for_a_moment_loses_no_row(tmp_path, monkeypatch):
                 return await real(method, path, *arguments, **more)
 
             monkeypatch.setattr(client, "_exchange", exchange)
-            job = await client.submit(GRAPH, {}, "one", patience=30)
-            job = await client.wait(job["id"], 30)
+            job = await client.submit(GRAPH, {}, "one", patience=HANG)
+            job = await client.wait(job["id"], HANG)
             fetched = await client.fetch(job, tmp_path / "results")
             assert len(fetched) == len(job["files"]) > 0
 

@@ -24,6 +24,7 @@ from frugal.kernels.remote.dialects import (
 )
 from frugal.kernels.remote.server import server
 from frugal.kernels.remote.waiting import run
+from frugal.tests.bed.patience import FOREVER
 from frugal.tests.remote_bed import scripted
 from frugal.tests.video_bed import Videos
 
@@ -213,7 +214,7 @@ def test_cancel_while_the_order_is_on_its_way_takes_it_off_too(tmp_path):
 
     async def take_and_think(request):
         one.add(dict(await request.post()))
-        await asyncio.sleep(20)
+        await asyncio.sleep(FOREVER)
 
     def check():
         if one.jobs:

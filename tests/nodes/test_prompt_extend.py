@@ -9,6 +9,7 @@ import torch
 from aiohttp import web
 
 from frugal.kernels.errors import FrugalError
+from frugal.tests.bed.patience import FOREVER, HANG
 from frugal.tests.remote_bed import completion, scripted
 
 WIDGETS = dict(
@@ -19,7 +20,7 @@ WIDGETS = dict(
     style="",
     seed=0,
     max_tokens=64,
-    timeout_s=20.0,
+    timeout_s=HANG,
     key_variable="",
 )
 
@@ -101,7 +102,7 @@ def test_cancel_is_no_failure(node):
         mm.interrupt_current_processing()
         import asyncio
 
-        await asyncio.sleep(20)
+        await asyncio.sleep(FOREVER)
 
     with scripted(handle) as stub, pytest.raises(mm.InterruptProcessingException):
         run(node, stub.url)
