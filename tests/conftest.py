@@ -99,13 +99,15 @@ def sockets(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def server(comfy_tree: Path, sockets, tmp_path_factory: pytest.TempPathFactory):
-    """One real ComfyUI server with the pack for the whole run, with its web page where that is
-    installed; see demo/comfy_server.py.
+    """One real ComfyUI server with the pack and bed/extra_nodes.py for the whole run, with its web
+    page where that is installed; see demo/comfy_server.py.
     """
     from frugal.demo.comfy_server import ComfyServer
 
     page = importlib.util.find_spec("comfyui_frontend_package") is not None
     running = ComfyServer(comfy_tree, tmp_path_factory.mktemp("comfy"), frontend=page)
+    (running.base / "custom_nodes").mkdir()
+    shutil.copy(ROOT / "tests" / "bed" / "extra_nodes.py", running.base / "custom_nodes")
     with sockets.watching():
         running.start()
     yield running

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,57 +16,15 @@ import psutil
 
 from frugal.demo.comfy_server import free_port
 from frugal.tests.bed.installed import installed
+from frugal.tests.bed.patience import HANG, until
 
-BOOT_SECONDS = 600
-NODES = '''"""Nodes for the tests: they wait, end the process, complain like a card, look around."""
-import os, time
-from comfy.model_management import throw_exception_if_processing_interrupted
-
-
-class Test:
-    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "go", (), True
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"value": ("STRING", {"default": ""})}}
-
-    @classmethod
-    def IS_CHANGED(cls, value):
-        return float("nan")
-
-
-class FleetTestWait(Test):
-    def go(self, value):
-        end = time.monotonic() + float(value)
-        while time.monotonic() < end:
-            throw_exception_if_processing_interrupted()
-            time.sleep(0.02)
-        return {"ui": {"text": ["waited"]}}
-
-
-class FleetTestEnd(Test):
-    def go(self, value):
-        os.kill(os.getpid(), 9)
-
-
-class FleetTestRaise(Test):
-    def go(self, value):
-        raise RuntimeError(value)
-
-
-class FleetTestLook(Test):
-    def go(self, value):
-        return {"ui": {"text": sorted(os.environ)}}
-
-
-NODE_CLASS_MAPPINGS = {c.__name__: c for c in Test.__subclasses__()}
-'''
+EXTRA_NODES = Path(__file__).parent / "bed" / "extra_nodes.py"
 
 
 def comfy_arguments(base: Path) -> list[str]:
     """Arguments for a ComfyUI without web page whose custom nodes are those of the tests."""
     (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
-    (base / "custom_nodes" / "fleet_test_nodes.py").write_text(NODES)
+    shutil.copy(EXTRA_NODES, base / "custom_nodes")
     (base / "no-frontend").mkdir(exist_ok=True)
     return [
         "--base-directory", str(base), "--front-end-root", str(base / "no-frontend"),
@@ -132,21 +90,21 @@ class FleetProcess:
 
     def _until(self, there: Callable[[], bool]) -> None:
         for left in reversed(range(self.tries)):
-            end = time.monotonic() + BOOT_SECONDS
-            while self.process.poll() is None and time.monotonic() < end:
-                if there():
-                    return
-                time.sleep(0.2)
+            until(lambda: there() or self.process.poll() is not None, self.told)
+            if self.process.poll() is None:
+                return
             # Ray has fixed limits for its own start that a machine full of tests cannot keep.
             if not left or "Ray did not start" not in self.said():
                 break
             self.stop()
             self.log.unlink()
             self.start()
-        raise AssertionError(self.said()[-4000:] + self.worker_logs())
+        raise AssertionError(self.told())
 
-    def worker_logs(self) -> str:
-        return "\n".join(p.read_text()[-1500:] for p in (self.folder / "work").glob("*.log"))
+    def told(self) -> str:
+        """The ends of its log and of its workers' logs."""
+        logs = (p.read_text()[-1500:] for p in (self.folder / "work").glob("*.log"))
+        return "\n".join([self.said()[-4000:], *logs])
 
     def processes(self) -> list[psutil.Process]:
         """All that it started and that still run."""
@@ -167,17 +125,17 @@ class FleetProcess:
         return [p for p in self.processes() if " ".join(_line(p)).startswith(start)]
 
     def stop(self) -> list[str]:
-        """As Ctrl-C does. What is left half a minute later is killed, and its names returned."""
+        """As Ctrl-C does. What is left then is killed, and its names returned."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(90)
-        _, left = psutil.wait_procs(self.processes(), 30)
+                self.process.wait(HANG)
+        _, left = psutil.wait_procs(self.processes(), HANG)
         names = [" ".join(_line(each))[:200] for each in left]
         for each in left:
             with contextlib.suppress(psutil.Error):
                 each.kill()
-        psutil.wait_procs(left, 30)
+        psutil.wait_procs(left, HANG)
         return names
 
 

@@ -9,20 +9,18 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from aiohttp import web
 
-from frugal.tests.bed.patience import HANG
+from frugal.tests.bed.patience import HANG, until
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-BOOT_SECONDS = 240
 
 
 class Scripted:
@@ -135,12 +133,15 @@ def transformers_serve(model: Path, log: Path) -> Iterator[str]:
             command, cwd=log.parent, env={**os.environ, **quiet}, stdout=file, stderr=file
         )
         try:
-            for _ in range(BOOT_SECONDS):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                    break
+
+            def answers() -> bool:
                 assert process.poll() is None, log.read_text()[-3000:]
-                time.sleep(1)
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=HANG).read()
+                    return True
+                return False
+
+            until(answers, lambda: log.read_text()[-3000:])
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from frugal.demo import export
 from frugal.demo.evaluate import evaluate
@@ -15,7 +14,6 @@ SWAPS = 24
 
 @pytest.fixture(scope="module")
 def figures():
-    torch.set_num_threads(2)
     return evaluate(*export.read(), swaps=SWAPS, steps=10)[0]
 
 

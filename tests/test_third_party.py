@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from frugal.tests.bed.patience import HANG
 from frugal.tests.bed.tracked import tracked_or_skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ def comfy(folder: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry"]
     env = {**os.environ, "HOME": str(folder.parent), "DO_NOT_TRACK": "1", "COLUMNS": "200"}
     done = subprocess.run(
-        [*command, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        [*command, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

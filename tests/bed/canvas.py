@@ -160,13 +160,9 @@ class Canvas:
         assert answer.ok, answer.status_text
         return answer.body()
 
-    def in_view(self, text: str) -> bool:
-        """Whether these words can be read without scrolling, once panels have come to rest."""
-        for _ in range(50):
-            if self.page.evaluate(IN_VIEW, text):
-                return True
-            self.page.wait_for_timeout(200)
-        return False
+    def await_in_view(self, text: str) -> None:
+        """Wait until these words can be read without scrolling; panels move in by and by."""
+        self.page.wait_for_function(IN_VIEW, arg=text)
 
     def shoot(self, name: str) -> None:
         """Keep a picture of the page."""

@@ -38,7 +38,7 @@ def test_a_wrong_file_says_which_to_take(tab, site, tmp_path):
     tab.click("View details")
     tab.page.wait_for_function("() => document.body.innerText.includes('choose a Wan 2.1 file')")
     tab.shoot("wrong_file")
-    assert tab.in_view("choose a Wan 2.1 file")
+    tab.await_in_view("choose a Wan 2.1 file")
 
 
 @pytest.mark.parametrize(("name", "count"), [("wan_i2v_14b_12gb", 4), ("tryon_to_video_12gb", 7)])

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,12 @@ from frugal.kernels.masks import _jit, driver
 from frugal.kernels.masks.agnostic import AgnosticSettings, agnostic_mask
 from frugal.kernels.masks.pictures import composite, crop, uncrop, window
 from frugal.kernels.masks.refine import RefineSettings, hull, refine
+from frugal.tests.bed.patience import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOSEN = dict(fill_holes=30, drop_islands=5, grow=4, feather=6.0, feather_mode="ramp_center")
+# A threshold alone, where what is compiled is compiled for one test.
+SMALLEST: dict = {}
 # ComfyUI names a pack's module by its full path, which is what goes stale in a cache.
 PRELUDE = """
 import importlib, importlib.util, sys
@@ -64,7 +66,7 @@ def fresh(tmp_path: Path, pack: Path, before: str = "", settings=CHOSEN, **varia
         text=True,
         env=os.environ | variables,
         cwd=tmp_path,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return np.load(tmp_path / "out.npy"), done.stdout.strip(), done.stderr
@@ -107,29 +109,28 @@ def test_a_numba_that_dies_at_import_costs_speed_only(tmp_path):
 
 def test_a_moved_pack_finds_its_kernels(tmp_path):
     """A cache keyed by module name alone would now look for the old path, and fail."""
-    small = dict(fill_holes=9)
     cache = tmp_path / "cache"
     first = copy_pack(tmp_path / "one" / "pack.git")
-    result, backend, _ = fresh(tmp_path, first, settings=small, FRUGAL_CACHE_DIR=str(cache))
+    result, backend, _ = fresh(tmp_path, first, settings=SMALLEST, FRUGAL_CACHE_DIR=str(cache))
     assert backend == "numba"
-    assert np.array_equal(result, expected(small))
+    assert np.array_equal(result, expected(SMALLEST))
     files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.nb?")}
     assert files, "nothing was cached, so this test would prove nothing"
-    fresh(tmp_path, first, settings=small, FRUGAL_CACHE_DIR=str(cache))
+    fresh(tmp_path, first, settings=SMALLEST, FRUGAL_CACHE_DIR=str(cache))
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.nb?")} == files, "compiled again"
     second = shutil.move(first, tmp_path / "two")
-    result, backend, _ = fresh(tmp_path, second, settings=small, FRUGAL_CACHE_DIR=str(cache))
+    result, backend, _ = fresh(tmp_path, second, settings=SMALLEST, FRUGAL_CACHE_DIR=str(cache))
     assert backend == "numba"
-    assert np.array_equal(result, expected(small))
+    assert np.array_equal(result, expected(SMALLEST))
 
 
 def test_no_writable_cache_folder_costs_the_cache_only(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    # A threshold alone: whatever is compiled here is compiled for nobody else.
-    result, backend, _ = fresh(tmp_path, ROOT, settings={}, FRUGAL_CACHE_DIR=str(blocked / "cache"))
+    variables = {"FRUGAL_CACHE_DIR": str(blocked / "cache")}
+    result, backend, _ = fresh(tmp_path, ROOT, settings=SMALLEST, **variables)
     assert backend == "numba"
-    assert np.array_equal(result, expected({}))
+    assert np.array_equal(result, expected(SMALLEST))
     assert blocked.read_text() == "not a folder"
 
 
@@ -196,21 +197,18 @@ def operations() -> list[Callable[[], np.ndarray]]:
 
 
 def test_four_callers_at_once():
-    """For a few seconds, or as many as FRUGAL_CALLERS_SECONDS says."""
+    """A few rounds each, or as many as FRUGAL_CALLERS_ROUNDS says."""
     calls = operations()
     want = [call() for call in calls]
     assert all(made.std() > 0 for made in want)
-    failures, rounds = [], [0] * 4
-    stop = time.monotonic() + float(os.environ.get("FRUGAL_CALLERS_SECONDS", "4"))
+    failures, rounds = [], int(os.environ.get("FRUGAL_CALLERS_ROUNDS", "4"))
 
     def caller(n: int) -> None:
         """Starts at another operation than the others, so that all kinds meet all kinds."""
-        while (time.monotonic() < stop or rounds[n] < 2) and not failures:
-            for k in range(len(calls)):
-                at = (2 * n + k) % len(calls)
-                if not np.array_equal(calls[at](), want[at]):
-                    failures.append((n, at))
-            rounds[n] += 1
+        for k in range(rounds * len(calls)):
+            at = (2 * n + k) % len(calls)
+            if not np.array_equal(calls[at](), want[at]):
+                failures.append((n, at))
 
     callers = [threading.Thread(target=caller, args=(n,)) for n in range(4)]
     for thread in callers:
@@ -218,4 +216,3 @@ def test_four_callers_at_once():
     for thread in callers:
         thread.join()
     assert not failures
-    assert min(rounds) >= 2

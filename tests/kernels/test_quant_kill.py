@@ -1,7 +1,7 @@
 """Killing the converter at any moment: no half file, and the resumed result is the same bytes.
 
-A process of its own converts a small file slowly in forked children and kills them, so that torch
-is imported once and no test process is forked.
+A process of its own converts a small file in forked children, which ask it before each step, and
+kills them within one, so that torch is imported once and no test process is forked.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from frugal.tests.bed.patience import HANG
+
 pytest.importorskip("comfy_kitchen")
-KILLS = 10
+KILLS, STEPS = 10, 24
 # argv: folder of the tests, source, target. Prints one line of JSON.
 LOOP = """
 import importlib.util, json, os, random, signal, sys, time
@@ -33,10 +35,9 @@ source, target = Path(sys.argv[2]), Path(sys.argv[3])
 writer.COMMIT_BYTES = 100_000
 random.seed(7)
 
-def work(pause):
+def work(step):
     held = Weights(source)
-    choice = uniform(held, formats.INT8)
-    return convert(held, target, choice, progress=lambda done, total: time.sleep(pause))
+    return convert(held, target, uniform(held, formats.INT8), progress=lambda done, total: step())
 
 def journal():
     path = target.with_name(target.name + ".part.json")
@@ -44,17 +45,26 @@ def journal():
 
 kills, seen, whole = 0, [], []
 while kills < int(sys.argv[4]) and not target.exists():
+    (asked, ask), (answered, answer) = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
-        work(0.03)
+        os.close(asked), os.close(answer)
+        work(lambda: (os.write(ask, b"?"), os.read(answered, 1)))
         os._exit(0)
-    time.sleep(random.uniform(0.05, 0.6))
+    os.close(ask), os.close(answered)
+    for _ in range(random.randrange(int(sys.argv[5]))):
+        # It says nothing any more when it has come to its end.
+        if os.read(asked, 1):
+            os.write(answer, b"!")
+    # Somewhere in the step, wherever that is on this machine.
+    time.sleep(random.uniform(0, 0.01))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    os.close(asked), os.close(answer)
     kills += os.WIFSIGNALED(status)
     whole.append(target.exists())
     seen.append(journal())
-report = None if target.exists() else work(0)
+report = None if target.exists() else work(lambda: None)
 print(json.dumps({"kills": kills, "journal": seen, "finished": whole,
                   "resumed": report and report.resumed}))
 """
@@ -74,8 +84,9 @@ def test_ten_kills_lose_nothing(tmp_path):
     held = Weights(source)
     convert(held, whole, uniform(held, formats.INT8))
     tests = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-P", "-c", LOOP, str(tests), str(source), str(killed), str(KILLS)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    words = [str(tests), str(source), str(killed), str(KILLS), str(STEPS)]
+    command = [sys.executable, "-P", "-c", LOOP, *words]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.splitlines()[-1])
     assert killed.read_bytes() == whole.read_bytes()

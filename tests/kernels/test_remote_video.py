@@ -24,7 +24,7 @@ from frugal.kernels.remote.dialects import (
 )
 from frugal.kernels.remote.server import server
 from frugal.kernels.remote.waiting import run
-from frugal.tests.bed.patience import FOREVER
+from frugal.tests.bed.patience import FOREVER, HANG
 from frugal.tests.remote_bed import scripted
 from frugal.tests.video_bed import Videos
 
@@ -201,7 +201,7 @@ def test_cancel_takes_the_job_off_the_server(tmp_path):
             raise Cancelled
 
     with served(one) as urls, pytest.raises(Cancelled):
-        work = videos.order([server(urls[0])], DIALECTS[VLLM], WISH, tmp_path, 60)
+        work = videos.order([server(urls[0])], DIALECTS[VLLM], WISH, tmp_path, HANG)
         run(work, check, 0.02)
     assert one.deleted == ["video_gen_0"]
 
@@ -222,7 +222,7 @@ def test_cancel_while_the_order_is_on_its_way_takes_it_off_too(tmp_path):
 
     one.on_create = take_and_think
     with served(one) as urls, pytest.raises(Cancelled):
-        work = videos.order([server(urls[0])], DIALECTS[VLLM], WISH, tmp_path, 60)
+        work = videos.order([server(urls[0])], DIALECTS[VLLM], WISH, tmp_path, HANG)
         run(work, check, 0.02)
     assert one.deleted == ["video_gen_0"]
 

@@ -17,6 +17,7 @@ import pytest
 import tomllib
 
 from frugal.tests.bed.absent import closure, plain, read_requirements
+from frugal.tests.bed.patience import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +37,7 @@ def resolve(folder: Path, wanted: list[str], held: dict[str, str]) -> dict[str, 
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in held.items()))
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-q"]
     command += ["--report", str(report), "-c", str(constraints), *wanted]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     entries = json.loads(report.read_text(encoding="utf-8"))["install"]
     return {

@@ -28,7 +28,7 @@ WIDGETS = dict(
     guidance=5.0,
     flow_shift=3.0,
     seed=1,
-    timeout_minutes=1.0,
+    timeout_minutes=15.0,
     filename_prefix="video/remote",
     key_variable="",
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.plan import meter
 from frugal.kernels.plan.meter import Memory, Meter
 from frugal.kernels.plan.run_report import Frames, RunReport
 from frugal.kernels.report import LoadReport
@@ -37,11 +38,12 @@ def patcher():
     return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
 
 
-def test_seconds_run_from_the_fingerprint_to_the_node():
+def test_seconds_run_from_the_fingerprint_to_the_node(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     FrugalReport.fingerprint_inputs(price_per_hour=0.0, currency="USD")
-    time.sleep(0.3)
-    data = json.loads(execute()[1])
-    assert 0.3 <= data["seconds"] < 5
+    now[0] += 12.5
+    assert json.loads(execute()[1])["seconds"] == 12.5
 
 
 def test_fingerprint_never_repeats():
@@ -49,8 +51,7 @@ def test_fingerprint_never_repeats():
 
 
 def test_an_unseen_start_is_said_and_costs_nothing():
-    meter = Meter()
-    report = RunReport(meter.seconds(), MEMORY, price_per_hour=2.0)
+    report = RunReport(Meter().seconds(), MEMORY, price_per_hour=2.0)
     assert report.cost is None
     assert "time: unknown" in report.text()
     assert "cost: unknown, the time is not known (at 2 USD" in report.text()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
-import random
-import time
 import urllib.error
 import urllib.request
 
@@ -18,10 +17,11 @@ from PIL import Image
 pytest.importorskip("ray")
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.remote.fleet.client import FleetClient
+from frugal.tests.bed.patience import HANG, comes, until
 from frugal.tests.fleet_bed import picture_graph
 from frugal.tests.fleet_process import fleet_process
 
-JOBS, QUEUE, PATIENCE = 12, 16, 240.0
+JOBS, QUEUE = 12, 16
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,17 @@ def fleet(comfy_tree, tmp_path_factory):
     if comfy_tree.name != trees[0]:
         pytest.skip("once is enough: test_fleet_worker.py runs with every ComfyUI")
     folder = tmp_path_factory.mktemp("fleet")
-    with fleet_process(comfy_tree, folder, "--queue", str(QUEUE), "--job-seconds", "60") as running:
+    limits = ("--queue", str(QUEUE), "--job-seconds", str(HANG))
+    with fleet_process(comfy_tree, folder, *limits) as running:
         running.wait()
         yield running
 
 
-def graph(color, seconds=0.0):
+def graph(color, gate=None):
+    """A picture; gate: made no sooner than this file is there."""
     made = picture_graph(color)
-    if seconds:
-        made["3"] = {"class_type": "FleetTestWait", "inputs": {"value": str(seconds)}}
+    if gate:
+        made["3"] = {"class_type": "TestWait", "inputs": {"value": str(gate)}}
     return json.dumps(made).encode()
 
 
@@ -72,23 +74,21 @@ def test_no_answer_without_the_token(fleet):
 
 
 def test_every_job_ends_once_though_a_worker_is_killed(fleet):
-    dice = random.Random(11)
+    gate = fleet.folder / "first-gate"
+    inside = gate.with_suffix(".inside")
 
     async def main():
         async with FleetClient(fleet.url, fleet.token) as client:
-            sent = [client.submit(graph(n, 0.4), {}, f"job-{n}") for n in range(JOBS)]
+            sent = [client.submit(graph(n, gate), {}, f"job-{n}") for n in range(JOBS)]
             jobs = await asyncio.gather(*sent)
-            for _ in range(600):
-                if any(job["status"] == "running" for job in await client.jobs()):
-                    break
-                await asyncio.sleep(0.05)
-            await asyncio.sleep(dice.random())
-            victim = dice.choice(fleet.comfys())
+            await comes(inside.exists, fleet.told)
+            (victim,) = [each for each in fleet.comfys() if each.pid == int(inside.read_text())]
             victim.kill()
-            done = [await client.wait(job["id"], PATIENCE) for job in jobs]
+            gate.touch()
+            done = [await client.wait(job["id"], HANG) for job in jobs]
             assert [job["status"] for job in done] == ["completed"] * JOBS
             # Once, and the right one.
-            again = [await client.submit(graph(n, 0.4), {}, f"job-{n}") for n in range(JOBS)]
+            again = [await client.submit(graph(n, gate), {}, f"job-{n}") for n in range(JOBS)]
             assert [job["id"] for job in again] == [job["id"] for job in jobs]
             for number, job in enumerate(done):
                 (path,) = await client.fetch(job, fleet.folder / "got" / str(number))
@@ -105,9 +105,11 @@ def test_every_job_ends_once_though_a_worker_is_killed(fleet):
 
 
 def test_a_full_queue_refuses_and_what_was_accepted_ends(fleet):
+    gate = fleet.folder / "second-gate"
+
     async def one(session, number):
         form = aiohttp.FormData(default_to_multipart=True)
-        form.add_field("workflow", graph(number, 1.5))
+        form.add_field("workflow", graph(number, gate))
         async with session.post(f"{fleet.url}/v1/jobs", data=form) as answer:
             said = await answer.json()
             if answer.status == 503:
@@ -122,9 +124,10 @@ def test_a_full_queue_refuses_and_what_was_accepted_ends(fleet):
         async with aiohttp.ClientSession(headers=headers) as session:
             told = await asyncio.gather(*(one(session, number) for number in range(2 * QUEUE)))
         accepted = [job for job in told if job]
-        assert QUEUE <= len(accepted) < 2 * QUEUE
+        assert len(accepted) == QUEUE
+        gate.touch()
         async with FleetClient(fleet.url, fleet.token) as client:
-            done = [await client.wait(job, PATIENCE) for job in accepted]
+            done = [await client.wait(job, HANG) for job in accepted]
             assert {job["status"] for job in done} == {"completed"}
             assert (await client.fleet())["counters"]["refused_full"] == told.count(None)
 
@@ -147,16 +150,15 @@ def test_results_outlive_the_fleet(fleet):
     assert fleet.stop() == []
     (fleet.folder / "later" / "out" / "p_00001_.png").unlink()
     with pytest.raises(OSError):
-        urllib.request.urlopen(f"{fleet.url}/health", timeout=5)
+        urllib.request.urlopen(f"{fleet.url}/health", timeout=HANG)
     fleet.start()
     fleet.wait_for_http()
     assert fleet.token == secret
-    end = time.monotonic() + 60
-    while True:
-        try:
-            assert asyncio.run(main(client_of)) == before
-            return
-        except FrugalError:
-            # Serve's proxy answers before it knows the desk.
-            assert time.monotonic() < end
-            time.sleep(0.5)
+
+    def answers():
+        # Serve's proxy answers before it knows the desk.
+        with contextlib.suppress(FrugalError):
+            return asyncio.run(main(client_of))
+
+    until(answers, fleet.told)
+    assert answers() == before

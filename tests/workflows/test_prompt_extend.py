@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from frugal.tests.bed.patience import HANG
 from frugal.tests.remote_bed import transformers_serve, write_tiny_qwen
 
 pytestmark = pytest.mark.comfy
@@ -29,7 +30,7 @@ def graph(url: str, model: str, **more) -> dict:
         "style": "film",
         "seed": 0,
         "max_tokens": 24,
-        "timeout_s": 120.0,
+        "timeout_s": HANG,
         "key_variable": "",
         "if_it_fails": "stop",
     }
@@ -48,7 +49,7 @@ def test_a_real_server_answers(server, chat):
     said = text(server.run(graph(url, model)))
     assert said and said != "a cat walks"
     # The same words again, from what was kept: a fresh graph has nothing cached for the node.
-    assert text(server.run(graph(url, model, timeout_s=119.0))) == said
+    assert text(server.run(graph(url, model, timeout_s=HANG - 1))) == said
     kept = list((server.base / "user" / "frugal_prompts").glob("*.json"))
     assert len(kept) == 1
 

@@ -26,7 +26,7 @@ def graph(url: str, dialect: str, **more) -> dict:
         "guidance": 5.0,
         "flow_shift": 0.0,
         "seed": 3,
-        "timeout_minutes": 1.0,
+        "timeout_minutes": 15.0,
         "filename_prefix": "video/remote",
         "key_variable": "",
     }
