@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import FrugalError
+from ..plan.retry import is_out_of_memory
 from .backends import BACKENDS, TORCH, Backend, launch, versions
 from .call import ADDITIVE, BOOL, NONE, Call, belong, describe, device_kind, four_axes
 from .measure import Decision, measure, reason_of
@@ -114,7 +115,7 @@ class Chooser:
                 return launch(self.backends[name], q, k, v, mask, scale)
             except Exception as raised:
                 # Memory may suffice at the next call, so this is no verdict on the kernel.
-                if not isinstance(raised, torch.OutOfMemoryError):
+                if not is_out_of_memory(raised):
                     self.broken[name] = route.reasons[name] = reason_of(raised)
                 last = raised
         if last is not None:

@@ -11,8 +11,8 @@ from .memory import SAMPLE, MemoryPlan
 
 @dataclass(frozen=True)
 class PlanOutcome:
-    """Bytes. predicted: everything on the device while sampling; measured: the allocator's peak
-    while sampling, None where there is no such count. switches: those planned, in words. changes:
+    """Bytes. predicted: everything on the device while sampling; measured: the peak while sampling,
+    None where there is no such count. switches: those planned, in words. changes:
     what was done in the run because memory ran out.
     """
 

@@ -107,9 +107,12 @@ class RunReport:
     def _memory_lines(self) -> list[str]:
         m = self.memory
         if m.kind == GPU:
+            counted = "torch allocator"
+            if m.streamed:
+                counted = f"torch allocator and {megabytes(m.streamed)} of weights in dynamic VRAM"
             return [
                 f"GPU memory: {megabytes(m.peak)} at peak in this run, {megabytes(m.now)} now "
-                f"(torch allocator, {m.device})",
+                f"({counted}, {m.device})",
                 f"whole card now: {megabytes(m.used or 0)} of {megabytes(m.total)}, all programs",
             ]
         return [

@@ -5,11 +5,12 @@ Nothing here knows a model: `work` takes a list of job numbers and returns one r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import FrugalError
+from ..plan.retry import NothingLeftError, retry
 
 PAIRS, ALL = "pairs", "all combinations"
 Result = TypeVar("Result")
@@ -99,25 +100,27 @@ def run_halving(
     through; what was done before stays in `outcome`.
     """
     at, size = 0, max(1, size)
-    while at < len(numbers):
-        group = list(numbers[at : at + size])
-        try:
-            done = work(group)
-        except (MemoryError, RuntimeError) as error:
-            # Leave the handler before recovering: the traceback holds the tensors of the run.
-            if not out_of_memory(error):
-                raise
-            done = None
-        if done is None:
+
+    def group() -> list[int]:
+        return list(numbers[at : at + size])
+
+    def halves() -> Iterator[None]:
+        nonlocal size
+        while len(group()) > 1:
             recover()
-            if len(group) == 1:
-                outcome.failed = group[0]
-                return
-            size = len(group) // 2
+            size = len(group()) // 2
             outcome.halvings += 1
-            continue
-        if len(done) != len(group):
-            raise RuntimeError(f"{len(done)} results for {len(group)} jobs")
-        outcome.results.update(zip(group, done, strict=True))
-        outcome.groups.append(len(group))
-        at += len(group)
+            yield
+        recover()
+
+    while at < len(numbers):
+        try:
+            done = retry(lambda: work(group()), out_of_memory, halves())
+        except NothingLeftError:
+            outcome.failed = numbers[at]
+            return
+        if len(done) != len(group()):
+            raise RuntimeError(f"{len(done)} results for {len(group())} jobs")
+        outcome.results.update(zip(group(), done, strict=True))
+        outcome.groups.append(len(group()))
+        at += len(done)

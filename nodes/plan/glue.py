@@ -13,8 +13,9 @@ from ...kernels.plan.meter import Meter
 from ...kernels.plan.run_report import Frames, ModelFacts
 from ...kernels.report import LoadReport
 from .._comfy import ATTENTION_KEY, REPORT_KEY
+from . import dynamic_vram
 
-METER = Meter()
+METER = Meter(dynamic_vram.held_on)
 
 
 def device() -> torch.device:

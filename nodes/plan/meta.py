@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
-import comfy.ops
 import torch
 
 from ...kernels.checkpoints.wan_shapes import IMAGE_DIM, IMAGE_TOKENS, TEXT_DIM, TEXT_TOKENS
@@ -27,6 +25,7 @@ from ...kernels.plan.trace import (
 from .._comfy import ATTENTION_OVERRIDE, compute_dtype
 from . import facts
 from .chunking import PARTS, InForce, forwards
+from .without_memory import MetaOps, without_memory
 
 META = torch.device("meta")
 KNOWN = ("WanModel", "VaceWanModel", "CameraWanModel")
@@ -108,9 +107,7 @@ class ForwardPeaks:
         changed = {"num_layers": layers, "dtype": self._dtype}
         if "vace_layers" in self._config:
             changed["vace_layers"] = 1
-        model = self._class(
-            **{**self._config, **changed}, device=META, operations=comfy.ops.disable_weight_init
-        )
+        model = self._class(**{**self._config, **changed}, device=META, operations=MetaOps)
         state = InForce.of(switches)
 
         def original(path: str) -> Callable[..., Any]:
@@ -209,14 +206,3 @@ def decode_peak(model: Any, channels: int, shape: tuple[int, ...], dtype: torch.
         return model.decode(torch.zeros((1, channels, *shape), dtype=dtype, device=META))
 
     return trace(call, fused=kernels(META)[1]).peak
-
-
-def without_memory(module: torch.nn.Module) -> Any:
-    """A copy of `module` whose parameters and buffers are on the meta device."""
-    light = {
-        id(tensor): torch.nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
-        if isinstance(tensor, torch.nn.Parameter)
-        else torch.empty_like(tensor, device=META)
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-    return copy.deepcopy(module, light)

@@ -16,6 +16,7 @@ from ...kernels.plan import fit
 from ...kernels.plan.doctor import SLOW_ATTENTION
 from ...kernels.plan.in_force import PlanInForce
 from ...kernels.plan.memory import (
+    BUFFERS,
     CAUSAL_KV,
     CROSS_KV,
     TEXT,
@@ -31,7 +32,7 @@ from ...kernels.plan.memory import (
 from ...kernels.report import LoadReport, megabytes
 from ...kernels.wan.context_report import ContextPlan
 from .._comfy import CONTEXT_KEY, EXPERTS_KEY, PLAN_KEY, compute_dtype, show_text
-from . import causal, facts, glue
+from . import causal, dynamic_vram, facts, glue
 from .chunking import InForce, forwards
 from .meta import ForwardPeaks, check, decoded
 from .policy import Policy
@@ -67,6 +68,8 @@ def plan_of(
     if not budget_gb:
         budget, budget_from = available(device), f"free for ComfyUI on {device}"
     notes = ["counted are tensors; kernels' own workspaces and the CUDA context come on top"]
+    if device.type != "cpu":
+        notes.insert(0, dynamic_vram.note(model))
     if facts.active_attention() in SLOW_ATTENTION and device.type != "cpu":
         notes.append(
             f"attention '{facts.active_attention()}' makes scores that are not counted: use "
@@ -108,9 +111,10 @@ def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: 
 
     in_force = PlanInForce(plan)
 
-    def policy(changes: list[str], say: Callable[[str], None]) -> Policy:
+    def policy(of: Any, changes: list[str], say: Callable[[str], None]) -> Policy:
         budget = plan.budget if limit else None
-        return Policy(InForce.of(plan.switches), copy.copy(peaks), budget, say, changes)
+        buffers = BUFFERS * weights_of(of).largest if limit else 0
+        return Policy(InForce.of(plan.switches), copy.copy(peaks), budget, say, changes, buffers)
 
     def show(line: str) -> None:
         show_text(node, line)
@@ -120,7 +124,7 @@ def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: 
         in_force.changes.append(line)
         show_text(node, line)
 
-    ours = policy(in_force.changes, show)
+    ours = policy(model, in_force.changes, show)
     clone, paths = _working(model, ours)
     switch = experts_of(model)
     if switch is not None:
@@ -130,7 +134,8 @@ def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: 
             high.add_object_patch(path, clone.object_patches[path])
         ours.attach(high)
         switch = copy.copy(switch)
-        switch.high, switch.low = high, _working(switch.low, policy([], show_too))[0]
+        low = switch.low
+        switch.high, switch.low = high, _working(low, policy(low, [], show_too))[0]
         clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, EXPERTS_KEY)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, EXPERTS_KEY, switch)
     clone.set_attachments(PLAN_KEY, in_force)
@@ -194,11 +199,15 @@ def weights_of(model: Any, guided: bool = True) -> Weights:
     diffusion = model.model.diffusion_model
     dtype = compute_dtype(model.model)
     stored, multiplied = [0], [0]
+    dynamic = dynamic_vram.is_dynamic(model)
     for module in diffusion.modules():
         own = list(module.parameters(recurse=False))
         stored.append(sum(each.nbytes for each in own))
         weight = getattr(module, "weight", None)
-        if weight is not None and (weight.dtype != dtype or hasattr(weight, "_qdata")):
+        if weight is None:
+            continue
+        loaded = dynamic_vram.dtype_of(module, "weight") if dynamic else weight.dtype
+        if loaded != dtype or hasattr(weight, "_qdata"):
             multiplied.append(weight.numel() * dtype.itemsize)
     found = glue.model_facts(model)
     shapes = {name: tuple(each.shape) for name, each in diffusion.named_parameters()}
@@ -210,7 +219,7 @@ def weights_of(model: Any, guided: bool = True) -> Weights:
     if context is not None:
         caches[CROSS_KV] = context.kept(2 if guided else 1, diffusion.dim * dtype.itemsize)
     return Weights(
-        int(model.model_size()), found.formats, max(stored), max(multiplied), w4a8, caches
+        dynamic_vram.size(model), found.formats, max(stored), max(multiplied), w4a8, caches
     )
 
 
@@ -232,10 +241,10 @@ def _context_notes(model: Any) -> list[str]:
 
 def encoder_of(clip: Any) -> Phase:
     """The text encoder's phase: its weights, and the work on one prompt."""
-    return Phase(TEXT, {WEIGHTS: int(clip.patcher.model_size()), WORK: fit.ENCODER_WORK[1]})
+    return Phase(TEXT, {WEIGHTS: dynamic_vram.size(clip.patcher), WORK: fit.ENCODER_WORK[1]})
 
 
 def decoding_of(vae: Any, job: Job) -> Decoding:
     """Decoding one video; ComfyUI decodes a batch one after the other if it does not fit."""
     whole, stream, tiled, how = decoded(vae, job.latent)
-    return Decoding(int(vae.patcher.model_size()), whole, stream, tiled, how)
+    return Decoding(dynamic_vram.size(vae.patcher), whole, stream, tiled, how)

@@ -17,15 +17,17 @@ import comfy.model_management
 import comfy.patcher_extension
 
 from ...kernels.errors import FrugalError
-from ...kernels.plan.memory import notches
+from ...kernels.plan.memory import Switches, notches
+from ...kernels.plan.retry import NothingLeftError, retry
 from ...kernels.report import megabytes
 from .._comfy import PLAN_KEY
-from . import glue
+from .._memory import is_out_of_memory
+from . import dynamic_vram, glue
 from .chunking import InForce
 from .meta import ForwardPeaks
 
 KEY = PLAN_KEY
-# Share of the weights that leave the device at once when nothing else is left to do.
+# Least share of the weights that leaves the device when nothing else is left to do.
 SHARE = 0.1
 Shape = list[int] | tuple[int, ...]
 
@@ -33,7 +35,7 @@ Shape = list[int] | tuple[int, ...]
 @dataclass
 class Policy:
     """budget: bytes for everything, None for all that is free. say: gets what was done. changes:
-    the same, of the latest run.
+    the same, of the latest run. buffers: bytes for weights on their way to the device.
     """
 
     state: InForce
@@ -41,6 +43,9 @@ class Policy:
     budget: int | None
     say: Callable[[str], None]
     changes: list[str] = field(default_factory=list)
+    buffers: int = 0
+    # Of the run that lasts, [B, C, T, H, W].
+    shape: tuple[int, ...] | None = field(default=None, init=False)
 
     def attach(self, patcher: Any) -> None:
         """Follow the runs of this ModelPatcher, in place of a plan that it may have."""
@@ -51,6 +56,9 @@ class Policy:
         ):
             patcher.remove_wrappers_with_key(kind, KEY)
             patcher.add_wrapper_with_key(kind, KEY, wrapper)
+        loaded = comfy.patcher_extension.CallbacksMP.ON_LOAD
+        patcher.remove_callbacks_with_key(loaded, KEY)
+        patcher.add_callback_with_key(loaded, KEY, self.on_load)
 
     def run(self, executor: Any, noise: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a whole sampling run."""
@@ -61,18 +69,32 @@ class Policy:
         def to_load(input_shape: Shape, cond_shapes: Any = None) -> float:
             # ComfyUI asks for two conditions at once and for one.
             rows = min(input_shape[0], batch) if self.state.now.sequential else input_shape[0]
-            needed = self.peak(rows, input_shape) + self.peaks.beside(batch, tuple(noise.shape[2:]))
-            return needed + self.withheld(patcher)
+            return self.needed(rows, batch, input_shape) + self.withheld(patcher)
 
         self.state.now = self.state.planned
         self.changes.clear()
         options = executor.class_obj.model_options.get("transformer_options", {})
         self.peaks.begin(tuple(noise.shape), options)
+        self.shape = tuple(noise.shape) if noise.ndim == 5 else None
         try:
             with answering(patcher.model, noise.shape, to_load):
                 return executor(noise, *args, **kwargs)
         finally:
-            self.state.now = self.state.planned
+            self.state.now, self.shape = self.state.planned, None
+
+    def on_load(self, patcher: Any, *_: Any) -> None:
+        """ComfyUI made the weights ready for a run: keep them within the budget where it would not
+        do so by itself.
+        """
+        if self.budget is None or self.shape is None or not dynamic_vram.is_dynamic(patcher):
+            return
+        rows = self.shape[0] * (1 if self.state.now.sequential else 2)
+        room = self.budget - self.needed(rows, self.shape[0], self.shape)
+        dynamic_vram.share(patcher, room, self.buffers)
+
+    def needed(self, rows: int, batch: int, shape: Shape) -> int:
+        """Bytes of a run of `batch` latents beside the weights, `rows` of them in a forward."""
+        return self.peak(rows, shape) + self.peaks.beside(batch, tuple(shape[2:]))
 
     def forward(
         self, executor: Any, model: Any, conds: Any, x: Any, timestep: Any, options: Any
@@ -84,15 +106,16 @@ class Policy:
                 return math.inf
             return self.peak(input_shape[0], input_shape)
 
+        remedies = self.remedies(model.current_patcher, x.shape)
         with answering(model, x.shape, at_once):
-            while True:
-                try:
-                    return executor(model, conds, x, timestep, options)
-                except out_of_memory_errors() as error:
-                    if not is_out_of_memory(error):
-                        raise
-                # Only here are the frames gone that held what the forward had made.
-                self.make_room(model.current_patcher, x.shape)
+            try:
+                return retry(
+                    lambda: executor(model, conds, x, timestep, options), is_out_of_memory, remedies
+                )
+            except NothingLeftError:
+                raise self.refusal(x.shape) from None
+            finally:
+                glue.METER.look(x.device)
 
     def peak(self, rows: int, shape: Shape) -> int:
         return self.peaks.of(rows, tuple(shape[2:]), self.state.now)
@@ -106,27 +129,39 @@ class Policy:
             return 0
         return max(0, glue.obtainable(device) - self.budget)
 
-    def make_room(self, patcher: Any, shape: Shape) -> None:
-        """One notch less memory from now on. Raises ComfyUI's out-of-memory error at the end."""
-        comfy.model_management.soft_empty_cache()
-        before = self.state.now
-        was = self.peak(shape[0] * (1 if before.sequential else 2), shape)
-        for notch in notches(before):
-            rows = shape[0] * (1 if notch.sequential else 2)
-            if self.peaks.of(rows, tuple(shape[2:]), notch) < was:
-                self.state.now = notch
-                self.tell(f"goes on with: {notch.text()}")
-                return
-        freed = release_weights(patcher)
+    def remedies(self, patcher: Any, shape: Shape) -> Iterator[None]:
+        """What can be given up for a model call that ran out of memory: one notch after another for
+        the rest of the run, and in the end some of the weights, once.
+        """
+        while True:
+            comfy.model_management.soft_empty_cache()
+            was = self.alive(self.state.now, shape)
+            notch = next((n for n in notches(self.state.now) if self.alive(n, shape) < was), None)
+            if notch is None:
+                break
+            self.state.now = notch
+            self.tell(f"goes on with: {notch.text()}")
+            yield
+        # With dynamic VRAM they come back during the call, so to do it again would never end.
+        freed = release_weights(patcher, was)
         if freed:
             self.tell(f"goes on with {megabytes(freed)} of weights in main memory")
-            return
+            yield
+
+    def alive(self, switches: Switches, shape: Shape) -> int:
+        """Bytes of a forward under these switches, of both conditions unless they are apart."""
+        rows = shape[0] * (1 if switches.sequential else 2)
+        return self.peaks.of(rows, tuple(shape[2:]), switches)
+
+    def refusal(self, shape: Shape) -> Exception:
+        """ComfyUI's out-of-memory error, which makes it put all models away."""
+        size = megabytes(self.alive(self.state.now, shape))
         error = FrugalError(
-            f"the device has no room for a forward of {megabytes(was)}, with every switch on",
+            f"the device has no room for a forward of {size}, with every switch on",
             "that much free",
             "choose a smaller size or fewer frames, or close other programs that use the device",
         )
-        raise comfy.model_management.OOM_EXCEPTION(str(error))
+        return comfy.model_management.OOM_EXCEPTION(str(error))
 
     def tell(self, what: str) -> None:
         line = f"out of memory: this step is repeated and the run {what}"
@@ -155,25 +190,14 @@ def answering(model: Any, shape: Shape, answer: Callable[..., float]) -> Iterato
             vars(model)[name] = before
 
 
-def out_of_memory_errors() -> tuple[type[BaseException], ...]:
-    """Types that may mean that the device has no memory left."""
-    management = comfy.model_management
-    named = (management.OOM_EXCEPTION, getattr(management, "ACCELERATOR_ERROR", None))
-    # ComfyUI puts Exception where torch has no type for it.
-    return tuple(kind for kind in named if kind is not None and kind is not Exception)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """ComfyUI's own answer, where it has one."""
-    ask = getattr(comfy.model_management, "is_oom", None)
-    return isinstance(error, comfy.model_management.OOM_EXCEPTION) if ask is None else ask(error)
-
-
-def release_weights(patcher: Any) -> int:
-    """Move a tenth of the weights off the device; bytes that became free."""
+def release_weights(patcher: Any, needed: int) -> int:
+    """Move weights off the device, as many bytes as a forward of `needed` bytes lacks, a tenth of
+    them at least; bytes that became free.
+    """
     if patcher is None or patcher.load_device.type == "cpu" or not patcher.loaded_size():
         return 0
-    amount = int(patcher.model_size() * SHARE)
-    freed = patcher.partially_unload(patcher.offload_device, amount)
+    lacking = needed - comfy.model_management.get_free_memory(patcher.load_device)
+    amount = max(int(lacking), int(patcher.model_size() * SHARE))
+    freed = dynamic_vram.release(patcher, amount)
     comfy.model_management.soft_empty_cache()
-    return int(freed or 0)
+    return freed

@@ -20,6 +20,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.quant.low_rank import Branch, Delta, branch, dora_gain
+from .._memory import pinning_may_fail
 
 KEY = "frugal.lora_side"
 
@@ -81,7 +82,10 @@ def stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     then, without loss.
     """
     tensor = tensor.contiguous()
-    return tensor.to(dtype) if dtype.itemsize <= tensor.dtype.itemsize else tensor
+    if dtype.itemsize <= tensor.dtype.itemsize:
+        tensor = tensor.to(dtype)
+    # It may still be in the file's mapping.
+    return tensor.clone() if pinning_may_fail() else tensor
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from ...kernels.errors import FrugalError
 from ...kernels.tryon import batching, canvas, latents, pictures, plan
 from .._comfy import compute_dtype
+from .._memory import is_out_of_memory
 from . import glue, item_noise, rescue, sampling
 
 
@@ -112,14 +113,6 @@ def schedule(model, steps: int, eta: float, sampler, sigmas) -> tuple[Any, torch
         return sampler, sigmas
     levels, own = sampling.reference_schedule(model, steps, eta)
     return own, levels
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: on the device as ComfyUI tells it, or in main memory."""
-    told = getattr(comfy.model_management, "is_oom", None)
-    if told(error) if told else isinstance(error, torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def free_bytes(model) -> int:
@@ -244,7 +237,9 @@ class Batch:
             count = plan.micro_batch(free, each, self.how.largest if batched else 1)
             self.planned.append(min(count, len(numbers)))
             recover = comfy.model_management.soft_empty_cache
-            batching.run_halving(numbers, count, self._group, out_of_memory, recover, self.outcome)
+            batching.run_halving(
+                numbers, count, self._group, is_out_of_memory, recover, self.outcome
+            )
             if self.outcome.failed is not None:
                 self._refuse(size, free)
 

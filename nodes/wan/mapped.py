@@ -14,6 +14,8 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from .._memory import pinning_may_fail
+
 
 def dynamic() -> bool:
     """Whether ComfyUI's dynamic loading is on, which maps files in its own way."""
@@ -21,9 +23,11 @@ def dynamic() -> bool:
 
 
 def useful() -> bool:
-    """Whether the running ComfyUI would copy, and was not asked for operations of its own."""
+    """Whether the running ComfyUI would copy, was not asked for operations of its own, and can keep
+    weights in a file's mapping.
+    """
     # Dynamic loading's mappings must not be written to.
-    return not dynamic() and not comfy.cli_args.args.fast
+    return not dynamic() and not comfy.cli_args.args.fast and not pinning_may_fail()
 
 
 def reads(dtypes: Iterable[torch.dtype]) -> bool:

@@ -9,15 +9,18 @@ state of the whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
 import torch
 
 from ...kernels.errors import FrugalError
+from ...kernels.plan.retry import NothingLeftError, retry
 from ...kernels.report import megabytes
 from ...kernels.video.cadence import Call
 from ...kernels.video.tiles import Tile, cut, grid, join
+from .._memory import is_out_of_memory
 from .vae_halves import Half, on_device
 
 OVERLAP = 8
@@ -58,16 +61,20 @@ class VaeStream:
         device, None where it waits for more. Raises FrugalError when no tile is small enough.
         """
         first = call.start == 0
-        while True:
-            try:
-                made, states = self._run(piece, call, self.tiles, self.states)
-                break
-            # Only what ComfyUI calls out of memory is handled; a cancel goes on its way.
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-            # Behind the clause: until then the exception holds the tensors that filled the memory.
-            self._make_room(call)
+        try:
+            made, states = retry(
+                lambda: self._run(piece, call, self.tiles, self.states),
+                is_out_of_memory,
+                self._remedies(call),
+            )
+        except NothingLeftError:
+            rows, columns = self.tile
+            raise FrugalError(
+                f"out of memory at {self.half.takes} {call.start + 1}, even in tiles of "
+                f"{columns * self.half.scale} x {rows * self.half.scale} pixels",
+                f"{megabytes(self.half.memory)} for a whole piece, by ComfyUI's estimate",
+                "close other programs that use the card",
+            ) from None
         self.states = states
         if first and len(self.tiles) > 1:
             self._compare(piece, call, made)
@@ -116,46 +123,47 @@ class VaeStream:
             return
         whole = [Tile(0, 0, self.height, self.width)]
         try:
-            exact, _ = self._run(piece, call, whole, [self.half.fresh_state()])
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            exact = None
-        if exact is None:
+            exact, _ = retry(
+                lambda: self._run(piece, call, whole, [self.half.fresh_state()]),
+                is_out_of_memory,
+                iter(()),
+            )
+        except NothingLeftError:
             comfy.model_management.soft_empty_cache()
             return
         off = (self.half.seen(made).float() - self.half.seen(exact).float()).abs()
         self.difference = float(off.max()), float(off.mean())
 
-    def _make_room(self, call: Call) -> None:
-        """One notch smaller, at most as far as the smallest tile."""
+    def _remedies(self, call: Call) -> Iterator[None]:
+        """What can be given up when a piece ran out of memory, at most as far as the smallest
+        tile.
+        """
         where = f"out of memory at {self.half.takes} {call.start + 1}"
         if not self.parked:
             self.parked = True
             self.rest()
             self.notes.append(f"{where}: the state now waits in main memory; same result")
-        else:
-            self._smaller_tiles(where)
+            yield self._reload()
+        while self._smaller_tiles():
             rows, columns = self.tile
             self.notes.append(
                 f"{where}: went on in {len(self.tiles)} tiles of "
                 f"{columns * self.half.scale} x {rows * self.half.scale} pixels, seams not measured"
             )
+            yield self._reload()
+
+    def _reload(self) -> None:
         _free_device(self.vae)
         self.load()
 
-    def _smaller_tiles(self, where: str) -> None:
+    def _smaller_tiles(self) -> bool:
+        """Half the longer side, if that is not too small."""
         rows, columns = self.tile
         shared = min(self.overlap, max(rows, columns) // 4)
         longer = -(-max(rows, columns) // 2) + shared // 2
         tile = (longer, columns) if rows >= columns else (rows, longer)
         if longer < min(SMALLEST_TILE, max(rows, columns)):
-            raise FrugalError(
-                f"{where}, even in tiles of {columns * self.half.scale} x "
-                f"{rows * self.half.scale} pixels",
-                f"{megabytes(self.half.memory)} for a whole piece, by ComfyUI's estimate",
-                "close other programs that use the card",
-            )
+            return False
         finer = grid(self.height, self.width, tile, shared)
         if self.half.cadence.slots:
             whole = [self._joined(list(slot)) for slot in zip(*self.states, strict=True)]
@@ -163,6 +171,7 @@ class VaeStream:
         else:
             self.states = [None for _ in finer]
         self.tiles, self.tile, self.overlap = finer, tile, shared
+        return True
 
     def _joined(self, entries: list[Any]) -> Any:
         tensors = isinstance(entries[0], torch.Tensor)
@@ -172,14 +181,6 @@ class VaeStream:
         # A copy, or the whole would live on behind each of its parts.
         tensor = isinstance(entry, torch.Tensor)
         return cut(entry, tile, self.height).clone() if tensor else entry
-
-
-def out_of_memory(error: Exception) -> bool:
-    """As the running ComfyUI defines it."""
-    management = comfy.model_management
-    if hasattr(management, "is_oom"):
-        return management.is_oom(error)
-    return isinstance(error, management.OOM_EXCEPTION)
 
 
 def _free_device(vae: Any) -> None:

@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 
 from frugal.kernels.plan import pieces
 from frugal.kernels.plan.memory import Job, Switches
+from frugal.nodes._memory import is_out_of_memory
 from frugal.nodes.plan import planning, policy
 from frugal.tests import sampling_bed as bed
 
@@ -85,7 +86,7 @@ def test_when_nothing_is_left_it_says_what_to_do(wan, prompts, monkeypatch):
     assert said and run.state.now == Switches()
     assert "memory_required" not in vars(wan.model)
     # ComfyUI puts all models away when it sees its own type.
-    assert policy.is_out_of_memory(OOM("x"))
+    assert is_out_of_memory(OOM("x"))
 
 
 def test_other_errors_pass(wan, prompts, monkeypatch):
@@ -101,7 +102,7 @@ def test_other_errors_pass(wan, prompts, monkeypatch):
     assert not said
 
 
-def test_the_last_resort_moves_weights_off_the_device(wan):
+def test_the_last_resort_moves_weights_off_the_device(wan, monkeypatch):
     moved = []
 
     class Card:
@@ -117,5 +118,33 @@ def test_the_last_resort_moves_weights_off_the_device(wan):
             moved.append((device.type, amount))
             return 230
 
-    assert policy.release_weights(Card()) == 230 and moved == [("cpu", 200)]
-    assert policy.release_weights(wan) == 0
+    free = [10**6]
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: free[0])
+    assert policy.release_weights(Card(), 500) == 230 and moved == [("cpu", 200)]
+    # What the forward lacks, where that is more.
+    free[0] = 50
+    assert policy.release_weights(Card(), 500) == 230 and moved[1:] == [("cpu", 450)]
+    assert policy.release_weights(wan, 500) == 0
+
+
+def test_weights_that_come_back_are_released_once_per_call(wan, prompts, monkeypatch):
+    """As under dynamic VRAM, where a layer brings its weight along."""
+    clone, run, _ = planned(wan, monkeypatch)
+    released = []
+
+    def release(*_):
+        released.append(1)
+        assert len(released) <= STEPS, "the same is tried again and again"
+        return 10**6
+
+    monkeypatch.setattr(policy, "release_weights", release)
+    always, _ = failing(clone, run, lambda *_: True)
+    with pytest.raises(OOM, match="no room for a forward"):
+        bed.sample(always, prompts, STEPS)
+    assert released == [1]
+    # Each call may do it once.
+    released.clear()
+    expected, done = bed.sample(clone, prompts, STEPS), []
+    always, _ = failing(clone, run, lambda *_: len(released) <= len(done))
+    out = bed.sample(always, prompts, STEPS, callback=lambda step, *_: done.append(step))
+    assert torch.allclose(out, expected, atol=1e-4) and len(released) == STEPS

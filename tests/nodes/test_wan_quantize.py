@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import comfy.quant_ops
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant.matmul import AUTO
 from frugal.kernels.quant.on_load import AS_STORED, FP8, INT8_CONVROT, TARGETS, W4A8_NAME
-from frugal.nodes import _models
+from frugal.nodes import _memory, _models
+from frugal.nodes.quantize import side_branch
 from frugal.nodes.wan import glue, mapped, row_scaled
 from frugal.tests import wan_bed as bed
 from frugal.tests.wan_checks import check, forward, loaded_weights, reference
@@ -154,6 +156,22 @@ def test_weights_of_another_type_are_converted(tmp_path):
         assert (float(converted.split(" MB")[0]) < 1) == mapped_then
         assert torch.equal(layer.weight, mixed["blocks.0.ffn.0.weight"].to(kind))
         assert torch.equal(layer.bias, mixed["blocks.0.ffn.0.bias"].to(kind))
+
+
+@pytest.mark.parametrize(
+    "windows, pinned, kept",
+    [(True, 10**9, False), (True, -1, True), (False, 10**9, True), (False, -1, True)],
+)
+def test_files_are_not_pinned_on_windows(windows, pinned, kept, tmp_path, monkeypatch):
+    path = bed.write(tmp_path / "wan.safetensors", SOURCE)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(comfy.model_management, "MAX_PINNED_MEMORY", pinned, raising=False)
+        elsewhere.setattr(_memory, "WINDOWS", windows)
+        assert mapped.useful() == kept
+        matrix = side_branch.stored(SOURCE["blocks.0.ffn.0.weight"], torch.float32)
+        patcher = load(path, "fp32")[0]
+    assert mapped_file(patcher.model.diffusion_model.blocks[0].ffn[0].weight) == kept
+    assert (matrix.data_ptr() == SOURCE["blocks.0.ffn.0.weight"].data_ptr()) == kept
 
 
 def test_fast_options_keep_comfyuis_own_operations(monkeypatch):
