@@ -31,6 +31,21 @@ def profile(shape: str, radius: int) -> np.ndarray:
     return np.array(heights, np.int64)
 
 
+def stairs(heights: np.ndarray) -> np.ndarray:
+    """The element as rectangles, half height and half width, int64 [n, 2]: from the widest to the
+    tallest. A last one that is wider than its own column is followed by that column.
+    """
+    found: list[tuple[int, int]] = []
+    for tall in range(int(heights[0]) + 1):
+        wide = int(np.flatnonzero(heights >= tall)[-1])
+        if found and found[-1][1] == wide:
+            found.pop()
+        found.append((tall, wide))
+    if found[-1][1]:
+        found.append((found[-1][0], 0))
+    return np.array(found, np.int64)
+
+
 @leaf
 def or_shifted(out, v, d, radius, x0, x1):
     """OR `v` moved by d columns to both sides into out[x0:x1]; `v` carries `radius` empty columns
@@ -172,17 +187,19 @@ def key(bits):
 
 
 @leaf
-def larger(first, second, out):
-    """Elementwise maximum of two rows."""
+def keys(row, flip, out):
+    """Keys of a row of float32 bits, NaN as 0; flipped, a maximum of them is a minimum."""
+    zero, most, infinity = np.int32(0), np.int32(0x7FFFFFFF), np.int32(0x7F800000)
     for x in range(out.shape[0]):
-        out[x] = max(first[x], second[x])
+        value = zero if np.int32(row[x] & most) > infinity else row[x]
+        out[x] = key(value) ^ flip
 
 
 @leaf
-def raise_to(first, second, out):
-    """Raise `out` to the maximum of two rows."""
+def values(row, flip, out):
+    """What `keys` were made from."""
     for x in range(out.shape[0]):
-        out[x] = max(max(first[x], second[x]), out[x])
+        out[x] = key(row[x] ^ flip)
 
 
 @leaf
@@ -193,63 +210,101 @@ def raise_to_four(a, b, c, d, out):
 
 
 @leaf
-def window_maxima(row, flip, level, radius):
-    """Keys of `row` and their maxima over windows of 1, 2, 4, .. columns into int32 `level`.
-
-    level: [levels, W + 2 R]; columns past the picture count as lowest.
-    """
-    width = row.shape[0]
-    base = level[0]
-    base[:radius] = LOWEST
-    base[radius + width :] = LOWEST
-    middle = base[radius : radius + width]
-    for x in range(width):
-        middle[x] = key(row[x]) ^ flip
-    span = 1
-    for p in range(1, level.shape[0]):
-        finer, coarser = level[p - 1], level[p]
-        length = base.shape[0] - 2 * span + 1
-        larger(finer[:length], finer[span : span + length], coarser[:length])
-        span *= 2
+def raise_to_two(a, b, out):
+    """Raise `out` to the maximum of two rows."""
+    for x in range(out.shape[0]):
+        out[x] = max(max(a[x], b[x]), out[x])
 
 
 @leaf
-def dilate_grey(image, heights, flip, ring, out):
-    """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by `heights`; exact.
+def largest_of_three(left, middle, right, out):
+    for x in range(out.shape[0]):
+        out[x] = max(max(left[x], right[x]), middle[x])
+
+
+@leaf
+def largest_of_six(left, middle, right, above, below, tallest, out):
+    """Raise `tallest` to the maximum of `above` and `below`, and write its maximum with three rows
+    into `out`.
+    """
+    for x in range(out.shape[0]):
+        rows = max(max(above[x], below[x]), tallest[x])
+        tallest[x] = rows
+        out[x] = max(max(max(left[x], right[x]), middle[x]), rows)
+
+
+@leaf
+def find_slots(y, height, slots, near):
+    """Where the rows y - d and y + d lie in a ring of `slots` rows, into int64 [2, R + 1] `near`; a
+    row past the picture is stood in for by the other one, or by row y.
+    """
+    own = y % slots
+    for d in range(near.shape[1]):
+        above, below = own - d, own + d
+        above += slots if above < 0 else 0
+        below -= slots if below >= slots else 0
+        if y < d:
+            above = below if y + d < height else own
+        if y + d >= height:
+            below = above
+        near[0, d], near[1, d] = above, below
+
+
+@leaf
+def dilate_grey(image, stairs, flip, ring, lines, tallest, near, out):
+    """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by the element `stairs`; exact.
+    NaN counts as 0.
 
     image and out are float32 values seen as int32: integers in the same order take the same
     maxima, and LLVM turns a float maximum that updates its own row into branches.
-    ring: scratch, int32 [2 R + 1, floor(log2(2 R + 1)) + 1, W + 2 R]: the window maxima of the
-    rows in reach. Each output row takes, for every row offset, the maximum of two overlapping
-    power-of-two windows, of the rows above and below in one pass.
+    Each rectangle of the element is a maximum over rows, then over columns. From the widest to the
+    tallest, rows only join and columns only leave: one row of maxima over rows (`tallest`) serves
+    all rectangles, and one of maxima over both is widened by what the next rectangle is narrower.
+    `out` may be `image`: every row is read once, before it is written.
+    Scratch: int32 ring [2 R + 1, W], the rows in reach, lines [2, W + 2 R] and tallest [W]; near
+    int64 [2, R + 1].
     """
     height, width = image.shape
-    radius = heights.shape[0] - 1
-    slots = ring.shape[0]
+    slots, count = ring.shape[0], stairs.shape[0]
+    radius = near.shape[1] - 1
+    lines[0] = LOWEST
+    lines[1] = LOWEST
+    line, spare = lines[0], lines[1]
     ready = 0
     for y in range(height):
         while ready < min(height, y + radius + 1):
-            window_maxima(image[ready], flip, ring[ready % slots], radius)
+            keys(image[ready], flip, ring[ready % slots])
             ready += 1
-        row = out[y]
-        row[:] = LOWEST
-        for d in range(radius + 1):
-            half = heights[d]
-            p, span = 0, 1
-            while 2 * span <= 2 * half + 1:
-                p, span = p + 1, 2 * span
-            first, second = radius - half, radius + half + 1 - span
-            if 0 < d <= min(y, height - 1 - y):
-                up, down = ring[(y - d) % slots, p], ring[(y + d) % slots, p]
-                raise_to_four(
-                    up[first : first + width],
-                    up[second : second + width],
-                    down[first : first + width],
-                    down[second : second + width],
-                    row,
-                )
-            elif y >= d or y + d < height:
-                level = ring[(y - d if y >= d else y + d) % slots, p]
-                raise_to(level[first : first + width], level[second : second + width], row)
-        for x in range(width):
-            row[x] = key(row[x] ^ flip)
+        find_slots(y, height, slots, near)
+        assign(ring[near[0, 0]], tallest)
+        d = 1
+        for n in range(count):
+            tall = stairs[n, 0]
+            # The last pair of rows joins in the pass that widens.
+            alone = tall if n else tall + 1
+            while d + 1 < alone:
+                up, down, up2, down2 = near[0, d], near[1, d], near[0, d + 1], near[1, d + 1]
+                raise_to_four(ring[up], ring[down], ring[up2], ring[down2], tallest)
+                d += 2
+            if d < alone:
+                raise_to_two(ring[near[0, d]], ring[near[1, d]], tallest)
+                d += 1
+            if n == 0:
+                assign(tallest, line[radius : radius + width])
+                continue
+            # A step one cell longer than what is covered leaves no gap, and none at a border.
+            widened, more = 0, stairs[n - 1, 1] - stairs[n, 1]
+            while widened < more:
+                step = min(widened + 1, more - widened)
+                widened += step
+                left = line[radius - step : radius - step + width]
+                right = line[radius + step : radius + step + width]
+                middle, target = line[radius : radius + width], spare[radius : radius + width]
+                if widened < more or d > tall:
+                    largest_of_three(left, middle, right, target)
+                else:
+                    above, below = ring[near[0, d]], ring[near[1, d]]
+                    largest_of_six(left, middle, right, above, below, tallest, target)
+                    d += 1
+                line, spare = spare, line
+        values(line[radius : radius + width], flip, out[y])

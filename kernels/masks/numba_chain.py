@@ -46,6 +46,7 @@ class Plan:
 
     settings: RefineSettings
     heights: np.ndarray
+    stairs: np.ndarray
     reach: int
     tables: tuple[np.ndarray, np.ndarray]
     curve: np.ndarray
@@ -61,7 +62,8 @@ class Plan:
             tables = ramp_table(settings.feather, settings.feather_mode)
             reach = round((len(tables[0]) - 1) ** 0.5)
         heights = morphology.profile(settings.grow_shape, abs(settings.grow))
-        return cls(settings, heights, reach, tables, curve)
+        stairs = morphology.stairs(heights) if settings.soft else np.empty((0, 2), np.int64)
+        return cls(settings, heights, stairs, reach, tables, curve)
 
 
 def refine_frame(
@@ -254,10 +256,12 @@ def _blur(
 def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch) -> None:
     s = plan.settings
     height, width = frame.shape
-    value = scratch.plane("value", (height, width), np.float32)
-    bits.copy_numbers(frame, value)
     words = scratch.plane("words", (-(-height // 64), width), np.uint64)
     row = scratch.flat("row", width, np.uint8)
+    value = frame
+    if s.fill_holes or s.cleans_islands:
+        value = scratch.plane("value", (height, width), np.float32)
+        bits.copy_numbers(frame, value)
     if s.fill_holes:
         bits.pack(value, s.SOFT_FULL, words, row, 0, len(words))
         before = words.copy()
@@ -270,19 +274,24 @@ def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch
         bits.paint(before, words, np.float32(0), value)
     if s.grow:
         radius = len(plan.heights) - 1
-        levels = (2 * radius + 1).bit_length()
-        ring = scratch.plane("ring", (2 * radius + 1, levels, width + 2 * radius), np.int32)
-        flip = np.int32(0 if s.grow > 0 else -1)
-        source, target = value.view(np.int32), out.view(np.int32)
-        morphology.dilate_grey(source, plan.heights, flip, ring, target)
+        morphology.dilate_grey(
+            value.view(np.int32),
+            plan.stairs,
+            np.int32(0 if s.grow > 0 else -1),
+            scratch.plane("ring", (2 * radius + 1, width), np.int32),
+            scratch.plane("lines", (2, width + 2 * radius), np.int32),
+            scratch.flat("tallest", width, np.int32),
+            scratch.plane("slots", (2, radius + 1), np.int64),
+            out.view(np.int32),
+        )
     else:
-        out[:] = value
+        bits.copy_numbers(value, out)
     if s.feather:
         radii = tuple(w // 2 for w in s.widths)
         boxblur.soft_triple_box(
             out,
             radii,
-            value,
+            scratch.plane("value", (height, width), np.float32),
             scratch.flat("values", width, np.float64),
             scratch.flat("total", width + 2 * max(radii) + 1, np.float64),
             scratch.flat("sums", width, np.float64),

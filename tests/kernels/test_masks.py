@@ -172,6 +172,26 @@ def test_grey_disk_equals_scipy(backend, picture, radius, negative):
 
 
 @backends
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("radius", [4, 9, 16, 33, 70])
+def test_grey_values_at_a_border_go_as_far_as_anywhere(backend, shape, radius):
+    """Single bright and dark pixels, in noise, nearer to every border than the radius."""
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    footprint = {
+        "disk": y * y + x * x <= radius * radius,
+        "diamond": abs(y) + abs(x) <= radius,
+        "square": np.ones(y.shape, bool),
+    }[shape]
+    picture = np.random.default_rng(radius).random((67, 45), np.float32)
+    picture[::13, ::7] += 1
+    picture[5::11, 3::9] -= 1
+    grown = run(picture, backend, threshold=0.0, grow=radius, grow_shape=shape)[0]
+    shrunk = run(picture, backend, threshold=0.0, grow=-radius, grow_shape=shape)[0]
+    assert np.array_equal(grown, ndimage.grey_dilation(picture, footprint=footprint))
+    assert np.array_equal(shrunk, ndimage.grey_erosion(picture, footprint=footprint))
+
+
+@backends
 @few
 @given(
     picture=pictures(),
