@@ -43,42 +43,48 @@ def repeat_channels(mask, channels, out):
 
 
 @leaf
-def mix(source, weight, out):
-    """weight source + (1 - weight) out, in place; where weight is 0 nothing changes, whatever the
-    source holds.
-    """
+def mix(under, over, weight, out):
+    """weight over + (1 - weight) under; `under` itself where weight is 0, whatever `over` holds."""
     zero, one = np.float32(0), np.float32(1)
     for i in range(out.shape[0]):
         w = weight[i]
-        value = np.float32(w * source[i]) + np.float32(np.float32(one - w) * out[i])
-        out[i] = out[i] if w == zero else value
+        value = np.float32(w * over[i]) + np.float32(np.float32(one - w) * under[i])
+        out[i] = under[i] if w == zero else value
 
 
 @leaf
-def blend(source, mask, channels, oy, ox, weight, out):
-    """`source` blended into the picture in `out` with its corner at row oy, column ox; what sticks
-    out is cut off.
+def blend(destination, source, mask, channels, oy, ox, weight, out):
+    """`source` blended into the picture `destination` with its corner at row oy, column ox; what
+    sticks out is cut off.
 
-    out: float32 [H, W C], holds the destination; source: float32 [h, w C]; mask: float32 [h, w];
-    weight: float32 [w C] scratch.
+    destination, out: float32 [H, W C]; source: float32 [h, w C]; mask: float32 [h, w]; weight:
+    float32 [w C] scratch. Every row is written once, and nothing that was written is read.
     """
     width = out.shape[1] // channels
     x0, x1 = max(0, ox), min(width, ox + mask.shape[1])
-    for y in range(max(0, oy), min(out.shape[0], oy + mask.shape[0])):
-        row = mask[y - oy]
+    for y in range(out.shape[0]):
         xa, xb = x0, x1
-        while xa + BLOCK <= xb and coverage(row[xa - ox : xa + BLOCK - ox]) == NONE:
-            xa += BLOCK
-        while xa + BLOCK <= xb and coverage(row[xb - BLOCK - ox : xb - ox]) == NONE:
-            xb -= BLOCK
+        if oy <= y < oy + mask.shape[0]:
+            row = mask[y - oy]
+            while xa + BLOCK <= xb and coverage(row[xa - ox : xa + BLOCK - ox]) == NONE:
+                xa += BLOCK
+            while xa + BLOCK <= xb and coverage(row[xb - BLOCK - ox : xb - ox]) == NONE:
+                xb -= BLOCK
+        else:
+            xb = xa
         if xa >= xb:
+            assign(destination[y], out[y])
             continue
-        kind = coverage(row[xa - ox : xb - ox])
+        row = mask[y - oy, xa - ox : xb - ox]
         a, b = channels * xa, channels * xb
-        over, target = source[y - oy, a - channels * ox : b - channels * ox], out[y, a:b]
-        if kind == ALL:
-            assign(over, target)
-        elif kind == PART:
+        over = source[y - oy, a - channels * ox : b - channels * ox]
+        under, target = destination[y, a:b], out[y, a:b]
+        assign(destination[y, :a], out[y, :a])
+        assign(destination[y, b:], out[y, b:])
+        kind = coverage(row)
+        if kind == PART:
             part = weight[: b - a]
-            repeat_channels(row[xa - ox : xb - ox], channels, part)
-            mix(over, part, target)
+            repeat_channels(row, channels, part)
+            mix(under, over, part, target)
+        else:
+            assign(over if kind == ALL else under, target)

@@ -337,9 +337,8 @@ def blend_frame(
     """float32 [h, w, C] `source` blended into [H, W, C] `destination` at (y, x), into `out`."""
     height, _, channels = destination.shape
     weight = scratch.flat("weight", mask.shape[1] * channels, np.float32)
-    # NumPy copies a whole frame past the caches, which saves reading what is overwritten.
-    np.copyto(out, destination)
     blend.blend(
+        destination.reshape(height, -1),
         source.reshape(len(source), -1),
         mask,
         channels,
