@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -260,34 +259,6 @@ def w4a16(source: Weights, group: int = 64, config: WanConfig = T2V) -> File:
     return held, {}, meant
 
 
-def write_gguf(path: Path, source: Weights, kind: str, shapes: bool = True) -> Weights:
-    """A GGUF file as converters write it: block linears as `kind`, 5-D weights flattened with
-    their shape beside them, the rest F32. Returns the weights that it stands for, in float32.
-    """
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "wan")
-    form = gguf.GGMLQuantizationType[kind]
-    linears = {f"{layer}.weight" for layer in block_linears(source)}
-    meant = {}
-    for name, tensor in source.items():
-        values = tensor.float().numpy()
-        if tensor.dim() > 4:
-            if shapes:
-                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
-            values = values.reshape(values.shape[0], -1)
-        own = form if name in linears else gguf.GGMLQuantizationType.F32
-        stored = gguf.quants.quantize(values, own)
-        writer.add_tensor(name, stored, raw_dtype=own)
-        exact = gguf.quants.dequantize(stored, own)
-        meant[name] = torch.from_numpy(np.array(exact)).reshape(tensor.shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return meant
-
-
 def lightx2v_nvfp4(source: Weights, older: bool = False, config: WanConfig = T2V) -> File:
     """NVFP4 as LightX2V writes it, from comfy-kitchen's quantiser: even input in the low half
     byte, outer scales inverted; `older` files carry input_absmax in place of alpha.
@@ -407,6 +378,8 @@ def variant(config: WanConfig, **changes: Any) -> WanConfig:
 
 def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
     """One file per layout in `folder`: label -> (path, weights that its bytes stand for)."""
+    from frugal.tests import gguf_bed
+
     source = weights()
     found: dict[str, tuple[Path, Weights]] = {}
     made = dict(fp8_layouts(source))
@@ -451,14 +424,7 @@ def layout_files(folder: Path) -> dict[str, tuple[Path, Weights]]:
         found[label] = (write(folder / f"{index}.safetensors", tensors, metadata), meant)
     torch.save({"generator_ema": {f"model.{k}": v for k, v in plain.items()}}, folder / "g.pt")
     found["bf16, .pt with generator_ema.model."] = (folder / "g.pt", exact)
-    for kind in ("Q8_0", "Q5_1", "Q4_0", "F16"):
-        path = folder / f"{kind}.gguf"
-        meant = write_gguf(path, source, kind)
-        quantised = {f"{layer}.weight" for layer in block_linears(source) if kind != "F16"}
-        found[f"GGUF {kind}"] = (
-            path,
-            {name: t.half().float() if name in quantised else t for name, t in meant.items()},
-        )
+    found |= gguf_bed.layout_files(folder, source)
     found["bf16, two parts and an index"] = (split(folder, plain), exact)
     return found
 

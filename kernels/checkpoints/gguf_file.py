@@ -29,12 +29,16 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_FIELDS = 10_000
 MAX_ITEMS = 10_000_000
+# ggml itself holds four; ComfyUI-GGUF's tools put Wan's patch_embedding.weight in with its five.
+MAX_RANK = 5
 # Bytes of the scalar types of a key-value pair, by the number that names the type.
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Left by the converter for tensors whose rank ggml does not hold.
+# Left by converters for tensors that they store in another shape.
 SHAPE_KEY = "comfy.gguf.orig_shape."
+# The one tensor of a Wan model with more than four dimensions, and the last three of them.
+PATCHES, PATCH = "patch_embedding", (1, 2, 2)
 
 
 class Unpacked(Mapping[str, torch.Tensor]):
@@ -90,6 +94,7 @@ def open_gguf(
             f"{path.name} is a damaged GGUF file ({reason})", "a readable header", DOWNLOAD
         ) from error
     _check_tiling(path, reader)
+    _restore_patches(path, shapes)
     infos: dict[str, TensorInfo] = {}
     makers: dict[str, Callable[[], torch.Tensor]] = {}
     sizes: Counter[str] = Counter()
@@ -150,6 +155,24 @@ def _shape(path: Path, reader: Any, tensor: Any) -> tuple[int, ...]:
     return original
 
 
+def _restore_patches(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Give every patch embedding its five dimensions where a writer joined some: the order of the
+    numbers is the same. Raises FrugalError where the weight is still in a file of its own.
+    """
+    for bias in [name for name in shapes if name.endswith(f"{PATCHES}.bias")]:
+        name = f"{bias.removesuffix('bias')}weight"
+        if name not in shapes:
+            raise FrugalError(
+                f"{path.name} is an unfinished conversion: it holds {ascii(bias)[1:-1][:80]} and "
+                f"no {PATCHES}.weight",
+                "a finished file",
+                "run fix_5d_tensors.py of ComfyUI-GGUF's tools on it, or download a finished file",
+            )
+        rows, count = math.prod(shapes[bias]), math.prod(shapes[name])
+        if len(shapes[name]) != 2 + len(PATCH) and rows and not count % (rows * math.prod(PATCH)):
+            shapes[name] = (rows, count // rows // math.prod(PATCH), *PATCH)
+
+
 def _check_tiling(path: Path, reader: Any) -> None:
     align, position = int(reader.alignment), int(reader.data_offset)
     for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
@@ -198,7 +221,7 @@ def check_header(path: Path) -> None:
             for _ in range(tensors):
                 position = _after_string(data, position)
                 (rank,) = struct.unpack_from("<I", data, position)
-                if rank > 4:
+                if rank > MAX_RANK:
                     raise ValueError(f"a tensor of {rank} dimensions")
                 position = _inside(data, position + 4 + 8 * rank + 12)
         except (struct.error, ValueError) as error:

@@ -71,8 +71,9 @@ def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]
     layers = {path: _layer(change, dtype) for path, change in changes.items()}
     size = sum(p.nbytes for layer in layers.values() for p in layer.parameters())
     report = LoraReport(
-        file.name, strength, file.count, beside, inside, left, len(layers), size, file.others
-    )
+        file.name, strength, file.count, beside, inside, left, len(layers), size, file.others,
+        file.scaled,
+    )  # fmt: skip
     if strength == 0:
         return model.clone(), report
     if layers:

@@ -14,7 +14,6 @@ import torch
 
 from ...kernels.checkpoints.wan_shapes import parameters
 from ...kernels.errors import FrugalError
-from ...kernels.quant.lora_names import aliases
 from ...kernels.quant.weights import Weights
 from .lora_file import PREFIX, LoraFile, read_for
 
@@ -26,13 +25,7 @@ class LoraMerge:
 
     def __init__(self, weights: Weights, loras: Sequence[tuple[Path, float]]):
         table = parameters(weights.plan.config)
-        places = {}
-        for name in table:
-            if name.endswith(".weight"):
-                layer = name.removesuffix(".weight")
-                places |= dict.fromkeys((*aliases(layer), PREFIX + layer), name)
-            else:
-                places[PREFIX + name] = name
+        places = {PREFIX + name.removesuffix(".weight"): name for name in table}
         self._patches: dict[str, list[tuple[float, Any]]] = {}
         notes, titles, marks = [], [], []
         for path, strength in loras:
@@ -79,11 +72,14 @@ class LoraMerge:
 
 
 def _told(file: LoraFile, strength: float, left: dict[str, str]) -> str:
-    text = f"{file.name} at {strength:g}: {file.count - len(left)} of {file.count} keys applied"
+    text = f"{file.name} at {strength:g}: "
     if left:
         first = [f"{key} ({reason})" for key, reason in list(left.items())[:LISTED]]
         more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
-        text += f", these not: {', '.join(first)}{more}"
+        text += f"{len(left)} of {file.count} keys not applied: {', '.join(first)}{more}; "
+    text += f"{file.count - len(left)} of {file.count} keys applied"
+    if file.scaled:
+        text += f"; {file.scaled} layers at the alpha that the metadata state"
     if file.others:
         text += f"; {file.others} keys are for a text encoder"
     return text

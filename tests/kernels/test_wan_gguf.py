@@ -13,45 +13,75 @@ from frugal.kernels.checkpoints import gguf_file
 from frugal.kernels.checkpoints.plan import plan_wan
 from frugal.kernels.checkpoints.source import open_source
 from frugal.kernels.errors import FrugalError
+from frugal.tests import gguf_bed
 from frugal.tests import wan_bed as bed
 
 SMALL = bed.variant(bed.T2V, dim=32, ffn_dim=64, layers=1, text_dim=64)
 SOURCE = bed.weights(SMALL)
+CONFIG = '{"transformer": {"text_dim": 64}}'
 gguf = pytest.importorskip("gguf", reason="GGUF files are read by the package gguf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_1", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", *gguf_bed.WRITTEN])
 def test_values_are_the_librarys_rounded_once(kind, dtype, tmp_path):
-    path = tmp_path / "wan.gguf"
-    meant = bed.write_gguf(path, SOURCE, kind)
+    check_values(tmp_path / "wan.gguf", SOURCE, SMALL, kind, dtype)
+
+
+@pytest.mark.parametrize("kind", gguf_bed.BLOCKS)
+def test_types_of_llama_quantize(kind, tmp_path):
+    check_values(tmp_path / "wan.gguf", bed.weights(), bed.T2V, kind, torch.float32)
+
+
+def check_values(path, weights, config, kind, dtype):
+    meant = gguf_bed.write(path, weights, kind, config)
     source = open_source(path, dtype)
     assert {name: info.shape for name, info in source.tensors.items()} == {
-        name: tuple(tensor.shape) for name, tensor in SOURCE.items()
+        name: tuple(tensor.shape) for name, tensor in weights.items()
     }
     for name, info in source.tensors.items():
         held = source.loaded[name]
         assert held.dtype == info.dtype and tuple(held.shape) == info.shape
         assert torch.equal(held, meant[name].to(info.dtype)), name
-    quantised = kind.startswith("Q")
+    quantised = "F" not in kind
     layer = source.tensors["blocks.0.ffn.0.weight"]
     assert layer.dtype == (dtype if quantised else gguf_file.FLOATS[kind])
-    linears = sum(SOURCE[f"{name}.weight"].numel() for name in bed.block_linears(SOURCE, SMALL))
+    linears = sum(weights[f"{name}.weight"].numel() for name in bed.block_linears(weights, config))
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     assert source.blocks == ({kind: linears // block * size} if quantised else {})
 
 
-def test_shape_is_needed_where_ggml_lacks_the_rank(tmp_path):
+@pytest.mark.parametrize("others", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("patches", ["whole", "stated", "joined", "merged"])
+def test_patch_embedding_of_every_writer(patches, others, tmp_path):
     path = tmp_path / "wan.gguf"
-    bed.write_gguf(path, SOURCE, "Q8_0", shapes=False)
+    meant = gguf_bed.write(path, SOURCE, "Q8_0", SMALL, patches=patches, others=others)
     source = open_source(path)
-    with pytest.raises(FrugalError, match=r"patch_embedding.weight as \[32, 64\]"):
-        plan_wan(source.name, source.tensors, {"config": "{}"}, source.value)
+    assert plan_wan(source.name, source.tensors, {"config": CONFIG}, source.value)
+    held = source.loaded["patch_embedding.weight"]
+    assert held.shape == (32, 16, 1, 2, 2) and held.dtype == gguf_file.FLOATS[others]
+    assert torch.equal(held.float(), meant["patch_embedding.weight"])
+
+
+@pytest.mark.parametrize("arch", ["wan", "pig", None])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_architecture_and_prefix(arch, prefix, tmp_path):
+    path = tmp_path / "wan.gguf"
+    gguf_bed.write(path, SOURCE, "Q8_0", SMALL, arch=arch, prefix=prefix)
+    source = open_source(path)
+    assert plan_wan(source.name, source.tensors, {"config": CONFIG}, source.value).config == SMALL
+
+
+def test_conversion_that_was_not_finished(tmp_path):
+    path = tmp_path / "wan.gguf"
+    gguf_bed.write(path, SOURCE, "Q8_0", SMALL, patches="absent")
+    with pytest.raises(FrugalError, match="unfinished .* run fix_5d_tensors.py of ComfyUI-GGUF"):
+        open_source(path)
 
 
 def test_type_that_the_library_cannot_unpack(tmp_path, monkeypatch):
     path = tmp_path / "wan.gguf"
-    bed.write_gguf(path, SOURCE, "Q8_0")
+    gguf_bed.write(path, SOURCE, "Q8_0", SMALL)
 
     def refuse(data, kind):
         raise NotImplementedError
@@ -64,7 +94,7 @@ def test_type_that_the_library_cannot_unpack(tmp_path, monkeypatch):
 def test_values_beyond_the_type(tmp_path):
     path = tmp_path / "wan.gguf"
     large = SOURCE | {"blocks.0.ffn.0.weight": 1e6 * SOURCE["blocks.0.ffn.0.weight"]}
-    bed.write_gguf(path, large, "Q8_0")
+    gguf_bed.write(path, large, "Q8_0", SMALL)
     assert open_source(path, torch.bfloat16).loaded["blocks.0.ffn.0.weight"].isfinite().all()
     with pytest.raises(FrugalError, match="values beyond float16"):
         open_source(path, torch.float16).loaded["blocks.0.ffn.0.weight"]
@@ -111,7 +141,7 @@ def test_damaged_header(kind, tmp_path):
 @pytest.mark.parametrize("change", [-1, -40, 1, 64])
 def test_size_of_the_file(change, tmp_path):
     path = tmp_path / "wan.gguf"
-    bed.write_gguf(path, SOURCE, "Q8_0")
+    gguf_bed.write(path, SOURCE, "Q8_0", SMALL)
     raw = path.read_bytes()
     path.write_bytes(raw[:change] if change < 0 else raw + bytes(change))
     # The last tensor may end before padding, which is not part of any tensor.
@@ -125,7 +155,7 @@ def test_size_of_the_file(change, tmp_path):
 
 def test_250_mutated_headers_are_refused_or_mean_the_same(tmp_path):
     path = tmp_path / "wan.gguf"
-    bed.write_gguf(path, SOURCE, "Q8_0")
+    gguf_bed.write(path, SOURCE, "Q8_0", SMALL)
     source = open_source(path)
     facts, raw = dict(source.tensors), path.read_bytes()
     start = min(int(t.data_offset) for t in gguf.GGUFReader(path).tensors)

@@ -13,6 +13,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from frugal.nodes.quantize import side_branch
 from frugal.nodes.wan import glue
+from frugal.tests import gguf_bed
 from frugal.tests import wan_bed as bed
 from frugal.tests.lora_bed import (
     SOURCE,
@@ -170,7 +171,7 @@ def test_exact_on_the_dequantised_weights(label, tmp_path):
 def test_gguf(tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "wan.gguf"
-    bed.write_gguf(path, SOURCE, "Q8_0")
+    gguf_bed.write(path, SOURCE, "Q8_0")
     patcher = load(path)
     tensors, dense = lora(LINEARS)
     wanted = reference(with_changes(loaded_weights(patcher), (dense, 1.0)))

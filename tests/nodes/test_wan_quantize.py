@@ -13,6 +13,7 @@ from frugal.kernels.quant.on_load import AS_STORED, FP8, INT8_CONVROT, TARGETS, 
 from frugal.nodes import _memory, _models
 from frugal.nodes.quantize import side_branch
 from frugal.nodes.wan import glue, mapped, row_scaled
+from frugal.tests import gguf_bed
 from frugal.tests import wan_bed as bed
 from frugal.tests.wan_checks import check, forward, loaded_weights, reference
 
@@ -74,7 +75,7 @@ def test_quantising_a_quantised_file_is_refused(tmp_path):
 def test_gguf(tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "wan.gguf"
-    meant = bed.write_gguf(path, SOURCE, "Q8_0")
+    meant = gguf_bed.write(path, SOURCE, "Q8_0")
     halves = {
         name: tensor.half().float() if name.removesuffix(".weight") in bed.block_linears(SOURCE)
         else tensor
