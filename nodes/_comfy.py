@@ -6,11 +6,13 @@ know is left out, so one source serves 0.3.75 and newer.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 
 CATEGORY = "Frugal"
 REPORT_KEY = "frugal.load_report"
@@ -23,7 +25,8 @@ CAUSAL_NEEDS_KEY, CAUSAL_RUN_KEY = f"{CAUSAL_KEY}.needs", f"{CAUSAL_KEY}.run"
 # Wrapper of a MODEL whose cross-attention is computed once per prompt, and its attachment with what
 # that keeps (kernels.wan.context_report.ContextPlan).
 CONTEXT_KEY = "frugal.constant_context"
-# OUTER_SAMPLE wrapper of a MODEL that is two experts; has attributes `high` and `low`, MODELs.
+# OUTER_SAMPLE wrapper of a MODEL that is two experts; has attributes `high` and `low`, MODELs, and
+# a method `changed`, see `for_each_expert`.
 EXPERTS_KEY = "frugal.two_experts"
 # Attachment of a planned MODEL (kernels.plan.in_force.PlanInForce), and key of its wrappers.
 PLAN_KEY = "frugal.memory_plan"
@@ -37,6 +40,27 @@ def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     """
     accepted = inspect.signature(target).parameters
     return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def experts_of(model: Any) -> Any:
+    """The switch of a MODEL that is two experts, with attributes `high` and `low`; else None."""
+    found = model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(EXPERTS_KEY)
+    return found[0] if found else None
+
+
+def for_each_expert(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `change`, a function of a MODEL that returns it changed, change both experts where the
+    MODEL is two: what it puts there may be bound to the weights of one.
+    """
+
+    @functools.wraps(change)
+    def changed(model: Any, *args: Any, **kwargs: Any) -> Any:
+        switch = experts_of(model)
+        if switch is None:
+            return change(model, *args, **kwargs)
+        return switch.changed(model, lambda expert: change(expert, *args, **kwargs))
+
+    return changed
 
 
 def compute_dtype(model: Any) -> torch.dtype:

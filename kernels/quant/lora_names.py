@@ -1,4 +1,4 @@
-"""The names under which LoRA files speak of the layers of a Wan model, and of what they hold for one.
+"""How LoRA files name the layers of a Wan model, and what they hold for one.
 
 Trainers use the original names or those of diffusers, with dots, with underscores or with both,
 under prefixes that are put one before another: kohya and musubi `lora_unet_`, VideoX-Fun
@@ -44,9 +44,7 @@ def spelling(name: str) -> str:
 
 def spellings(layers: Iterable[str]) -> dict[str, str]:
     """Every spelling of each layer -> the layer, given by its original name."""
-    return {
-        spelling(name): layer for layer in layers for name in (layer, to_diffusers(layer))
-    }
+    return {spelling(name): layer for layer in layers for name in (layer, to_diffusers(layer))}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ...kernels.plan.memory import (
 )
 from ...kernels.report import LoadReport, megabytes
 from ...kernels.wan.context_report import ContextPlan
-from .._comfy import CONTEXT_KEY, EXPERTS_KEY, PLAN_KEY, compute_dtype, show_text
+from .._comfy import CONTEXT_KEY, EXPERTS_KEY, PLAN_KEY, compute_dtype, experts_of, show_text
 from . import causal, dynamic_vram, facts, glue
 from .chunking import InForce, forwards
 from .meta import ForwardPeaks, check, decoded
@@ -156,12 +156,6 @@ def _working(model: Any, policy: Policy) -> tuple[Any, list[str]]:
         paths.append(top + path)
     policy.attach(clone)
     return clone, paths
-
-
-def experts_of(model: Any) -> Any:
-    """The switch of a MODEL that is two experts, with attributes `high` and `low`; else None."""
-    found = model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(EXPERTS_KEY)
-    return found[0] if found else None
 
 
 def available(device: Any) -> int:

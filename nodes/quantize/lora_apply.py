@@ -15,7 +15,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.quant import low_rank
 from ...kernels.quant.lora_report import LoraReport
 from ...kernels.quant.low_rank import Delta
-from .._comfy import compute_dtype
+from .._comfy import compute_dtype, for_each_expert
 from .lora_file import Entry, LoraFile
 from .side_branch import SideLayer, Vectors, attach, dora_vectors, fuses, side_lora, stored
 
@@ -38,9 +38,15 @@ class _Change:
 
 
 def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]:
-    """A clone of `model` (ModelPatcher) with the LoRA, and what became of its keys. Raises
-    FrugalError if none of them fits.
+    """A clone of `model` (ModelPatcher) with the LoRA, on both experts if it is two, and what
+    became of its keys. Raises FrugalError if none of them fits.
     """
+    reports: list[LoraReport] = []
+    return _apply(model, file, strength, reports), reports[0]
+
+
+@for_each_expert
+def _apply(model: Any, file: LoraFile, strength: float, reports: list[LoraReport]) -> Any:
     changes: dict[str, _Change] = {}
     patches: dict[Any, Any] = {}
     exchanged: dict[str, torch.Tensor] = {}
@@ -74,8 +80,9 @@ def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]
         file.name, strength, file.count, beside, inside, left, len(layers), size, file.others,
         file.scaled,
     )  # fmt: skip
+    reports.append(report)
     if strength == 0:
-        return model.clone(), report
+        return model.clone()
     if layers:
         model = attach(model, side_lora(model, file.name, strength, layers))
     if patches or exchanged:
@@ -93,7 +100,7 @@ def apply(model: Any, file: LoraFile, strength: float) -> tuple[Any, LoraReport]
                 "a parameter of the model for each",
                 "report the file to ComfyUI-Frugal",
             )
-    return model, report
+    return model
 
 
 def _put_beside(model: Any, entry: Entry, changes: dict[str, _Change]) -> None:
@@ -115,7 +122,7 @@ def _put_beside(model: Any, entry: Entry, changes: dict[str, _Change]) -> None:
 
 
 def _put_weight(model: Any, entry: Entry, module: Any, change: _Change) -> None:
-    delta, magnitude = _delta(entry.patch)
+    delta, magnitude = delta_of(entry.patch)
     wanted, place = [module.out_features, module.in_features], None
     if entry.part is not None:
         axis, start, length = entry.part
@@ -125,7 +132,7 @@ def _put_weight(model: Any, entry: Entry, module: Any, change: _Change) -> None:
     if delta.shape != tuple(wanted):
         raise NotBesideError(f"shape {list(delta.shape)} for a layer of {wanted}")
     if magnitude is not None:
-        if place is not None or delta.outer or magnitude.numel() != module.out_features:
+        if place is not None or delta.outer or magnitude.shape[0] != module.out_features:
             raise NotBesideError("a DoRA magnitude that is not one for each output")
         if change.gain is not None or entry.name in model.patches:
             raise NotBesideError("a DoRA magnitude on a weight that something else changes")
@@ -134,7 +141,7 @@ def _put_weight(model: Any, entry: Entry, module: Any, change: _Change) -> None:
     change.deltas.append((delta, place))
 
 
-def _delta(patch: Any) -> tuple[Delta, torch.Tensor | None]:
+def delta_of(patch: Any) -> tuple[Delta, torch.Tensor | None]:
     """The factors of an adapter and its DoRA magnitude; the order of `weights` is ComfyUI's."""
     if isinstance(patch, LoRAAdapter):
         up, down, alpha, middle, magnitude, reshape = patch.weights

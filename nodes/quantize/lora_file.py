@@ -124,9 +124,7 @@ def read_for(path: Path, places: dict[str, Any], wan: bool = True) -> LoraFile:
         entries += found
         unplaced |= dict.fromkeys(left, "not read by ComfyUI")
     count = sum(not key.startswith(TEXT_ENCODERS) for key in tensors)
-    return LoraFile(
-        path.name, tuple(entries), unplaced, count, len(tensors) - count, scaled
-    )
+    return LoraFile(path.name, tuple(entries), unplaced, count, len(tensors) - count, scaled)
 
 
 class _Group:
@@ -144,7 +142,7 @@ class _Group:
         key = self.layer + found.text
         if self.adapter not in (None, found.adapter) and key in self.tensors:
             raise FrugalError(
-                f"{file} holds the adapters {ascii(self.adapter)} and {ascii(found.adapter)} of "
+                f"{file} holds the adapters {self.adapter!a} and {found.adapter!a} of "
                 f"{ascii(self.layer)[1:-1][:80]}",
                 "one adapter",
                 "save each adapter as a file of its own",

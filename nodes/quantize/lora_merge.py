@@ -14,7 +14,9 @@ import torch
 
 from ...kernels.checkpoints.wan_shapes import parameters
 from ...kernels.errors import FrugalError
+from ...kernels.quant.low_rank import dora_gain
 from ...kernels.quant.weights import Weights
+from .lora_apply import NotBesideError, delta_of
 from .lora_file import PREFIX, LoraFile, read_for
 
 LISTED = 6
@@ -59,6 +61,10 @@ class LoraMerge:
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The float32 tensor with all changes; raises FrugalError where ComfyUI cannot make one."""
         for strength, patch in self._patches[name]:
+            exact = _with_magnitude(weight, patch, strength)
+            if exact is not None:
+                weight = exact
+                continue
             patches = [(strength, patch, 1.0, None, None)]
             with _complaints() as found:
                 weight = comfy.lora.calculate_weight(patches, weight, name, torch.float32)
@@ -69,6 +75,21 @@ class LoraMerge:
                     "choose a LoRA that was trained on this model",
                 )
         return weight
+
+
+def _with_magnitude(weight: torch.Tensor, patch: Any, strength: float) -> torch.Tensor | None:
+    """The weight with a DoRA whose magnitudes are one for each output, whose norms ComfyUI takes
+    before the change and not after it; None for any other change.
+    """
+    try:
+        delta, magnitude = delta_of(patch)
+    except NotBesideError:
+        return None
+    if magnitude is None or magnitude.shape[0] != weight.shape[0] or delta.shape != weight.shape:
+        return None
+    gain = dora_gain(weight, delta, magnitude)[:, None]
+    changed = gain * (weight.float() + delta.dense().to(weight.device))
+    return weight + strength * (changed - weight)
 
 
 def _told(file: LoraFile, strength: float, left: dict[str, str]) -> str:

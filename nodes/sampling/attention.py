@@ -24,7 +24,7 @@ from ...kernels.attention.call import belong, device_kind
 from ...kernels.attention.choose import absences, check_choice
 from ...kernels.attention.table import Table, table
 from ...kernels.errors import FrugalError
-from .._comfy import ATTENTION_KEY, ATTENTION_OVERRIDE, show_text
+from .._comfy import ATTENTION_KEY, ATTENTION_OVERRIDE, for_each_expert, show_text
 
 KEY = ATTENTION_KEY
 CHOICES = (AUTO, *(each.name for each in BACKENDS))
@@ -49,6 +49,7 @@ class Run:
             self.lossy = self.allowed[step + 1]
 
 
+@for_each_expert
 def apply(
     model: Any,
     choice: str = AUTO,

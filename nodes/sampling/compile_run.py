@@ -24,7 +24,7 @@ from ...kernels.compile.graphs import Graphs, probe
 from ...kernels.compile.report import CompileReport
 from ...kernels.compile.shadow import plain, shadow
 from ...kernels.errors import FrugalError
-from .._comfy import ATTENTION_OVERRIDE, PLAN_KEY
+from .._comfy import ATTENTION_OVERRIDE, PLAN_KEY, for_each_expert
 
 KEY = "frugal.compile"
 INDUCTOR = "inductor"
@@ -41,6 +41,7 @@ class LastRun:
         self.report: CompileReport | None = None
 
 
+@for_each_expert
 def apply(
     model: Any, show: Callable[[CompileReport], None] = lambda _: None, backend: str = INDUCTOR
 ) -> Any:

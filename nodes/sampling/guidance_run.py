@@ -10,10 +10,12 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.errors import FrugalError
+from .._comfy import for_each_expert
 
 KEY = "frugal.guidance_range"
 
 
+@for_each_expert
 def apply(model: Any, start: float, end: float) -> Any:
     """A clone of the ModelPatcher `model` that is guided from `start` to `end`, parts of the
     schedule in 0..1. A range of this pack that is there already is replaced.

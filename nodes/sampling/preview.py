@@ -8,10 +8,13 @@ import comfy.utils
 import latent_preview
 from comfy.patcher_extension import WrappersMP
 
+from .._comfy import for_each_expert
+
 KEY = "frugal.preview"
 MIDDLE_FRAME, AS_SET = "colours of the middle frame", "as set in ComfyUI"
 
 
+@for_each_expert
 def apply(model: Any) -> Any:
     """A clone of the ModelPatcher `model` that shows each step, or `model` itself where its latent
     format has no colours.

@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...kernels.errors import FrugalError
 from ...kernels.sampling.step_cache import StepCache, StepCacheSettings
 from ...kernels.sampling.step_report import StepCacheReport, advice
-from .._comfy import CAUSAL_KEY
+from .._comfy import CAUSAL_KEY, for_each_expert
 
 KEY = "frugal.step_cache"
 OTHER_CACHES = ("easycache", "lazycache")
@@ -45,6 +45,7 @@ class LastRun:
         self.report: StepCacheReport | None = None
 
 
+@for_each_expert
 def apply(model: Any, options: Options, show: Callable[[StepCacheReport], None]) -> Any:
     """A clone of the ModelPatcher `model` with the cache and, attached under KEY, a `LastRun`;
     `show` gets each run's report. A step cache of this pack that is there already is replaced.

@@ -26,7 +26,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.wan.context_report import ContextPlan, ContextReport
 from ...kernels.wan.contexts import Context, Contexts
 from ...kernels.wan.kept_rows import keep
-from .._comfy import CONTEXT_KEY, compute_dtype
+from .._comfy import CONTEXT_KEY, compute_dtype, for_each_expert
 
 KEY = CONTEXT_KEY
 # Tensors that a call holds on to, so that it knows them again; a stock model has 2.
@@ -49,12 +49,17 @@ def apply(model: Any, options: Options, show: Callable[[ContextReport], None]) -
     """(clone of the ModelPatcher `model`, ContextPlan). `show` gets each run's report; raises
     FrugalError for anything but a Wan model.
     """
+    return _apply(model, options, show), plan(model, options)
+
+
+@for_each_expert
+def _apply(model: Any, options: Options, show: Callable[[ContextReport], None]) -> Any:
     planned = plan(model, options)
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _each_run(options, show))
     model.set_attachments(KEY, planned)
-    return model, planned
+    return model
 
 
 def projections(network: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import uuid
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -44,10 +45,7 @@ def join(high: Any, low: Any, boundary: float, cfg_low: float) -> tuple[Any, str
     0 for the sampler's own. Raises FrugalError if the two do not make a pair.
     """
     _check_pair(high, low)
-    model = high.clone()
-    model.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE, KEY, ExpertSwitch(high.clone(), low.clone(), boundary, cfg_low)
-    )
+    model = _joined(high, low, boundary, cfg_low)
     switch = 1000 * boundary
     text = f"high noise: timesteps {switch:g} to 1000, low noise: below {switch:g}"
     reports = [each.get_attachment(REPORT_KEY) for each in (high, low)]
@@ -56,6 +54,14 @@ def join(high: Any, low: Any, boundary: float, cfg_low: float) -> tuple[Any, str
         model.set_attachments(REPORT_KEY, both)
         text = both.text()
     return model, text
+
+
+def _joined(high: Any, low: Any, boundary: float, cfg_low: float) -> Any:
+    model = high.clone()
+    model.add_wrapper_with_key(
+        WrappersMP.OUTER_SAMPLE, KEY, ExpertSwitch(high.clone(), low.clone(), boundary, cfg_low)
+    )
+    return model
 
 
 def high_steps(sigmas: torch.Tensor, boundary: float) -> int:
@@ -79,6 +85,15 @@ class ExpertSwitch:
 
     def __init__(self, high: Any, low: Any, boundary: float, cfg_low: float):
         self.high, self.low, self.boundary, self.cfg_low = high, low, boundary, cfg_low
+
+    def changed(self, model: Any, change: Callable[[Any], Any]) -> Any:
+        """The MODEL with this switch, both of its experts changed by `change`, as if that had
+        been done before they were joined.
+        """
+        low = _with_changes(self.low, self.high, model)
+        high = model.clone()
+        high.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+        return _joined(change(high), change(low), self.boundary, self.cfg_low)
 
     def __call__(
         self, executor, noise, latent, sampler, sigmas, mask=None, callback=None,

@@ -9,7 +9,7 @@ from frugal.kernels.checkpoints.diffusers_names import to_diffusers
 from frugal.kernels.checkpoints.wan_keys import Naming
 from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
 from frugal.kernels.quant import low_rank
-from frugal.kernels.quant.lora_names import aliases
+from frugal.kernels.quant.lora_names import ending, spelling, spellings
 from frugal.kernels.quant.lora_report import LoraReport
 
 MAKE = torch.Generator().manual_seed(5)
@@ -131,21 +131,38 @@ def test_diffusers_names_are_read_back(parts):
     for layer, name in theirs.items():
         assert Naming("", True).layer(name) == layer
     assert theirs["blocks.11.self_attn.o"] == "blocks.11.attn1.to_out.0"
-    # No name stands for two layers.
-    found: dict[str, str] = {}
-    for layer in layers:
-        for alias in aliases(layer):
-            assert found.setdefault(alias, layer) == layer, alias
-    assert found["lora_unet_blocks_3_attn2_to_q"] == "blocks.3.cross_attn.q"
+    # No spelling stands for two layers.
+    found = spellings(layers)
+    assert len(found) == len({*map(spelling, layers), *map(spelling, theirs.values())})
+    for prefix in ("lora_unet_", "lora_unet__", "pipe.dit.", "base_model.model.transformer.", ""):
+        for name in ("blocks_3.attn2.to_q", "blocks.3.cross_attn.q", "blocks_3_cross_attn_q"):
+            assert found[spelling(prefix + name)] == "blocks.3.cross_attn.q", prefix + name
+    assert spelling("lora_te_blocks_3_cross_attn_q") not in found
+
+
+def test_endings_of_peft():
+    forms = {
+        ".lora_A.default.weight": (".lora_A.weight", "default"),
+        ".lora_B.weight": (".lora_B.weight", ""),
+        ".lora_B.bias": (".lora_B.bias", ""),
+        ".lora_B.name.bias": (".lora_B.bias", "name"),
+        ".lora_magnitude_vector": (".dora_scale", ""),
+        ".lora_magnitude_vector.default.weight": (".dora_scale", "default"),
+        ".lora_up.weight": (".lora_up.weight", ""),
+        ".lora_up.bias": (".lora_B.bias", ""),
+        ".alpha": (".alpha", ""),
+    }
+    assert {text: (ending(text).text, ending(text).adapter) for text in forms} == forms
 
 
 def test_report_names_what_was_left():
     left = {f"blocks.{n}.x.lora_A.weight": "no such layer in this model" for n in range(9)}
     report = LoraReport("a.safetensors", 0.5, 20, 9, 2, {**left, "z.alpha": "odd"}, 4, 3_000_000)
     lines = report.text().split("\n")
-    assert lines[0] == "a.safetensors at 0.5: 11 of 20 keys applied, these not:"
+    assert lines[0] == "a.safetensors at 0.5: 10 of 20 keys not applied:"
     assert lines[1].startswith("- blocks.0.x.lora_A.weight, ") and "and 3 more: no such" in lines[1]
-    assert lines[2] == "- z.alpha: odd" and lines[3] == "4 layers with a side branch, 3.0 MB"
+    assert lines[2:4] == ["- z.alpha: odd", "a.safetensors at 0.5: 11 of 20 keys applied"]
+    assert lines[4] == "4 layers with a side branch, 3.0 MB"
     assert report.as_dict()["left"] == dict(report.left)
     whole = LoraReport("a.safetensors", 1.0, 9, 9, 0, {}, 4, 0)
     assert whole.text().split("\n")[0] == "a.safetensors at 1: 9 of 9 keys applied"
