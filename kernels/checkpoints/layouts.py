@@ -10,8 +10,9 @@ declared: their bytes do not tell the layout.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ SIDE = {
     "weight_codebook": "weight_codebook",
     "weight_zeros": "weight_zeros",
 }
+# How convert_to_quant calls fp8 with scales of another grid than ComfyUI's own.
+GRIDDED = re.compile(r"(float8_e4m3fn|float8_e5m2)_(tensorwise|rowwise|blockwise|block3d)")
+# Formats that quantise activations as they come, so that a stored scale for them is not used.
+DYNAMIC = (INT8, W4A4, W4A8, W4A16)
 # Tensors of conventions that no supported ComfyUI reads rightly; the value names the convention.
 FOREIGN = {
     "weight._data": "quanto (Wan2GP)",
@@ -83,7 +88,7 @@ class LayerLayout:
     `unit_scale` says that the file holds no scale because the weight is a plain cast; `options`
     are the declared format options; `packed` says how GPTQ, AWQ or W4A16 words are read; `lightx2v`
     marks NVFP4 in LightX2V's own convention; `computed` that the file holds floats, quantised on
-    load.
+    load; `unused` are tensors beside the weight that the format has no use for.
     """
 
     format: str
@@ -94,6 +99,7 @@ class LayerLayout:
     packed: PackedSpec | None = None
     lightx2v: bool = False
     computed: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def classify(
@@ -109,6 +115,21 @@ def classify(
     `side` holds the tensors beside the weight by their last name, `declared` the format entry of
     the file, if any. Raises FrugalError for anything that is not one of the known layouts.
     """
+    layout = _classify(where, shape, weight, side, declared)
+    unused = tuple(leaf for leaf in side if SIDE[leaf] == "input_scale")
+    if layout.format not in DYNAMIC or not unused:
+        return layout
+    stored = {leaf: target for leaf, target in layout.stored.items() if leaf not in unused}
+    return replace(layout, stored=stored, unused=unused)
+
+
+def _classify(
+    where: str,
+    shape: tuple[int, int],
+    weight: TensorInfo,
+    side: Mapping[str, TensorInfo],
+    declared: Mapping[str, Any] | None,
+) -> LayerLayout:
     scales = sorted(name for name in side if SIDE[name] == "weight_scale")
     if len(scales) > 1:
         raise FrugalError(
@@ -116,8 +137,6 @@ def classify(
         )
     stored = {name: SIDE[name] for name in side if name != "comfy_quant"}
     canonical = {SIDE[name]: info for name, info in side.items()}
-    if "input_scale" in canonical:
-        check_scalar(where, "an activation scale", canonical["input_scale"])
     if declared is not None:
         return _declared(where, shape, weight, canonical, stored, declared)
     extra = sorted(set(canonical) - {"weight_scale", "input_scale", "comfy_quant"})
@@ -140,7 +159,7 @@ def classify(
             raise FrugalError(
                 f"{where} is int8 without a scale", "weight_scale beside it", "choose another file"
             )
-        check_only(where, INT8, canonical, {"weight_scale"}, {"weight_scale"})
+        check_only(where, INT8, canonical, {"weight_scale", "input_scale"}, {"weight_scale"})
         _rows(where, scale, shape)
         return LayerLayout(INT8, stored=stored)
     if weight.dtype not in FLOATS:
@@ -161,7 +180,9 @@ def _declared(
     stored: Mapping[str, str],
     declared: Mapping[str, Any],
 ) -> LayerLayout:
-    form = declared.get("format")
+    form, kind = declared.get("format"), None
+    if (named := GRIDDED.fullmatch(str(form))) is not None:
+        form, kind = named.groups()
     if form not in NATIVE:
         raise FrugalError(
             f"{where} declares the format {ascii(form)[:60]}",
@@ -187,6 +208,7 @@ def _declared(
         check_only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
         # The bytes decide: files labelled e4m3fn with e5m2 inside are known.
         grid = _float8_grid(where, side["weight_scale"], shape)
+        _check_grid(where, kind, options, side["weight_scale"], shape, grid)
         return LayerLayout(FLOAT8[weight.dtype], grid, stored=stored, options=options)
     group = (
         options.get("convrot_groupsize", 256)
@@ -201,11 +223,11 @@ def _declared(
         )
     if form == INT8:
         _check(where, weight, torch.int8, shape)
-        check_only(where, form, side, {"weight_scale"}, {"weight_scale"})
+        check_only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
         _rows(where, side["weight_scale"], shape)
     elif form == W4A4:
         _check(where, weight, torch.int8, (out, inside // 2))
-        check_only(where, form, side, {"weight_scale"}, {"weight_scale"})
+        check_only(where, form, side, {"weight_scale", "input_scale"}, {"weight_scale"})
         if not _rows(where, side["weight_scale"], shape):
             raise FrugalError(
                 f"{where} has one scale for {out} rows", f"{out} scales", "convert the model again"
@@ -223,6 +245,8 @@ def _declared(
             where, side["weight_scale"], out, inside // 16, (torch.float8_e4m3fn, torch.uint8)
         )
         check_scalar(where, "weight_scale_2", side["weight_scale_2"])
+        if "input_scale" in side:
+            check_scalar(where, "an activation scale", side["input_scale"])
         if "pre_quant_scale" in side and side["pre_quant_scale"].numel != inside:
             raise FrugalError(
                 f"{where} has {side['pre_quant_scale'].numel} smoothing factors",
@@ -247,8 +271,8 @@ def _w4a8(
 ) -> None:
     out, inside = shape
     _check(where, weight, torch.int8, (out, inside // 2))
-    check_only(where, W4A8, side, {"weight_s_rel", "weight_s_channel", "weight_codebook"},
-          {"weight_s_rel", "weight_s_channel"})  # fmt: skip
+    both = {"weight_s_rel", "weight_s_channel"}
+    check_only(where, W4A8, side, {*both, "weight_codebook", "input_scale"}, both)
     group = options.get("group_size", 16)
     if type(group) is not int or group < 4 or inside % group:
         raise FrugalError(
@@ -290,7 +314,7 @@ def _w4a16(
     out, inside = shape
     _check(where, weight, torch.int8, (out, inside // 2))
     both = {"weight_scale", "weight_zeros"}
-    check_only(where, W4A16, side, both, both)
+    check_only(where, W4A16, side, {*both, "input_scale"}, both)
     group = options.get("group_size", 64)
     if type(group) is not int or group < 2 or inside % group or inside % 2:
         raise FrugalError(
@@ -306,6 +330,33 @@ def _w4a16(
                 "convert the model again",
             )
     return PackedSpec(W4A16, 4, 0, out, inside, group)
+
+
+def _check_grid(
+    where: str,
+    kind: str | None,
+    options: Mapping[str, Any],
+    scale: TensorInfo,
+    shape: tuple[int, int],
+    grid: str,
+) -> None:
+    """The scales of an fp8 weight must be what a name of GRIDDED says."""
+    one = scale.numel == 1
+    fits = {
+        None: True,
+        "tensorwise": one,
+        "rowwise": grid == ROW or (one and shape[0] == 1),
+        "block3d": grid == BLOCK,
+        "blockwise": scale.shape == scale_grid.squares(shape)
+        and options.get("group_size", scale_grid.SQUARE) == scale_grid.SQUARE,
+    }
+    if not fits[kind]:
+        raise FrugalError(
+            f"{where} declares fp8 {kind} and has scales of shape {list(scale.shape)}",
+            f"one scale, {[shape[0], 1]} for rowwise, {[shape[0], 'groups']} for block3d, or "
+            f"{list(scale_grid.squares(shape))} for blockwise with squares of {scale_grid.SQUARE}",
+            "convert the model again with one scale per row",
+        )
 
 
 def _float8_grid(where: str, scale: TensorInfo, shape: tuple[int, int]) -> str:

@@ -25,8 +25,8 @@ from .packed import (
     settings,
 )
 from .packed import SIDE as PACKED_SIDE
-from .plan_notes import format_name, plan_notes
-from .wan_keys import COMPANIONS, Naming, find_naming
+from .plan_notes import format_name, label_notes, plan_notes
+from .wan_keys import COMPANIONS, Naming, find_naming, is_label
 from .wan_shapes import TEXT_DIM, WanConfig, detect_config, parameters
 
 MARKER = "scaled_fp8"
@@ -84,7 +84,9 @@ def plan_wan(
     quantised weight, a quantised weight without a scale, or a wrong shape. Nothing large is read.
     """
     naming = find_naming(file, tensors)
-    names, left_out, markers = _canonical_names(file, naming, tensors)
+    labels = [raw for raw, info in tensors.items() if is_label(naming.canonical(raw) or raw, info)]
+    kept = {raw: info for raw, info in tensors.items() if raw not in set(labels)}
+    names, left_out, markers = _canonical_names(file, naming, kept)
     stated = _transformer(file, metadata)
     transformer = {key: stated[key] for key in FORWARDED if key in stated}
     shapes = {name: tensors[raw].shape for name, raw in names.items()}
@@ -118,6 +120,7 @@ def plan_wan(
         else:
             layout = classify(where, shape, info, beside, declared.get(layer))
         formats[format_name(layout, info)] += info.nbytes
+        _check_input_scale(f"{file}: {layer}", layer, beside, names, value)
         if layout.format == PLAIN:
             unit_scales_dropped += _refuse_scale(file, layer, layout, names, tensors, value)
             continue
@@ -130,6 +133,7 @@ def plan_wan(
         )
     _check_scaled(file, layers, markers)
     notes = plan_notes(naming, layers, left_out, unit_scales_dropped, markers, tensors)
+    notes += label_notes(labels, layers)
     ignored = sorted(set(stated) - {*FORWARDED, *FIXED, *_derived(config)})
     if ignored:
         notes += (f"configuration entries left out: {ascii(', '.join(ignored))[1:-1][:200]}",)
@@ -370,6 +374,27 @@ def _refuse_scale(
                 "download the file again or choose another one",
             )
     return len(layout.stored)
+
+
+def _check_input_scale(
+    where: str,
+    layer: str,
+    beside: Mapping[str, TensorInfo],
+    names: Mapping[str, str],
+    value: Callable[[str], torch.Tensor],
+) -> None:
+    """One activation scale is left out or used as it is; more than one must say nothing: one per
+    input channel would have to divide the inputs.
+    """
+    for leaf, info in beside.items():
+        if SIDE.get(leaf) != "input_scale" or info.numel == 1:
+            continue
+        if not bool((value(names[f"{layer}.{leaf}"]).float() == 1).all()):
+            raise FrugalError(
+                f"{where} has activation scales {leaf} of shape {list(info.shape)} that are not 1",
+                "one number, or ones",
+                "convert the model again without scales for activations",
+            )
 
 
 def _check_scaled(file: str, layers: Mapping[str, LayerLayout], markers: list[str]) -> None:

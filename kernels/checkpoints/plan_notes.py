@@ -10,6 +10,8 @@ from .header import TensorInfo
 from .layouts import FLOAT8, PLAIN, LayerLayout
 from .wan_keys import Naming
 
+LISTED = 6
+
 
 def format_name(layout: LayerLayout, info: TensorInfo | None = None) -> str:
     """The name of a layer's format as the report gives it; a plain layer needs its tensor."""
@@ -25,6 +27,21 @@ def format_name(layout: LayerLayout, info: TensorInfo | None = None) -> str:
         scale = "none" if layout.unit_scale else f"per {layout.grid}"
         return f"{layout.format}, scale {scale}"
     return f"{layout.format}, rotated" if layout.options.get("convrot") else layout.format
+
+
+def label_notes(labels: list[str], layers: Mapping[str, LayerLayout]) -> tuple[str, ...]:
+    """What of a file is not used: labels, and scales that a format has no use for."""
+    notes = []
+    if labels:
+        more = f" and {len(labels) - LISTED} more" if len(labels) > LISTED else ""
+        names = ", ".join(ascii(name)[1:-1][:80] for name in labels[:LISTED])
+        notes.append(f"{len(labels)} tensors are labels and not used: {names}{more}")
+    unused = Counter(leaf for layer in layers.values() for leaf in layer.unused)
+    notes += [
+        f"{count} tensors {leaf} are not used: these layers quantise activations as they come"
+        for leaf, count in unused.items()
+    ]
+    return tuple(notes)
 
 
 def plan_notes(

@@ -90,7 +90,7 @@ def open_source(path: str | os.PathLike[str], unpack_to: torch.dtype = torch.flo
         return _with_settings(_open_shards(path))
     if lower.endswith(SAFETENSORS):
         header = read_header(path)
-        _refuse_lone_shard(path, header)
+        _refuse_lone_part(path, header)
         owner = dict.fromkeys(header.tensors, path)
         return _with_settings(Source(path.name, (path,), header.tensors, header.metadata, owner))
     if lower.endswith(PICKLES):
@@ -134,15 +134,36 @@ def _with_settings(source: Source) -> Source:
     return source
 
 
-def _refuse_lone_shard(path: Path, header: Header) -> None:
-    shard = SHARD.search(path.name)
-    if shard and int(shard.group(2)) > 1:
-        raise FrugalError(
-            f"{path.name} is part {int(shard.group(1))} of {int(shard.group(2))} with "
-            f"{len(header.tensors)} tensors",
-            "a whole model",
-            f"choose the entry ending in {INDEX_SUFFIX}, which loads all parts",
-        )
+def parts_of(index: Path) -> tuple[Path, ...]:
+    """The files that an index lists. Raises FrugalError for one that cannot be read."""
+    return tuple(index.parent / name for name in sorted(set(_weight_map(index).values())))
+
+
+def index_of(path: Path) -> Path | None:
+    """The index beside a safetensors file that lists it as one of several parts, if there is one
+    that can be read.
+    """
+    for index in sorted(path.parent.glob(f"*{INDEX_SUFFIX}")):
+        try:
+            parts = parts_of(index)
+        except FrugalError:
+            continue
+        if len(parts) > 1 and path in parts:
+            return index
+    return None
+
+
+def _refuse_lone_part(path: Path, header: Header) -> None:
+    shard, index = SHARD.search(path.name), index_of(path)
+    if index is None and not (shard and int(shard.group(2)) > 1):
+        return
+    which = f"part {int(shard.group(1))} of {int(shard.group(2))}" if shard else "one of the parts"
+    raise FrugalError(
+        f"{path.name} is {which} with {len(header.tensors)} tensors",
+        "a whole model",
+        f"choose the entry {'ending in ' + INDEX_SUFFIX if index is None else index.name}, which "
+        "loads all parts",
+    )
 
 
 def _open_shards(index: Path) -> Source:
@@ -150,7 +171,7 @@ def _open_shards(index: Path) -> Source:
     tensors: dict[str, TensorInfo] = {}
     owner: dict[str, Path] = {}
     metadata: dict[str, str] = {}
-    files = tuple(index.parent / name for name in sorted(set(weight_map.values())))
+    files = parts_of(index)
     for path in files:
         if not path.is_file():
             raise FrugalError(

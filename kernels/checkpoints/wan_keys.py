@@ -4,11 +4,13 @@ release.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import FrugalError
 from .diffusers_names import to_original
+from .header import TensorInfo
 
 # Training wrappers add their own attribute name anywhere in the path.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -27,6 +29,13 @@ PREFIXES = (
     "net.",
     "transformer.",
 )
+# Where the weights of a Wan model or a relative lie, and words in the names of numbers that a
+# computation may need: such a tensor is no label, however small.
+PARTS = re.compile(
+    r"(?:blocks|vace_blocks|head|\w*embedding\w*|\w*embedder|img_emb|ref_conv|control_adapter"
+    r"|proj_out|time_projection|\w*_encoder|\w*_adapter|audio\w*|face\w*|motion\w*)(?:\.|$)"
+)
+NUMBERS = re.compile(r"scale|alpha|gamma|beta|gain|shift|factor|gate|sigma|mean|std|bias|weight")
 ORIGINAL_ANCHOR = "head.modulation"
 DIFFUSERS_ANCHORS = ("scale_shift_table", "condition_embedder.text_embedder.linear_1.bias")
 # Parts of an all-in-one checkpoint, or of a training state, that are not the video model.
@@ -66,6 +75,15 @@ class Naming:
     def text(self) -> str:
         names = "diffusers names" if self.diffusers else "original names"
         return f"{names}, prefix '{self.prefix}' removed" if self.prefix else names
+
+
+def is_label(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor only says something about the file, as Kijai's model_type.<name> or a
+    counter of training steps do: at most one value, outside of every part of a model.
+    """
+    if info.numel > 1 or PARTS.match(name) or name == "scaled_fp8":
+        return False
+    return name.startswith("model_type.") or not NUMBERS.search(name)
 
 
 def strip_wrappers(name: str) -> str:

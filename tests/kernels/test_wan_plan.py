@@ -140,15 +140,10 @@ REFUSED = {
         "scale in int32",
     ),
     "int8 without scale": (int8, None, "int8 without a scale"),
-    "int8 with an activation scale": (
-        lambda: int8("weight_scale") | {f"{Q}.input_scale": torch.ones(())},
-        None,
-        "int8_tensorwise with input_scale",
-    ),
     "activation scale per channel": (
-        lambda: scaled() | {f"{Q}.scale_input": torch.ones(8)},
+        lambda: scaled() | {f"{Q}.scale_input": torch.full((8,), 2.0)},
         None,
-        r"an activation scale of shape \[8\]",
+        r"activation scales scale_input of shape \[8\] that are not 1",
     ),
     "packed int8": (
         lambda: int8("weight_scale") | {f"{Q}.weight": torch.ones(8, 4, dtype=torch.int8)},
@@ -298,7 +293,7 @@ REFUSED = {
         "no head.modulation",
     ),
     "tensor outside the prefix": (
-        lambda: {f"model.{name}": value for name, value in bf16().items()} | {"x": torch.ones(1)},
+        lambda: {f"model.{name}": value for name, value in bf16().items()} | {"x": torch.ones(2)},
         None,
         "holds x outside the prefix 'model.'",
     ),

@@ -15,6 +15,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant.on_load import AS_STORED, FP8
 from frugal.nodes import _models
 from frugal.nodes.wan import embeds, glue, row_scaled
+from frugal.nodes.wan.encode_cache import FrugalCachedTextEncode
 from frugal.nodes.wan.nodes import (
     NODES,
     FrugalLoadTextEmbeds,
@@ -90,7 +91,8 @@ def test_combo_offers_an_index_in_place_of_its_parts(folders):
     for name in ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"):
         (place / name).write_bytes(b"")
     (place / "lone-00001-of-00002.safetensors").write_bytes(b"")
-    (place / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    parts = {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}
+    (place / "m.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     names = [name.replace("\\", "/") for name in _models.model_names()]
     assert names == ["Wan2.1/lone-00001-of-00002.safetensors", "Wan2.1/m.safetensors.index.json"]
     index = _models.model_names()[1]
@@ -98,6 +100,71 @@ def test_combo_offers_an_index_in_place_of_its_parts(folders):
     before = _models.fingerprint(index)
     os.utime(place / "m-00002-of-00002.safetensors", (1, 1))
     assert _models.fingerprint(index) != before
+
+
+PARTS = {
+    "LightX2V, by block": ("block_0.safetensors", "non_block.safetensors"),
+    "LightX2V, by number": ("wan_fp8_part0.safetensors", "wan_fp8_part1.safetensors"),
+    "marks in the name": tuple(f"m[fp16]-0000{n}-of-00002.safetensors" for n in (1, 2)),
+}
+
+
+@pytest.mark.parametrize("label", PARTS)
+def test_parts_are_those_that_the_index_lists(label, folders):
+    place = folders / _models.FOLDER / "wan"
+    place.mkdir()
+    names = PARTS[label]
+    tensors = list(SOURCE.items())
+    groups = dict(zip(names, (dict(tensors[::2]), dict(tensors[1::2])), strict=True))
+    table = {key: name for name, group in groups.items() for key in group}
+    for name, group in groups.items():
+        bed.write(place / name, group)
+    index = place / "model[1].safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    bed.write(place / "other.safetensors", {"a": torch.zeros(1)})
+    entry = "wan/model[1].safetensors.index.json"
+    found = [name.replace("\\", "/") for name in _models.model_names()]
+    assert found == [entry, "wan/other.safetensors"]
+    before = _models.fingerprint(entry)
+    assert before == _models.fingerprint(entry)
+    for name in names:
+        os.utime(place / name, (1, 1))
+        after = _models.fingerprint(entry)
+        assert after != before
+        before = after
+    with pytest.raises(FrugalError, match=r"choose the entry model\[1\].safetensors.index.json"):
+        run(FrugalLoadWan, model_name=f"wan/{names[0]}", weight_dtype="default")
+    said = FrugalLoadWan.validate_inputs(model_name=f"wan/{names[0]}")
+    assert "is a part of model[1].safetensors.index.json" in said
+    os.remove(place / names[0])
+    assert _models.fingerprint(entry) != before
+
+
+def test_names_of_graphs_saved_on_windows(folders):
+    (folders / _models.FOLDER / "sub").mkdir()
+    bed.write(folders / _models.FOLDER / "sub" / "wan.safetensors", SOURCE)
+    assert FrugalLoadWan.validate_inputs(model_name="sub\\wan.safetensors") is True
+    patcher, _ = run(
+        FrugalLoadWan, model_name="sub\\wan.safetensors", weight_dtype="default"
+    ).result
+    assert type(patcher.model).__name__ == "WAN21"
+    assert FrugalLoadWan.fingerprint_inputs("sub\\wan.safetensors", "default")
+    assert "is not in models" in FrugalLoadWan.validate_inputs(model_name="sub\\wan2.safetensors")
+
+
+@pytest.mark.parametrize("name", ["umt5-xxl-encoder-Q8_0.gguf", "models_t5_umt5-xxl-enc-bf16.pth"])
+def test_file_that_is_there_and_not_on_offer(name, folders, monkeypatch):
+    place = folders / "text_encoders"
+    place.mkdir()
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "text_encoders", ([str(place)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.pop("text_encoders", None)
+    (place / name).write_bytes(b"x")
+    said = FrugalCachedTextEncode.validate_inputs(encoder_name=name)
+    kind = "GGUF" if name.endswith("gguf") else "PyTorch"
+    assert said.startswith(f"{name} is in models/text_encoders and is a {kind} file")
+    assert "use the safetensors file of the same encoder" in said and "download it" not in said
 
 
 @pytest.mark.parametrize("kind", ["gone", "empty", "gguf"])
