@@ -45,8 +45,8 @@ class Meter:
     """Stopwatch and memory reading of one run at a time.
 
     outside: bytes on a device now that torch's allocator does not see. They have no peak of their
-    own, so `look` asks for them; the largest seen is added to the allocator's peak, which is never
-    too little, and too much where the two were not at the same time.
+    own, so `look` asks for them between calls; the largest is added to the allocator's peak, though
+    the two may not have been at the same time.
     """
 
     def __init__(self, outside: Callable[[torch.device], int] = lambda _: 0) -> None:
