@@ -142,7 +142,8 @@ class Policy:
             self.state.now = notch
             self.tell(f"goes on with: {notch.text()}")
             yield
-        # With dynamic VRAM they come back during the call, so to do it again would never end.
+        # All that the forward lacks at once: what is not enough now would not be the next time, and
+        # where weights come back with their layers, there would be no end to it.
         freed = release_weights(patcher, was)
         if freed:
             self.tell(f"goes on with {megabytes(freed)} of weights in main memory")

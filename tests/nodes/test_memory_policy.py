@@ -128,7 +128,7 @@ def test_the_last_resort_moves_weights_off_the_device(wan, monkeypatch):
 
 
 def test_weights_that_come_back_are_released_once_per_call(wan, prompts, monkeypatch):
-    """As under dynamic VRAM, where a layer brings its weight along."""
+    """As where a layer brings its weight along."""
     clone, run, _ = planned(wan, monkeypatch)
     released = []
 
