@@ -11,6 +11,7 @@ let into bench/results.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -154,10 +155,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
         below = []
     process.kill()
     for child in below:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-        except psutil.NoSuchProcess:
-            pass
     psutil.wait_procs(below, timeout=20)
     process.wait()
 
@@ -211,7 +210,8 @@ def summary(name: str, entry: dict[str, Any]) -> list[str]:
         line += f", memory {ratio:.2f} of the plan" if ratio else ""
         lines.append(line)
     if entry["state"] != DONE:
-        lines += [f"  {line}" for line in [*entry.get("log", [])[-3:], entry.get("error", "")] if line]
+        said = [*entry.get("log", [])[-3:], entry.get("error", "")]
+        lines += [f"  {line}" for line in said if line]
     return lines
 
 

@@ -1,8 +1,9 @@
 """Model files of random weights for `gpu`, of real or tiny size, made on the card.
 
 `python bench/gpu_files.py catvton|MODEL TREE MODELS_FOLDER [--file NAME --format FORMAT] [--tiny]`,
-a process of its own, so that the card is empty again when the server starts. Matrices are N(0, 1 / inputs), so activations stay near unit size; quantised layers are made by the
-pack's own encoder and can be run by ComfyUI too.
+a process of its own, so that the card is empty again when the server starts. Matrices are
+N(0, 1 / inputs), so activations stay near unit size; quantised layers are made by the pack's own
+encoder, in formats that ComfyUI runs by itself too.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def wan(path: Path, name: str, target: str, tiny: bool) -> Path:
 
 
 def wan_around(models: Path, tiny: bool) -> None:
-    """What a Wan graph needs beside its model: the VAE, and two texts as the encoder leaves them."""
+    """What a Wan graph needs beside its model: the VAE, and two texts as an encoder leaves them."""
     from frugal.demo.tiny_wan import save, text_embedding, vae_shapes
 
     save(filled(vae_shapes(8 if tiny else 96), 3), models / "vae" / "wan_2.1_vae.safetensors")

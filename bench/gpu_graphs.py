@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -59,7 +60,8 @@ class Result:
     def timed(self, name: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         made = work()
-        self.add(seconds=self.held.get("seconds", {}) | {name: round(time.perf_counter() - start, 2)})
+        taken = {name: round(time.perf_counter() - start, 2)}
+        self.add(seconds=self.held.get("seconds", {}) | taken)
         return made
 
 
@@ -70,13 +72,13 @@ def environment(tree: Path) -> dict[str, Any]:
 
     import torch
 
-    versions = {}
-    exec((tree / "comfyui_version.py").read_text("utf-8"), versions)
+    source = (tree / "comfyui_version.py").read_text("utf-8")
+    comfyui = re.search(r"__version__ = \"(.*)\"", source)
     packages = ("comfy-kitchen", "comfy-aimdo", "triton", "triton-windows", "flash-attn",
                 "flash-attn-3", "flash-attn-4", "sageattention", "xformers")  # fmt: skip
     found: dict[str, Any] = {
         "commit": harness.commit(),
-        "comfyui": versions.get("__version__"),
+        "comfyui": comfyui and comfyui[1],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -220,7 +222,8 @@ def planned(plan: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """What the memory plan foresaw of sampling, beside what was there."""
     kept = ("totals", "switches", "fits", "streamed", "budget", "budget_from", "notes")
     found = {name: plan[name] for name in kept if name in plan}
-    predicted = plan.get("totals", {}).get("sampling")
+    phases = plan.get("totals", {}).items()
+    predicted = max((size for name, size in phases if name.startswith("sampling")), default=0)
     if predicted and "torch_peak" in row:
         measured = row["torch_peak"] + row["dynamic_vram_peak"]
         found |= {"sampling_measured": measured, "measured_to_planned": measured / predicted}
@@ -298,12 +301,15 @@ def main() -> None:
             catvton(server, result, given.tiny)
         else:
             wan(given.part, server, result, given.tiny)
+        # What stops a part leaves the server's last words in its log.
         bad = [row for row in result.held["rows"] if row["status"] != "success"]
         if bad:
             raise SystemExit("; ".join(error for row in bad for error in row.get("errors", ["?"])))
+    except BaseException:
+        print(server.log_tail(40), flush=True)
+        raise
     finally:
         server.stop()
-        result.add(server_log=server.log_tail(40))
         shutil.rmtree(base / "models", ignore_errors=True)
 
 

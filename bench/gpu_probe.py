@@ -121,7 +121,7 @@ class Clock:
     CATEGORY, FUNCTION, RETURN_TYPES = "bench", "execute", ("MODEL",)
 
     @classmethod
-    def INPUT_TYPES(cls):
+    def INPUT_TYPES(cls):  # noqa: N802
         return {"required": {"model": ("MODEL",), "label": ("STRING", {"default": ""})}}
 
     def execute(self, model, label):
@@ -132,7 +132,7 @@ class End:
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "bench", "execute", (), True
 
     @classmethod
-    def INPUT_TYPES(cls):
+    def INPUT_TYPES(cls):  # noqa: N802
         return {"required": {"latent": ("LATENT",)}}
 
     def execute(self, latent):
@@ -146,6 +146,4 @@ NODE_CLASS_MAPPINGS = {"FrugalBenchClock": Clock, "FrugalBenchEnd": End}
 @PromptServer.instance.routes.get("/frugal_bench")
 async def seen(_: web.Request) -> web.Response:
     taken, runs[:] = list(runs), []
-    return web.json_response(
-        {"dynamic_vram": dynamic(), "device": str(device()), "runs": taken}
-    )
+    return web.json_response({"dynamic_vram": dynamic(), "device": str(device()), "runs": taken})

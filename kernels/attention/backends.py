@@ -28,12 +28,12 @@ class Backend:
     """One way to compute attention.
 
     run: (q, k, v, mask, scale) -> (B, H, Lq, Dv) in q's dtype, q untouched. exact: 16-bit or better
-    throughout. devices, dtypes: () is any. least, below: compute capabilities on NVIDIA. widths of
-    a head: up to max_width (0: any), a multiple of `multiple`, one of `widths` if given. gqa: takes
-    fewer key heads than heads; else they are repeated first. package: import name that must be
-    there. missing: a further question, answered with the reason. automatic: False is for kernels
-    that only a person should ask for. spare: tried where no other serves. compiles: may stand in a
-    graph of torch.compile.
+    throughout. devices, dtypes: () is any. least, below: compute capabilities on NVIDIA, bfloat16:
+    the least for that type. widths of a head: up to max_width (0: any), a multiple of `multiple`,
+    one of `widths` if given. gqa: takes fewer key heads than heads; else they are repeated first.
+    package: import name that must be there. missing: a further question, answered with the reason.
+    automatic: False is for kernels that only a person should ask for. spare: tried where no other
+    serves. compiles: may stand in a graph of torch.compile.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Backend:
     devices: tuple[str, ...] = ("cuda",)
     least: tuple[int, int] = (0, 0)
     below: tuple[int, int] | None = None
+    bfloat16: tuple[int, int] = (0, 0)
     dtypes: tuple[torch.dtype, ...] = HALF
     masks: tuple[str, ...] = (NONE,)
     max_width: int = 256
@@ -67,13 +68,9 @@ class Backend:
 
     def refusal(self, call: Call) -> str | None:
         """Why it does not serve this call, where it is not `absent`, or None."""
-        if call.capability is not None:
-            if call.capability < self.least:
-                return (
-                    f"needs compute capability {dotted(self.least)}, not {dotted(call.capability)}"
-                )
-            if self.below is not None and call.capability >= self.below:
-                return f"is made for GPUs before compute capability {dotted(self.below)}"
+        why = self.refused_card(call.capability, call.dtype)
+        if why is not None:
+            return why
         if self.dtypes and call.dtype not in self.dtypes:
             return f"takes {names(self.dtypes)}, not {names([call.dtype])}"
         if call.mask not in self.masks:
@@ -90,6 +87,25 @@ class Backend:
             return "gives no gradients"
         if not self.exact:
             return self._lossy_refusal(call)
+        return None
+
+    def refused_card(
+        self, capability: tuple[int, int] | None, dtype: torch.dtype | None = None
+    ) -> str | None:
+        """Why an NVIDIA card of this compute capability cannot run it, for a type if one is given,
+        or None; None for a capability that is not known.
+        """
+        if capability is None:
+            return None
+        if capability < self.least:
+            return f"needs compute capability {dotted(self.least)}, not {dotted(capability)}"
+        if self.below is not None and capability >= self.below:
+            return f"is made for GPUs before compute capability {dotted(self.below)}"
+        if dtype == torch.bfloat16 and capability < self.bfloat16:
+            return (
+                f"needs compute capability {dotted(self.bfloat16)} for bfloat16, not "
+                f"{dotted(capability)}"
+            )
         return None
 
     def _lossy_refusal(self, call: Call) -> str | None:
@@ -192,6 +208,8 @@ BACKENDS: tuple[Backend, ...] = (
         "torch-efficient",
         torch_sdpa.forced("EFFICIENT_ATTENTION"),
         devices=("cuda", "hip"),
+        least=(5, 0),
+        bfloat16=(8, 0),
         dtypes=FLOATS,
         masks=ANY_MASK,
         max_width=0,
@@ -258,6 +276,8 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "xformers",
         packages.xformers,
+        least=(6, 0),
+        bfloat16=(8, 0),
         dtypes=FLOATS,
         masks=ANY_MASK,
         gqa=False,
@@ -286,12 +306,17 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "flex",
         packages.flex,
-        least=(8, 0),
+        # Triton's own; it emulates bfloat16 on cards that have none.
+        least=(7, 0),
+        bfloat16=(8, 0),
+        dtypes=FLOATS,
         package="triton",
         automatic=False,
     ),
     CHUNKED,
 )
+
+NAMED = {each.name: each for each in BACKENDS}
 
 
 def versions(backends: Iterable[Backend]) -> str:

@@ -64,6 +64,11 @@ def device_kind(device: torch.device) -> str:
     return "hip" if device.type == "cuda" and torch.version.cuda is None else device.type
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA device, None for any other."""
+    return torch.cuda.get_device_capability(device) if device_kind(device) == "cuda" else None
+
+
 def describe(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -90,12 +95,9 @@ def describe(
         )
     batch, heads, q_len, width = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
-    kind = device_kind(q.device)
-    if kind == "cuda" and capability is None:
-        capability = torch.cuda.get_device_capability(q.device)
     return Call(
-        device=kind,
-        capability=capability,
+        device=device_kind(q.device),
+        capability=capability_of(q.device) if capability is None else capability,
         dtype=q.dtype,
         batch=batch,
         heads=heads,

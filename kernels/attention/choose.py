@@ -10,8 +10,18 @@ import torch
 
 from ..errors import FrugalError
 from ..plan.retry import is_out_of_memory
-from .backends import BACKENDS, TORCH, Backend, launch, versions
-from .call import ADDITIVE, BOOL, NONE, Call, belong, describe, device_kind, four_axes
+from .backends import BACKENDS, NAMED, TORCH, Backend, launch, versions
+from .call import (
+    ADDITIVE,
+    BOOL,
+    NONE,
+    Call,
+    belong,
+    capability_of,
+    describe,
+    device_kind,
+    four_axes,
+)
 from .measure import Decision, measure, reason_of
 from .remember import place_key
 from .torch_sdpa import Run
@@ -53,9 +63,7 @@ class Chooser:
         default_name: str = "",
     ):
         self.choice, self.allow_lossy = choice, allow_lossy
-        self.capability = None
-        if device.type == "cuda" and torch.version.cuda is not None:
-            self.capability = torch.cuda.get_device_capability(device)
+        self.capability = capability_of(device)
         self.backends = {each.name: each for each in backends}
         self.absent = absences(self.backends.values(), device_kind(device))
         if choice != AUTO:
@@ -242,9 +250,8 @@ def attention(
     axes, bool (True: attend) or additive; scale: 1/sqrt(D) if None. Raises FrugalError where the
     backend cannot serve the call.
     """
-    table = {each.name: each for each in BACKENDS}
-    check_choice(backend, table, {})
-    chosen = table[backend]
+    check_choice(backend, NAMED, {})
+    chosen = NAMED[backend]
     call = describe(q, k, v, mask, lossy=True)
     why = chosen.absent(call.device) or chosen.refusal(call)
     if why is not None:

@@ -113,9 +113,13 @@ def _kitchen_int8(q, k, v, mask, scale):
 def kitchen_missing() -> str | None:
     """Why comfy-kitchen's int8 attention cannot run on the current device, or None."""
     try:
-        from comfy_kitchen import int8_attention_is_available
+        from comfy_kitchen import int8_attention_is_available, list_backends
     except ImportError:
         return "is not part of this comfy-kitchen"
+    # It calls the compiled kernels without asking whether the host program has switched them off,
+    # as ComfyUI does where torch is built for a CUDA before 13.
+    if list_backends().get("cuda", {}).get("disabled"):
+        return "is off, as are all of comfy-kitchen's compiled kernels here"
     return (
         None if int8_attention_is_available() else "is not for this device, as comfy-kitchen says"
     )

@@ -35,6 +35,8 @@ INT8, W4A4, W4A8, NVFP4, MXFP8 = (
     "mxfp8",
 )
 NATIVE = (*FLOAT8.values(), INT8, W4A4, W4A8, NVFP4, MXFP8, W4A16)
+# Those with 8-bit floats in them, as values or as scales.
+WITH_FLOAT8 = (*FLOAT8.values(), W4A8, NVFP4, MXFP8)
 OPTIONS = (
     "convrot",
     "convrot_groupsize",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import time
 import types
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 
 from ..errors import FrugalError
 
+# In the name of torch's error.
+TOO_OLD = "TooOld"
 _numbers = itertools.count()
 
 
@@ -72,10 +75,15 @@ def _run(module, *args, **kwargs):
 def cannot(error: BaseException) -> FrugalError:
     lines = [each.strip() for each in str(error).splitlines() if each.strip()]
     text = " ".join(lines[:2]).encode("ascii", "replace").decode()[:300]
+    do = "install it, or turn compiling off"
+    if TOO_OLD in type(error).__name__:
+        do = "turn compiling off, for Triton makes no code for this card"
+    elif os.name == "nt":
+        do = "install triton-windows for a GPU or Visual C++ for a CPU, or turn compiling off"
     return FrugalError(
         f"PyTorch could not compile ({text.rstrip('.')})",
         "a working compiler: Triton for a GPU, a C++ compiler for a CPU",
-        "install it, or turn compiling off",
+        do,
     )
 
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..attention.backends import NAMED
+from ..attention.call import capability_of
+
 if TYPE_CHECKING:
     from .cache import VideoCache
 
@@ -46,14 +49,15 @@ def with_lse(
 
 
 def cuda_kernel(dtype: torch.dtype, device: torch.device) -> str:
-    """Which of PyTorch's fused kernels takes this type on this card, "" for none. Before compute
-    capability 8.0 (an RTX 2060 has 7.5) that is not the flash kernel, and none for bfloat16.
+    """Which of PyTorch's fused kernels takes this type on this card, "" for none. On an RTX 2060
+    that is not the flash kernel, and none for bfloat16.
     """
-    hip = torch.version.cuda is None
-    modern = hip or torch.cuda.get_device_capability(device) >= (8, 0)
-    if modern and dtype in (torch.float16, torch.bfloat16):
-        return FLASH
-    return EFFICIENT if dtype in (torch.float16, torch.float32) else ""
+    capability = capability_of(device)
+    for name, kernel in (("torch-flash", FLASH), ("torch-efficient", EFFICIENT)):
+        backend = NAMED[name]
+        if dtype in backend.dtypes and backend.refused_card(capability, dtype) is None:
+            return kernel
+    return ""
 
 
 def merged(q: torch.Tensor, runs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

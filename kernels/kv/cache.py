@@ -14,6 +14,7 @@ from itertools import groupby
 
 import torch
 
+from ..device_types import need_float8
 from ..errors import FrugalError
 from .attend import IN_PLACE
 from .offload import HOST, pins, to_device, to_host
@@ -22,7 +23,7 @@ from .paged import InPlace
 from .pool import PagePool
 from .rotate import shifted
 from .staging import Staging
-from .storage import MODEL, Page, PageFormat, relative_error
+from .storage import FP8, MODEL, Page, PageFormat, relative_error
 
 Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
 
@@ -56,6 +57,8 @@ class VideoCache:
         pool: PagePool[Page] | None = None,
     ):
         self.fmt, self.layers, self.device, self.options = fmt, layers, device, options
+        if fmt.kind == FP8:
+            need_float8(device, "the cache is to be in fp8", "keep it in int8 or as computed")
         self.in_place: InPlace | None = None
         if options.way == IN_PLACE and not options.on_host and pool is None:
             self.in_place = InPlace(fmt, device, options.relative, options.budget)

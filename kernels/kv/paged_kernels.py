@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.backends import BACKENDS, importable
-from ..attention.call import Call, device_kind
+from ..attention.backends import NAMED, importable
+from ..attention.call import Call, capability_of, device_kind
 from .storage import MODEL, PageFormat
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ def _refused_as(name: str, fmt: PageFormat, device: torch.device) -> str:
     """Why the kernel of that name in `kernels/attention` does not serve such keys, of which this is
     another entry; "" if it does. Whether its package is there is not asked.
     """
-    backend = next(each for each in BACKENDS if each.name == name)
+    backend = NAMED[name]
     kind = device_kind(device)
     if kind not in backend.devices:
         return f"runs on {' and '.join(backend.devices)}, not on {kind}"
     samples, tokens, heads, width = fmt.shape
-    capability = torch.cuda.get_device_capability(device)
+    capability = capability_of(device)
     lengths = samples, heads, heads, tokens, tokens
     return backend.refusal(Call(kind, capability, fmt.dtype, *lengths, width, width)) or ""
 
@@ -175,7 +175,7 @@ def _why_not_flex(fmt: PageFormat, device: torch.device, pages: int) -> str:
         return "Triton is not there, and without it flex_attention computes every score"
     if elements(fmt, pages, blocks_of) >= LARGEST:
         return f"{pages} pages are more numbers than the kernel can count"
-    return ""
+    return _refused_as("flex", fmt, device)
 
 
 def _has_triton() -> bool:

@@ -1,17 +1,19 @@
 """What this machine and this ComfyUI can do for the models of this pack: facts first, then
 findings, then sentences.
 
-Compute capabilities: fp8 matrix units from 8.9, int8 and W4A4 from 7.5, W4A8 from 8.0, NVFP4 and
-MXFP8 from 10.0 (constraints of comfy-kitchen's kernels). FlashAttention 2 and SageAttention want
-8.0, FlashAttention 3 9.0, SageAttention 3 12.0 (their own documentation).
+Compute capabilities: those of the number formats stand in FORMATS (constraints of comfy-kitchen's
+kernels, and of fp8 matrix units), those of attention kernels in the table of `kernels/attention`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..attention.backends import NAMED, dotted
+from ..attention.backends import Backend as Kernel
 from ..report import megabytes
 from .fit import FRAMES, Fit, fit_lines, fits
 
@@ -35,13 +37,16 @@ INTEGER = {
     "asym_w4a8_int8": "w4a8_int8_linear",
 }
 REFERENCE = "eager"
-# Import name -> (name, least capability, ComfyUI's name for it, switch that makes it the default).
-ATTENTION: dict[str, tuple[str, Capability, str | None, str | None]] = {
-    "flash_attn": ("FlashAttention 2", (8, 0), "flash", "--use-flash-attention"),
-    "flash_attn_interface": ("FlashAttention 3", (9, 0), None, None),
-    "sageattention": ("SageAttention", (8, 0), "sage", "--use-sage-attention"),
-    "sageattn3": ("SageAttention 3", (12, 0), "sage3", None),
-    "xformers": ("xFormers", (7, 0), "xformers", None),
+# ComfyUI switches comfy-kitchen's compiled kernels off below this, and CUDA 13 left older cards.
+CUDA_13, CARD_OF_CUDA_13 = (13,), (7, 5)
+# Import name -> (name, the kernel with its limits, ComfyUI's name for it, switch that makes it the
+# default). SageAttention 3 is no kernel of ours; its 4-bit units begin with that card.
+ATTENTION: dict[str, tuple[str, Kernel, str | None, str | None]] = {
+    "flash_attn": ("FlashAttention 2", NAMED["flash-attn-2"], "flash", "--use-flash-attention"),
+    "flash_attn_interface": ("FlashAttention 3", NAMED["flash-attn-3"], None, None),
+    "sageattention": ("SageAttention", NAMED["sage"], "sage", "--use-sage-attention"),
+    "sageattn3": ("SageAttention 3", replace(NAMED["sage"], least=(12, 0)), "sage3", None),
+    "xformers": ("xFormers", NAMED["xformers"], "xformers", None),
 }
 SLOW_ATTENTION = ("sub_quad", "split", "basic")
 
@@ -163,7 +168,7 @@ def _machine_lines(facts: Facts) -> list[str]:
     lines = [f"ComfyUI {facts.comfyui or 'of unknown version'}, torch {facts.torch} ({built})"]
     device = f"device {facts.device}"
     if facts.capability:
-        device += ", compute capability {}.{}".format(*facts.capability)
+        device += f", compute capability {dotted(facts.capability)}"
     if facts.kind not in ("cpu", "mps"):
         device += f", {megabytes(facts.memory_free)} free of {megabytes(facts.memory_total)}"
     lines.append(device)
@@ -207,16 +212,48 @@ def _backend_state(facts: Facts, name: str, backend: Backend) -> tuple[str, str]
         return "unavailable", backend.reason or "no reason given"
     if not backend.disabled:
         return "on", ""
-    if name == "cuda" and facts.cuda and _version(facts.cuda) < (13,):
-        return "off", (
-            f"ComfyUI switches it off because torch is built for CUDA {facts.cuda}; install a "
-            "torch built for CUDA 13.0 or newer"
-        )
-    if name == "cuda" and not facts.cuda:
-        return "off", "torch is built without CUDA"
+    if name == "cuda":
+        why = why_compiled_off(facts.cuda, facts.capability)
+        if why:
+            return "off", why
     if name == "triton":
         return "off", "ComfyUI leaves it off unless it is started with --enable-triton-backend"
     return "off", "switched off by another part of ComfyUI"
+
+
+def integer_backend(
+    name: str, backends: Mapping[str, Backend], capability: Capability | None
+) -> str | None:
+    """Which of comfy-kitchen's backends multiplies in this format of INTEGER with kernels of its
+    own on such a device, None where PyTorch's products are all there is.
+    """
+    able = (k for k, b in backends.items() if k != REFERENCE and b.runs(INTEGER[name], capability))
+    return next(able, None)
+
+
+def why_plain(name: str, capability: Capability | None) -> str:
+    """Why there is no `integer_backend`."""
+    least = FORMATS[name][1]
+    if capability is not None and capability >= least:
+        return "comfy-kitchen's kernels for it are off"
+    return f"native from compute capability {dotted(least)} (NVIDIA)"
+
+
+def why_compiled_off(cuda: str | None, capability: Capability | None) -> str:
+    """Why ComfyUI switches comfy-kitchen's compiled kernels off under a torch built for this CUDA
+    ("" if it does not), and what helps on such a card.
+    """
+    if not cuda:
+        return "torch is built without CUDA"
+    if _version(cuda) >= CUDA_13:
+        return ""
+    why = f"ComfyUI switches it off because torch is built for CUDA {cuda}; "
+    if capability is not None and capability < CARD_OF_CUDA_13:
+        return why + (
+            f"CUDA 13 has no code for cards before compute capability {dotted(CARD_OF_CUDA_13)}, "
+            "so this card stays with PyTorch's own products"
+        )
+    return why + "install a torch built for CUDA 13.0 or newer"
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -232,13 +269,13 @@ def _format(facts: Facts, name: str) -> Finding:
             "this ComfyUI has no quantised tensor for it, and Load Wan Model says so when a file "
             "needs it; update ComfyUI",
         )
-    needs = "compute capability {}.{} (NVIDIA)".format(*least)
+    needs = f"compute capability {dotted(least)} (NVIDIA)"
     able = facts.capability is not None and facts.capability >= least
     if name in INTEGER:
-        for key, backend in facts.backends.items():
-            if key != REFERENCE and backend.runs(INTEGER[name], facts.capability):
-                return Finding(label, NATIVE, f"through comfy-kitchen's {key} kernels")
-        why = "comfy-kitchen's kernels for it are off" if able else f"native from {needs}"
+        key = integer_backend(name, facts.backends, facts.capability)
+        if key is not None:
+            return Finding(label, NATIVE, f"through comfy-kitchen's {key} kernels")
+        why = why_plain(name, facts.capability)
         return Finding(label, PLAIN, f"{why}: it saves memory, but little or no time")
     if able and name in facts.emulated:
         return Finding(
@@ -257,13 +294,15 @@ def _format(facts: Facts, name: str) -> Finding:
 def _attention(facts: Facts) -> list[Finding]:
     found = [Finding("in use", facts.active or "unknown", _active_meaning(facts))]
     for package, version in facts.attention.items():
-        label, least, name, switch = ATTENTION[package]
+        label, kernel, name, switch = ATTENTION[package]
         label = f"{label} {version}" if version else label
-        needs = "compute capability {}.{}".format(*least)
+        why = kernel.refused_card(facts.capability)
         if facts.kind == "cuda" and facts.capability is None:
             found.append(Finding(label, "found, not checked on this device", ""))
-        elif facts.capability is None or facts.capability < least:
-            found.append(Finding(label, "no use here", f"needs an NVIDIA GPU of {needs}"))
+        elif facts.capability is None:
+            found.append(Finding(label, "no use here", "runs on an NVIDIA GPU"))
+        elif why is not None:
+            found.append(Finding(label, "no use here", why))
         elif name is not None and name == facts.active:
             found.append(Finding(label, "in use", ""))
         elif name is not None and name in facts.registered:
@@ -300,7 +339,10 @@ def _active_meaning(facts: Facts) -> str:
 def _packages(facts: Facts) -> list[Finding]:
     absent = {
         "numba": "mask nodes use the slower reference code; install numba",
-        "triton": "torch.compile and Triton kernels are not available",
+        "triton": (
+            "torch.compile, flex attention and comfy-kitchen's Triton kernels are off, everything "
+            "else works; for Windows the package is called triton-windows"
+        ),
         "gguf": "GGUF files cannot be loaded; install gguf",
     }
     return [

@@ -8,17 +8,18 @@ matrix units for it, and costs accuracy.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoints.layouts import BLOCK, FLOAT8, INT8, MXFP8, NVFP4, W4A4, W4A8
+from ..checkpoints.layouts import BLOCK, FLOAT8, MXFP8, NVFP4
 from ..checkpoints.plan import Plan
 from ..errors import FrugalError
-from ..plan.doctor import FORMATS, Capability
+from ..plan.doctor import FORMATS, INTEGER, Capability
 
 AUTO, FULL, LOW = "auto", "full precision", "low precision"
 CHOICES = (AUTO, FULL, LOW)
 # ComfyUI's kernels for these round activations whatever the layer asks for.
-INTEGERS = (INT8, W4A4, W4A8)
+INTEGERS = tuple(INTEGER)
 # ComfyUI runs these in low precision where the device can, unless the layer asks otherwise.
 BLOCKS = (NVFP4, MXFP8)
 
@@ -34,9 +35,17 @@ class Matmul:
     notes: tuple[str, ...] = ()
 
 
-def plan_matmul(plan: Plan, choice: str, capability: Capability | None, device: str) -> Matmul:
+def plan_matmul(
+    plan: Plan,
+    choice: str,
+    capability: Capability | None,
+    device: str,
+    plain: Mapping[str, str] = {},
+    no_integers: str = "",
+) -> Matmul:
     """What `choice`, one of CHOICES, means for a planned file on a device: `capability` is its
-    compute capability (None if it is no NVIDIA device), `device` its name for messages.
+    compute capability (None if it is no NVIDIA device), `device` its name for messages. plain:
+    integer formats that run through PyTorch there, and why; no_integers: why PyTorch cannot either.
 
     Raises FrugalError where low precision is asked for and the device lacks matrix units for a
     format, or no layer has a low-precision product.
@@ -49,7 +58,7 @@ def plan_matmul(plan: Plan, choice: str, capability: Capability | None, device: 
         )
     forms = Counter(layer.format for layer in plan.layers.values())
     if choice == LOW:
-        return _low(plan, forms, capability, device)
+        return _low(plan, forms, capability, device, plain if no_integers else {})
     if not forms:
         return Matmul()
     named = tuple(name for name, layer in plan.layers.items() if layer.format in INTEGERS)
@@ -62,12 +71,23 @@ def plan_matmul(plan: Plan, choice: str, capability: Capability | None, device: 
             "and multiply in the compute type: slower than their own kernels, activations exact"
         )
         return Matmul(expanded=named + blocks, notes=(text,))
-    return Matmul(notes=tuple(_auto(form, capability) for form in forms))
+    unable = tuple(form for form in plain if no_integers)
+    return Matmul(
+        expanded=tuple(name for name, layer in plan.layers.items() if layer.format in unable),
+        notes=tuple(
+            f"matmul auto: {form} layers are expanded one at a time and multiply in the compute "
+            f"type, as {device} has no product of integers ({no_integers})"
+            if form in unable
+            else _auto(form, capability, plain.get(form, ""))
+            for form in forms
+        ),
+    )
 
 
-def _auto(form: str, capability: Capability | None) -> str:
+def _auto(form: str, capability: Capability | None, plain: str) -> str:
     if form in INTEGERS:
-        return f"matmul auto: {form} layers multiply as integers, activations rounded per token"
+        text = f"matmul auto: {form} layers multiply as integers, activations rounded per token"
+        return text + (f"; this saves memory and little time here: {plain}" if plain else "")
     if form in BLOCKS:
         least = FORMATS[form][1]
         native = capability is not None and capability >= least
@@ -79,7 +99,13 @@ def _auto(form: str, capability: Capability | None) -> str:
     return f"matmul auto: {form} layers multiply in full precision, which suits Wan better"
 
 
-def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device: str) -> Matmul:
+def _low(
+    plan: Plan,
+    forms: Counter[str],
+    capability: Capability | None,
+    device: str,
+    unable: Mapping[str, str],
+) -> Matmul:
     blocks = Counter(layer.format for layer in plan.layers.values() if layer.grid == BLOCK)
     forms = forms - blocks
     able = [form for form in forms if form in FORMATS]
@@ -95,7 +121,7 @@ def _low(plan: Plan, forms: Counter[str], capability: Capability | None, device:
     for form in able:
         least = FORMATS[form][1]
         # Integers also run without matrix units, on the CPU; an old card would only be slower.
-        plain = form in INTEGERS and capability is None
+        plain = form in INTEGERS and capability is None and form not in unable
         if not plain and (capability is None or capability < least):
             raise FrugalError(
                 f"{plan.file} holds {forms[form]} layers in {form}, and {device} has "

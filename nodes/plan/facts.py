@@ -14,7 +14,9 @@ import comfy.quant_ops
 import psutil
 import torch
 
-from ...kernels.plan.doctor import ATTENTION, REFERENCE, Backend, Facts
+from ...kernels.attention.call import capability_of
+from ...kernels.plan.doctor import ATTENTION, REFERENCE, Facts
+from .._kitchen import kitchen_backends
 
 # Import name -> name of the distribution where they differ.
 DISTRIBUTIONS = {
@@ -34,7 +36,6 @@ NATIVE_IF = {
 def gather() -> Facts:
     """Everything the doctor wants to know."""
     device = comfy.model_management.get_torch_device()
-    nvidia = device.type == "cuda" and torch.version.cuda is not None
     memory = psutil.virtual_memory()
     own = device.type != "cpu"
     return Facts(
@@ -43,7 +44,7 @@ def gather() -> Facts:
         cuda=torch.version.cuda,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         kind=device.type,
-        capability=tuple(torch.cuda.get_device_capability(device)) if nvidia else None,
+        capability=capability_of(device),
         memory_total=int(comfy.model_management.get_total_memory(device)) if own else 0,
         memory_free=int(comfy.model_management.get_free_memory(device)) if own else 0,
         ram_total=memory.total,
@@ -52,7 +53,7 @@ def gather() -> Facts:
         streaming=_streaming(),
         kitchen=version_of("comfy_kitchen"),
         kitchen_used=bool(getattr(comfy.quant_ops, "_CK_AVAILABLE", False)),
-        backends=_backends(),
+        backends=kitchen_backends(),
         formats=tuple(sorted(getattr(comfy.quant_ops, "QUANT_ALGOS", {}))),
         emulated=_emulated(device),
         attention={name: version_of(name) for name in ATTENTION if importable(name)},
@@ -107,30 +108,12 @@ def _streaming() -> bool:
     return bool(getattr(management, "aimdo_enabled", False))
 
 
-def _backends() -> dict[str, Backend]:
-    # ComfyUI has imported it if it uses it; where it does not, its state means nothing.
-    kitchen: Any = sys.modules.get("comfy_kitchen")
-    if kitchen is None or not getattr(comfy.quant_ops, "_CK_AVAILABLE", False):
-        return {}
-    found = {}
-    for name, state in kitchen.list_backends().items():
-        kernels = {}
-        for kernel in state["capabilities"]:
-            rule = kitchen.registry.get_constraints(name, kernel)
-            least = getattr(rule, "min_compute_capability", None)
-            kernels[kernel] = None if least is None else tuple(least)
-        found[name] = Backend(
-            state["available"], state["disabled"], state["unavailable_reason"], kernels
-        )
-    return found
-
-
 def eager_rotation(device: torch.device) -> Any:
     """comfy-kitchen's rotary embedding made of PyTorch operations, if `device` computes with that
     one; None where a kernel of its own does it or ComfyUI does not use comfy-kitchen.
     """
-    backends = _backends()
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    backends = kitchen_backends()
+    capability = capability_of(device)
     for name, backend in backends.items():
         kernel = name != REFERENCE and device.type == "cuda"
         if kernel and backend.runs("apply_rope1", capability):

@@ -18,6 +18,7 @@ from comfy.model_detection import detect_unet_config
 
 from ...kernels.checkpoints import catvton
 from ...kernels.checkpoints.header import read_header
+from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
 from ...kernels.tryon import precision
@@ -171,6 +172,10 @@ def quantise(
     that what is quantised can leave memory.
     """
     layers = precision.declared(unet, file)
+    kinds = {target, *(layer.kind for layer in layers.values())}
+    if precision.FP8 in kinds:
+        device = comfy.model_management.get_torch_device()
+        need_float8(device, f"{file} is to be in fp8", "choose int8, or an unquantised file")
     if target == precision.AS_STORED:
         return dict(unet), layers
     other = [layer.format for layer in layers.values() if layer.kind != target]

@@ -22,6 +22,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.wan.context_report import ContextPlan, ContextReport
 from ...kernels.wan.contexts import Context, Contexts
@@ -83,6 +84,9 @@ def plan(model: Any, options: Options) -> ContextPlan:
             "a Wan model, with cross-attention to a text",
             "connect a Wan model, or remove this node",
         )
+    if options.fp8:
+        what = "what is kept is to be in fp8"
+        need_float8(torch.device(model.load_device), what, "set keep to 'as computed'")
     size = comfy.model_management.module_size
     itemsize = 1 if options.fp8 else compute_dtype(model.model).itemsize
     rows = {TEXT: 0, IMAGE: 0}

@@ -19,11 +19,12 @@ import comfy.utils
 import torch
 from safetensors.torch import load_file
 
-from ...kernels.checkpoints.layouts import FLOAT8, ONE
+from ...kernels.checkpoints.layouts import FLOAT8, ONE, WITH_FLOAT8
 from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
 from ...kernels.checkpoints.plan import Plan, plan_wan
 from ...kernels.checkpoints.source import Source, open_source
 from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
+from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.quant.matmul import AUTO, FULL
 from ...kernels.quant.on_load import AS_STORED, quantised_plan, quantiser
@@ -63,6 +64,7 @@ def load_wan(
         plan = replace(plan, own_formats=(*plan.own_formats, W4A16))
     plan = _with_choice(plan, source, quantize)
     _check_weight_dtype(plan, weight_dtype)
+    _check_device(plan)
     precision, kernels = matmul.planned(plan, products)
     metadata = declaration(plan, _known_formats())
     if plan.transformer:
@@ -170,6 +172,17 @@ def _check_weight_dtype(plan: Plan, weight_dtype: str) -> None:
             f"{plan.file} holds {len(own)} layers in GPTQ, AWQ, W4A16 or fp8 with a scale per row",
             "a ComfyUI with quantised tensors",
             "update ComfyUI, or use an fp8 file with one scale per tensor",
+        )
+
+
+def _check_device(plan: Plan) -> None:
+    held = sorted({each.format for each in plan.layers.values()} & set(WITH_FLOAT8))
+    if held:
+        need_float8(
+            comfy.model_management.get_torch_device(),
+            f"{plan.file} comes as {', '.join(held)}",
+            "load an fp16, bf16, int8, GPTQ, AWQ or GGUF file of the same model, or quantize an "
+            "unquantised one to int8 ConvRot",
         )
 
 

@@ -18,9 +18,13 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 
+from ...kernels.attention.call import capability_of
+from ...kernels.device_types import why_no_int8_product
+from ...kernels.plan.doctor import INTEGER, integer_backend, why_compiled_off, why_plain
 from ...kernels.quant.fp8_linear import Product, choose, fits, fp8_linear
 from ...kernels.quant.matmul import INTEGERS, Matmul, plan_matmul
 from .._comfy import known
+from .._kitchen import kitchen_backends
 from .relayout import relayout
 
 # Values expanded at a time: the kernels' own expansion takes several times the result.
@@ -32,17 +36,23 @@ def planned(plan: Any, choice: str) -> tuple[Matmul, dict[torch.dtype, Product]]
     each of their types. Raises FrugalError for what the device cannot do.
     """
     device = comfy.model_management.get_torch_device()
-    matmul = plan_matmul(plan, choice, capability(device), str(device))
+    card = capability_of(device)
+    plain = _through_torch({layer.format for layer in plan.layers.values()}, card)
+    unable = why_no_int8_product(device) if plain else ""
+    matmul = plan_matmul(plan, choice, card, str(device), plain, unable)
     forms = {plan.layers[name].format for name in matmul.float8}
     types = {getattr(torch, form) for form in forms}
     return matmul, {dtype: choose(device, dtype)[1] for dtype in types}
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of an NVIDIA device, None for any other."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(device)
+def _through_torch(forms: set[str], card: tuple[int, int] | None) -> dict[str, str]:
+    """The integer formats among these that no kernel of comfy-kitchen multiplies here, and why."""
+    backends = kitchen_backends()
+    return {
+        form: why_compiled_off(torch.version.cuda, card) or why_plain(form, card)
+        for form in sorted(forms & set(INTEGER))
+        if integer_backend(form, backends, card) is None
+    }
 
 
 def apply(
