@@ -1,7 +1,8 @@
-"""Two commands that set everything up by themselves; only Python 3.11 or newer has to be there.
+"""Commands that set everything up by themselves; only Python 3.11 or newer has to be there.
 
     python dev.py demo     run the pack in a real ComfyUI; pictures and a clip land in demo/out
     python dev.py test     run the whole test suite, once per ComfyUI version found
+    python dev.py gpu      measure what only a graphics card can tell, in 8 minutes, into one JSON
 
 The first run makes `.venv` in this folder and fetches a ComfyUI into ~/.cache/comfyui-frugal; later
 runs find both. Nothing else on the machine is changed. Standard library only.
@@ -170,8 +171,11 @@ def find_trees(named: list[Path]) -> list[Path]:
     """The ComfyUI folders to use: the named ones first, then those in the cache, oldest first."""
     if not named:
         fetch_comfyui()
-    trees = named + sorted(path.parent.resolve() for path in CACHE.glob("*/main.py"))
-    return list(dict.fromkeys(trees))
+    return list(dict.fromkeys(named + cached_trees()))
+
+
+def cached_trees() -> list[Path]:
+    return sorted(path.parent.resolve() for path in CACHE.glob("*/main.py"))
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -212,6 +216,30 @@ def test(options: argparse.Namespace, arguments: list[str]) -> int:
     return subprocess.call([*command, *arguments], cwd=ROOT, env=environment())
 
 
+def gpu(options: argparse.Namespace, arguments: list[str]) -> int:
+    """bench/gpu.py in an environment with a CUDA torch and in the newest ComfyUI there is."""
+    named, python = named_trees(options.comfyui), options.python
+    if python is None:
+        make_venv()
+        install("demo", "test")
+        python = str(PYTHON)
+        if options.torch_index:
+            wanted = REQUIREMENTS["demo"].read_text(encoding="utf-8").splitlines()
+            torch = [line for line in wanted if line.startswith("torch")]
+            index = ["--force-reinstall", "--index-url", options.torch_index]
+            pip("installing torch for CUDA", "install", *index, *torch)
+    trees = named or (find_trees([]) if options.python is None else cached_trees())
+    if not trees:
+        raise SetupError("no ComfyUI was found; name the folder it lies in with --comfyui DIR.")
+    tree = trees[0] if named else trees[-1]
+    say(f"ComfyUI: {tree}")
+    pretended = "--tiny" in arguments
+    out = ROOT / ("demo/out/gpu-tiny.json" if pretended else "bench/results/gpu.json")
+    out = Path(options.out).resolve() if options.out else out
+    command = [python, str(ROOT / "bench" / "gpu.py"), str(tree), str(out), *arguments]
+    return subprocess.call(command, cwd=ROOT, env=environment())
+
+
 def main() -> int:
     if sys.version_info < (3, 11):
         raise SetupError(f"Python {sys.version.split()[0]} is too old; use 3.11 or newer.")
@@ -230,7 +258,13 @@ def main() -> int:
         "test", help="ruff, pyright, pytest; further arguments go to pytest"
     )
     check.add_argument("--jobs", type=int, metavar="N", default=0, help="runs at once (cores, 2)")
-    for command in (show, check):
+    card = commands.add_parser(
+        "gpu", help="measure on a graphics card; further arguments go to bench/gpu.py"
+    )
+    card.add_argument("--python", metavar="EXE", help="of an environment that runs ComfyUI")
+    card.add_argument("--torch-index", metavar="URL", help="where pip finds a torch for CUDA")
+    card.add_argument("--out", metavar="FILE", help="the JSON (default: bench/results/gpu.json)")
+    for command in (show, check, card):
         command.add_argument(
             "--comfyui", action="append", default=[], metavar="DIR", help="a ComfyUI folder to use"
         )
@@ -239,7 +273,7 @@ def main() -> int:
         if rest:
             parser.error(f"unknown arguments: {' '.join(rest)}")
         return demo(options)
-    return test(options, rest)
+    return (gpu if options.command == "gpu" else test)(options, rest)
 
 
 if __name__ == "__main__":

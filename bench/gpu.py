@@ -188,7 +188,7 @@ def run(part: Part, given: Given, seconds: float) -> dict[str, Any]:
         if entry["state"] == DONE and entry["result"] is None:
             entry["state"] = FAILED
     except Exception as error:
-        entry["error"] = f"{type(error).__name__}: {error}"
+        entry |= {"state": FAILED, "error": f"{type(error).__name__}: {error}"}
     entry["seconds"] = round(time.monotonic() - start, 1)
     if entry["state"] != DONE and log.exists():
         entry["log"] = log.read_text("utf-8", "replace").splitlines()[-25:]

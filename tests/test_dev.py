@@ -126,3 +126,49 @@ def test_the_demo_wants_all_three_or_none(dev, tmp_path):
 def test_a_failing_step_says_what_failed(dev):
     with pytest.raises(dev.SetupError, match=r"(?s)making tea failed \(status 3\).*no kettle"):
         dev.run_step("making tea", [sys.executable, "-c", "print('no kettle'); exit(3)"])
+
+
+def gpu_command(dev, monkeypatch, *arguments):
+    """What `dev.py gpu ...` starts; nothing is installed."""
+    calls = []
+    monkeypatch.setattr(dev, "make_venv", lambda: None)
+    monkeypatch.setattr(dev.subprocess, "call", lambda command, **_: calls.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["dev.py", "gpu", *arguments])
+    assert dev.main() == 0
+    [command] = calls
+    return command
+
+
+def tree_at(folder):
+    folder.mkdir(parents=True)
+    (folder / "main.py").write_text("")
+    return folder
+
+
+def test_gpu_takes_the_newest_comfyui_and_its_own_environment(dev, monkeypatch):
+    for name in ("ComfyUI-0.3.75", "ComfyUI-0.33.0"):
+        tree_at(dev.CACHE / name)
+    command = gpu_command(dev, monkeypatch, "--minutes", "5")
+    assert command[0] == str(dev.PYTHON) and Path(command[1]) == ROOT / "bench" / "gpu.py"
+    assert Path(command[2]).name == "ComfyUI-0.33.0"
+    assert Path(command[3]) == ROOT / "bench" / "results" / "gpu.json"
+    assert command[4:] == ["--minutes", "5"] and len(dev.calls) == 2
+
+
+def test_gpu_in_an_environment_that_is_there(dev, monkeypatch, tmp_path):
+    tree = tree_at(tmp_path / "mine")
+    command = gpu_command(
+        dev, monkeypatch, "--python", "python-of-comfyui", "--comfyui", str(tree), "--tiny"
+    )
+    assert command[0] == "python-of-comfyui" and Path(command[2]) == tree.resolve()
+    assert (ROOT / "bench" / "results") not in Path(command[3]).parents
+    assert command[4:] == ["--tiny"] and not dev.calls
+    with pytest.raises(dev.SetupError, match="--comfyui DIR"):
+        gpu_command(dev, monkeypatch, "--python", "python-of-comfyui")
+
+
+def test_gpu_with_a_torch_of_another_index(dev, monkeypatch):
+    tree_at(dev.CACHE / "ComfyUI-0.3.75")
+    dev.REQUIREMENTS["demo"].write_text("torch==1.0\ntorchvision==2.0\nnumpy\n")
+    gpu_command(dev, monkeypatch, "--torch-index", "https://example.org/cu130")
+    assert dev.calls[-1][-3:] == ("https://example.org/cu130", "torch==1.0", "torchvision==2.0")
