@@ -63,7 +63,13 @@ def measure(tree: str, out: Path, shrink: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = device.type == "cpu"
     dtypes = (torch.float32, torch.bfloat16) if on_cpu else (torch.bfloat16, torch.float16)
-    rows = []
+    rows: list[dict] = []
+    result = {
+        **harness.place(tree, device),
+        "shrink": shrink if on_cpu else 1,
+        "default": core.optimized_attention.__name__,
+        "rows": rows,
+    }
     with torch.inference_mode():
         shapes = {name: shrunk(c, shrink) if on_cpu else c for name, c in CALLS.items()}
         for name, shape in shapes.items():
@@ -72,13 +78,7 @@ def measure(tree: str, out: Path, shrink: int) -> None:
             for dtype in dtypes:
                 rows.append({"call": name, **one(shape, dtype, device, core.optimized_attention)})
                 print(json.dumps(rows[-1]), flush=True)
-    result = {
-        **harness.place(tree, device),
-        "shrink": shrink if on_cpu else 1,
-        "default": core.optimized_attention.__name__,
-        "rows": rows,
-    }
-    harness.write(out, result)
+                harness.write(out, result)
 
 
 def one(shape: tuple[int, int, int, int], dtype, device, default) -> dict:

@@ -37,7 +37,7 @@ def why_no_int8_product(device: torch.device) -> str:
     """Why `device` does not multiply int8 matrices through PyTorch, "" if it does."""
     try:
         ones = torch.ones(SIDE, SIDE, dtype=torch.int8, device=device)
-        found = torch._int_mm(ones, ones.t().contiguous())
+        found = torch.ops.aten._int_mm(ones, ones.t().contiguous())
         if found.device.type != "meta" and not bool((found == SIDE).all()):
             return "wrong results"
     except torch.OutOfMemoryError:

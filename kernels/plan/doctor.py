@@ -14,10 +14,12 @@ from typing import Any
 
 from ..attention.backends import NAMED, dotted
 from ..attention.backends import Backend as Kernel
+from ..checkpoints.layouts import WITH_FLOAT8
 from ..report import megabytes
 from .fit import FRAMES, Fit, fit_lines, fits
 
 NATIVE, PLAIN, EMULATED, UNKNOWN = "native", "plain PyTorch", "emulated", "not known"
+IMPOSSIBLE = "not possible"
 Capability = tuple[int, int]
 # ComfyUI's name of a format -> (name people use, least compute capability).
 FORMATS: dict[str, tuple[str, Capability]] = {
@@ -77,8 +79,10 @@ class Facts:
     kind: torch's device type. capability: of an NVIDIA device, else None. reserved: what ComfyUI
     keeps free on the device. streaming: its dynamic VRAM is on. kitchen_used: it computes through
     comfy-kitchen. formats: quantised formats that it knows; emulated: those that it says it expands
-    on this device. attention: import name -> version of the packages found. registered: attention
-    functions of ComfyUI; active: the one in use. sdpa: back ends that PyTorch's attention may use.
+    on this device. no_float8, no_int8: why the device cannot hold 8-bit floats, and why PyTorch
+    does not multiply int8 there; "" where it can. attention: import name -> version of the packages
+    found. registered: attention functions of ComfyUI; active: the one in use. sdpa: back ends that
+    PyTorch's attention may use.
     """
 
     comfyui: str | None
@@ -98,6 +102,8 @@ class Facts:
     backends: dict[str, Backend] = field(default_factory=dict)
     formats: tuple[str, ...] = ()
     emulated: tuple[str, ...] = ()
+    no_float8: str = ""
+    no_int8: str = ""
     attention: dict[str, str | None] = field(default_factory=dict)
     registered: tuple[str, ...] = ()
     active: str = ""
@@ -269,6 +275,13 @@ def _format(facts: Facts, name: str) -> Finding:
             "this ComfyUI has no quantised tensor for it, and Load Wan Model says so when a file "
             "needs it; update ComfyUI",
         )
+    if facts.no_float8 and name in WITH_FLOAT8:
+        return Finding(
+            label,
+            IMPOSSIBLE,
+            f"{facts.device} has no 8-bit floats ({facts.no_float8}); use a file in 16 bits, int8, "
+            "GPTQ, AWQ or GGUF",
+        )
     needs = f"compute capability {dotted(least)} (NVIDIA)"
     able = facts.capability is not None and facts.capability >= least
     if name in INTEGER:
@@ -276,6 +289,9 @@ def _format(facts: Facts, name: str) -> Finding:
         if key is not None:
             return Finding(label, NATIVE, f"through comfy-kitchen's {key} kernels")
         why = why_plain(name, facts.capability)
+        if facts.no_int8:
+            why += f", and PyTorch has no product of integers here ({facts.no_int8})"
+            return Finding(label, EMULATED, f"{why}: it saves memory and no time")
         return Finding(label, PLAIN, f"{why}: it saves memory, but little or no time")
     if able and name in facts.emulated:
         return Finding(

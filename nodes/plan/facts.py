@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from ...kernels.attention.call import capability_of
+from ...kernels.device_types import why_no_float8, why_no_int8_product
 from ...kernels.plan.doctor import ATTENTION, REFERENCE, Facts
 from .._kitchen import kitchen_backends
 
@@ -56,6 +57,8 @@ def gather() -> Facts:
         backends=kitchen_backends(),
         formats=tuple(sorted(getattr(comfy.quant_ops, "QUANT_ALGOS", {}))),
         emulated=_emulated(device),
+        no_float8=why_no_float8(device),
+        no_int8=why_no_int8_product(device),
         attention={name: version_of(name) for name in ATTENTION if importable(name)},
         registered=tuple(
             sorted(getattr(comfy.ldm.modules.attention, "REGISTERED_ATTENTION_FUNCTIONS", {}))

@@ -299,6 +299,18 @@ def test_a_device_without_eight_bit_floats_is_found_out():
         VideoCache(PageFormat((1, 16, 2, 12), HALF, "int8"), 1, PRETENDED, CacheOptions(2, 1))
 
 
+def test_the_doctor_names_what_such_a_device_cannot():
+    apple = facts(None, device="mps", kind="mps", cuda=None, backends={}, no_float8="none here")
+    found = {each.name: each for each in doctor.diagnose(apple).formats}
+    for name, (label, _) in doctor.FORMATS.items():
+        without = name in ("int8_tensorwise", "convrot_w4a4")
+        assert found[label].state == (doctor.PLAIN if without else doctor.IMPOSSIBLE), name
+    assert "int8, GPTQ, AWQ or GGUF" in found["W4A8"].meaning
+    apple = facts(None, device="mps", kind="mps", cuda=None, backends={}, no_int8="none here")
+    found = {each.name: each for each in doctor.diagnose(apple).formats}
+    assert found["int8"].state == doctor.EMULATED and "none here" in found["int8"].meaning
+
+
 def test_a_device_without_products_of_integers_expands():
     assert device_types.why_no_int8_product(torch.device("cpu")) == ""
     with Lacks(operators=(torch.ops.aten._int_mm.default,)):
