@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -149,8 +150,11 @@ def _clock(device: torch.device) -> Callable[[], float]:
     if device.type == "cpu" or wait is None:
         return time.perf_counter
 
+    # Of MPS there is one device, and its function takes none.
+    named = (device,) if inspect.signature(wait).parameters else ()
+
     def after_waiting() -> float:
-        wait(device)
+        wait(*named)
         return time.perf_counter()
 
     return after_waiting

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from frugal.kernels import device_types
-from frugal.kernels.attention import packages
+from frugal.kernels.attention import measure, packages
 from frugal.kernels.attention.backends import BACKENDS, NAMED
 from frugal.kernels.checkpoints.layouts import LayerLayout
 from frugal.kernels.compile import graphs
@@ -249,6 +249,18 @@ def test_a_scaled_product_without_scales_per_row(monkeypatch, inside):
     monkeypatch.setattr(fp8_linear, "_scaled_mm", None)
     with pytest.raises(FrugalError, match="set matmul to auto"):
         fp8_linear.choose(cpu, e4m3)
+
+
+def test_kernels_are_timed_on_every_kind_of_device(monkeypatch):
+    """torch.mps.synchronize takes no device; a device that torch has no module for is not waited
+    for.
+    """
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    monkeypatch.setattr(torch.xpu, "synchronize", lambda device=None: waited.append(device))
+    for kind in ("mps", "xpu", "cpu", "privateuseone"):
+        assert measure._clock(torch.device(kind, 0 if kind == "xpu" else None))() > 0
+    assert waited == ["mps", torch.device("xpu", 0)]
 
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -8,10 +8,13 @@ import comfy.sd
 import pytest
 import torch
 
+from frugal.kernels import device_types
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.plan import doctor
+from frugal.kernels.plan.doctor import Backend
 from frugal.kernels.quant import fp8_linear as fp8
 from frugal.kernels.quant.matmul import AUTO, FULL, LOW
-from frugal.kernels.quant.on_load import AS_STORED, INT8_CONVROT, W4A8_NAME
+from frugal.kernels.quant.on_load import AS_STORED, FP8, INT8_CONVROT, W4A8_NAME
 from frugal.nodes.wan import glue, matmul
 from frugal.nodes.wan.nodes import FrugalLoadWan
 from frugal.tests import wan_bed as bed
@@ -35,7 +38,7 @@ def fp8_file(folder, label="e4m3 weight_scale [rows,1], no marker (LightX2V)"):
 @pytest.fixture
 def units(monkeypatch):
     """The CPU passes for a device with fp8 matrix units; it multiplies by the formula."""
-    monkeypatch.setattr(matmul, "capability", lambda device: (8, 9))
+    monkeypatch.setattr(matmul, "capability_of", lambda device: (8, 9))
     monkeypatch.setattr(matmul, "choose", lambda device, dtype: ("formula", fp8.reference))
 
 
@@ -76,7 +79,7 @@ def test_fp8_low_precision_is_the_formula_in_every_layer(label, units, tmp_path)
 
 
 def test_low_precision_through_scaled_mm(monkeypatch, tmp_path):
-    monkeypatch.setattr(matmul, "capability", lambda device: (8, 9))
+    monkeypatch.setattr(matmul, "capability_of", lambda device: (8, 9))
     try:
         fp8.choose(torch.device("cpu"), torch.float8_e4m3fn)
     except FrugalError as error:
@@ -215,6 +218,59 @@ def test_second_copy_multiplies_alike(units, tmp_path):
         assert torch.equal(forward(again), forward(patcher))
 
 
-def test_capability_is_that_of_nvidia_devices():
-    assert matmul.capability(torch.device("cpu")) is None
-    assert matmul.capability(torch.device("mps")) is None
+@pytest.mark.parametrize("form", INTEGER)
+def test_a_torch_for_an_older_cuda_is_named_and_works(form, tmp_path, monkeypatch):
+    """ComfyUI switches comfy-kitchen's kernels off under it; what the CPU runs is what is left."""
+    if form not in KNOWN:
+        pytest.skip(f"this ComfyUI has no {form}")
+    path, quantize = integer_file(tmp_path, form)
+    before, _ = load(path, quantize=quantize)
+    monkeypatch.setattr(matmul, "capability_of", lambda device: (8, 6))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    off = {"cuda": Backend(True, True, None, dict.fromkeys(doctor.INTEGER.values()))}
+    monkeypatch.setattr(matmul, "kitchen_backends", lambda: off)
+    patcher, report = load(path, quantize=quantize)
+    [note] = [note for note in report.notes if note.startswith("matmul auto")]
+    assert "torch is built for CUDA 12.8; install a torch built for CUDA 13.0 or newer" in note
+    with torch.inference_mode():
+        assert torch.equal(forward(patcher), forward(before))
+    on = {"cuda": Backend(True, False, None, dict.fromkeys(doctor.INTEGER.values()))}
+    monkeypatch.setattr(matmul, "kitchen_backends", lambda: on)
+    assert "CUDA 12.8" not in "".join(load(path, quantize=quantize)[1].notes)
+
+
+@pytest.mark.parametrize("form", INTEGER)
+def test_a_device_without_products_of_integers(form, tmp_path, monkeypatch):
+    """As Apple's: the layers are expanded without being asked to, and that is said."""
+    if form not in KNOWN:
+        pytest.skip(f"this ComfyUI has no {form}")
+    path, quantize = integer_file(tmp_path, form)
+    full, _ = load(path, FULL, quantize)
+    monkeypatch.setattr(matmul, "why_no_int8_product", lambda device: "not implemented for it")
+    patcher, report = load(path, quantize=quantize)
+    assert any("no product of integers (not implemented for it)" in note for note in report.notes)
+    with torch.inference_mode():
+        assert torch.equal(forward(patcher), forward(full))
+    with pytest.raises(FrugalError, match="set matmul to auto or full precision"):
+        load(path, LOW, quantize)
+
+
+def test_a_device_without_8_bit_floats(tmp_path, monkeypatch):
+    path, _ = fp8_file(tmp_path)
+    monkeypatch.setattr(device_types, "why_no_float8", lambda device: "not implemented for it")
+    monkeypatch.setattr(glue, "_tensors", lambda source: pytest.fail("weights were read"))
+    with pytest.raises(
+        FrugalError, match=r"wan\.safetensors comes as float8_e4m3fn, and cpu has no"
+    ):
+        load(path)
+    plain = bed.write(tmp_path / "plain.safetensors", bed.base(SOURCE)[0])
+    for quantize in (W4A8_NAME, FP8):
+        with pytest.raises(FrugalError, match="quantize an unquantised one to int8 ConvRot"):
+            load(plain, quantize=quantize)
+    monkeypatch.undo()
+    monkeypatch.setattr(device_types, "why_no_float8", lambda device: "not implemented for it")
+    if "int8_tensorwise" in KNOWN:
+        # The way out that the sentence names.
+        patcher, _ = load(plain, quantize=INT8_CONVROT)
+        with torch.inference_mode():
+            assert forward(patcher).isfinite().all()
