@@ -260,7 +260,7 @@ def test_a_device_without_8_bit_floats(tmp_path, monkeypatch):
     monkeypatch.setattr(device_types, "why_no_float8", lambda device: "not implemented for it")
     monkeypatch.setattr(glue, "_tensors", lambda source: pytest.fail("weights were read"))
     with pytest.raises(
-        FrugalError, match=r"wan\.safetensors comes as float8_e4m3fn, and cpu has no"
+        FrugalError, match="comes as float8_e4m3fn, and cpu has no"
     ):
         load(path)
     plain = bed.write(tmp_path / "plain.safetensors", bed.base(SOURCE)[0])
