@@ -164,7 +164,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def run(part: Part, given: Given, seconds: float) -> dict[str, Any]:
     """Run one part for at most so many seconds; how it ended and what it found, never raises."""
     start, log = time.monotonic(), given.folder / f"{part.name}.log"
-    limit = min(part.limit, seconds)
+    # The limits are for a card; a machine without one may take its time.
+    limit = seconds if given.tiny else min(part.limit, seconds)
     entry: dict[str, Any] = {"state": FAILED, "limit_s": round(limit, 1)}
     tree = {"FRUGAL_COMFYUI_TREE": str(given.tree), "OMP_WAIT_POLICY": "PASSIVE"}
     try:
@@ -269,6 +270,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="frugal-gpu-", dir=asked.folder) as folder:
         given = Given(asked.tree.resolve(), Path(folder).resolve(), asked.tiny)
         held = measure(given, asked.out, asked.parts, asked.minutes)
+    if held["simulated"]:
+        print("simulated: no figure above is that of a card")
     bad = [name for name, entry in held["parts"].items() if entry["state"] != DONE]
     print(f"{asked.out}: {len(held['parts']) - len(bad)} of {len(held['parts'])} parts done")
     return 1 if bad else 0

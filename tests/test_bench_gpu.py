@@ -51,7 +51,7 @@ def test_no_part_ends_the_others(gpu, given, tmp_path, monkeypatch):
         part(gpu, "environment", writes(CARD)),
         part(gpu, "raises", writes({"half": 1}, "raise SystemExit('no such kernel')")),
         part(gpu, "crashes", "import os; os.abort()"),
-        part(gpu, "hangs", writes({"rows": [1]}, "import time; time.sleep(600)"), 6),
+        part(gpu, "hangs", writes({"rows": [1]}, "import time; time.sleep(600)"), 12),
         part(gpu, "silent", "pass"),
         part(gpu, "unreadable", writes({}), read=lambda _: 1 / 0),
         part(gpu, "last", writes({"fine": True})),
@@ -87,7 +87,7 @@ def test_no_part_ends_the_others(gpu, given, tmp_path, monkeypatch):
 def test_what_a_part_started_ends_with_it(gpu, given):
     mark = "import time; time.sleep(601)"
     start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {mark!r}]); "
-    entry = gpu.run(part(gpu, "parent", start + "time.sleep(600)", 6), given, 60)
+    entry = gpu.run(part(gpu, "parent", start + "time.sleep(600)", 12), given, 60)
     assert entry["state"] == gpu.TIMED_OUT
     left = [
         each for each in psutil.process_iter(["cmdline"]) if mark in (each.info["cmdline"] or ())
