@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# For a machine that others keep busy: only a server that hangs comes to these limits.
+ANSWER_SECONDS, HISTORY_TRIES = 300.0, 600
 Progress = Callable[[str, int, int], None]
 # A proxy named in the environment must not see loopback traffic.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -64,7 +66,7 @@ class ComfyClient:
     def object_info(self, fresh: bool = False) -> dict[str, Any]:
         """Every node's schema. Combos list the files present when asked: `fresh` asks again."""
         if self._object_info is None or fresh:
-            self._object_info = self._get("/object_info", timeout=120)
+            self._object_info = self._get("/object_info", timeout=ANSWER_SECONDS)
         return self._object_info
 
     def convert(self, graph: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class ComfyClient:
         return answer["prompt_id"]
 
     def _read_history(self, prompt_id: str, result: Result) -> None:
-        for _ in range(50):
+        for _ in range(HISTORY_TRIES):
             entry = self.history(prompt_id)
             if entry:
                 break
@@ -201,16 +203,16 @@ class ComfyClient:
         request = urllib.request.Request(
             f"{self.url}/upload/image", data=body, headers={"Content-Type": kind}
         )
-        with _open(request, timeout=60) as answer:
+        with _open(request, timeout=ANSWER_SECONDS) as answer:
             return json.load(answer)["name"]
 
     def view(self, filename: str, subfolder: str = "", type: str = "output") -> bytes:
         """The bytes of a result file; takes the entries of Result.files() as keywords."""
         query = urllib.parse.urlencode({"filename": filename, "subfolder": subfolder, "type": type})
-        with _open(f"{self.url}/view?{query}", timeout=60) as answer:
+        with _open(f"{self.url}/view?{query}", timeout=ANSWER_SECONDS) as answer:
             return answer.read()
 
-    def _get(self, path: str, timeout: float = 30) -> Any:
+    def _get(self, path: str, timeout: float = ANSWER_SECONDS) -> Any:
         with _open(self.url + path, timeout=timeout) as answer:
             return json.load(answer)
 
@@ -220,7 +222,7 @@ class ComfyClient:
             data=json.dumps(data).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with _open(request, timeout=60) as answer:
+        with _open(request, timeout=ANSWER_SECONDS) as answer:
             body = answer.read()
         return json.loads(body) if body.strip() else None
 

@@ -214,7 +214,7 @@ class ComfyServer(ComfyClient):
         if status.exists():
             for line in status.read_text().splitlines():
                 if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+                    return max(int(line.split()[1]) * 1024, self._highest_rss)
         peak = getattr(psutil.Process(self.process.pid).memory_info(), "peak_wset", 0)
         return max(peak, now, self._highest_rss)
 

@@ -22,6 +22,7 @@ from typing import Any
 from frugal.demo import comfy_server
 from frugal.demo.comfy_server import ComfyServer, free_port
 from frugal.dev import CACHE
+from frugal.tests.bed.patience import HANG
 
 PYTHON = os.environ.get("FRUGAL_VLLM_OMNI", "")
 RESULTS = os.environ.get("FRUGAL_ENGINE_RESULTS", "")
@@ -155,7 +156,7 @@ class Engine:
             self.url + path, headers={"Authorization": f"Bearer {KEY}"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=HANG) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, None

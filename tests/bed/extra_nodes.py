@@ -9,7 +9,12 @@ import threading
 import time
 from pathlib import Path
 
-from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy import utils
+from comfy.model_management import (
+    processing_interrupted,
+    throw_exception_if_processing_interrupted,
+)
+from comfy_execution.utils import get_executing_context
 
 
 class Test:
@@ -45,6 +50,26 @@ class TestRest(Test):
             if thread.name == "frugal-masks-warm-up":
                 thread.join()
         return {"ui": {"text": ["at rest"]}}
+
+
+class TestHold(Test):
+    """From now on: when the node with the id `value` first tells that it is under way, it stays
+    there until somebody interrupts it.
+    """
+
+    def go(self, value):
+        tell = utils.PROGRESS_BAR_HOOK
+
+        def hold(done, total, *more, **named):
+            tell(done, total, *more, **named)
+            context = get_executing_context()
+            if context is not None and context.node_id == value and 0 < done < total:
+                utils.set_progress_bar_global_hook(tell)
+                while not processing_interrupted():
+                    time.sleep(0.02)
+
+        utils.set_progress_bar_global_hook(hold)
+        return {"ui": {"text": ["holding"]}}
 
 
 class TestEnd(Test):

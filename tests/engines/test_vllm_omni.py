@@ -17,6 +17,7 @@ import pytest
 from frugal.demo.comfy_server import ComfyServer
 from frugal.kernels.quant.server_folder import ServerJob, export
 from frugal.tests import engine_bed as bed
+from frugal.tests.bed.patience import until
 
 pytestmark = pytest.mark.skipif(not bed.PYTHON, reason=bed.NEEDED)
 TREES = bed.TREES
@@ -165,15 +166,15 @@ def during(comfy: ComfyServer, server: bed.Engine, graph: dict, act) -> tuple[ob
     before = {job["id"] for job in server.get("/videos?limit=100")[1]["data"]}
     seen: list[str] = []
 
+    def there() -> list[str]:
+        with contextlib.suppress(OSError):
+            listed = server.get("/videos?limit=100")[1]["data"]
+            seen.extend(job["id"] for job in listed if job["id"] not in before)
+        return seen
+
     def watch() -> None:
-        end = time.monotonic() + 300
-        while not seen and time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                listed = server.get("/videos?limit=100")[1]["data"]
-                seen.extend(job["id"] for job in listed if job["id"] not in before)
-            time.sleep(0.1)
-        if seen:
-            act()
+        until(there)
+        act()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -187,10 +188,7 @@ def test_cancel_takes_the_job_off(comfy, server):
     graph = bed.video_graph(server.url, seed=41, steps=200, frames=17)
     result, job = during(comfy, server, graph, comfy.interrupt)
     assert result.status in ("error", "interrupted"), result
-    end = time.monotonic() + 30
-    while server.get(f"/videos/{job}")[0] != 404 and time.monotonic() < end:
-        time.sleep(0.2)
-    assert server.get(f"/videos/{job}")[0] == 404
+    until(lambda: server.get(f"/videos/{job}")[0] == 404)
     # The server works on the cancelled job to its end; the next one waits for it and is made.
     _, _, seconds = film(comfy, bed.video_graph(server.url, seed=42))
     bed.record(f"after a cancelled job, {comfy.tree.name}", seconds=round(seconds, 1))
