@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class LoadReport:
     """Facts of one load: `files` name -> bytes on disk, `formats` name -> bytes of weights held in
-    it, seconds, notes.
+    it, seconds, notes; `folder`: the last folders that the files are in.
     """
 
     title: str
@@ -17,6 +17,7 @@ class LoadReport:
     seconds: float
     notes: tuple[str, ...] = field(default=())
     licence: str = ""
+    folder: str = ""
 
     def text(self) -> str:
         lines = [self.title]

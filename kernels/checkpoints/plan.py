@@ -26,6 +26,7 @@ from .packed import (
 )
 from .packed import SIDE as PACKED_SIDE
 from .plan_notes import format_name, label_notes, plan_notes
+from .relatives import refuse_relative
 from .wan_keys import COMPANIONS, Naming, find_naming, is_label
 from .wan_shapes import TEXT_DIM, WanConfig, detect_config, parameters
 
@@ -83,6 +84,7 @@ def plan_wan(
     Raises FrugalError for an unknown layout, a missing, unknown or doubled key, a scale without a
     quantised weight, a quantised weight without a scale, or a wrong shape. Nothing large is read.
     """
+    refuse_relative(file, tensors)
     naming = find_naming(file, tensors)
     labels = [raw for raw, info in tensors.items() if is_label(naming.canonical(raw) or raw, info)]
     kept = {raw: info for raw, info in tensors.items() if raw not in set(labels)}

@@ -80,6 +80,19 @@ def open_source(path: str | os.PathLike[str], unpack_to: torch.dtype = torch.flo
     """
     path = Path(path)
     lower = path.name.lower()
+    if path.is_dir():
+        indexes = sorted(each.name for each in path.glob(f"*{INDEX_SUFFIX}"))
+        files = sorted(
+            each.name
+            for each in path.iterdir()
+            if each.name.lower().endswith((*SAFETENSORS, SUFFIX))
+        )
+        inside = indexes or (files if len(files) == 1 else [])
+        raise FrugalError(
+            f"{path.name} is a folder",
+            "a model file, or the index of a model in parts",
+            f"choose {inside[0]} in it" if inside else "choose the file in it",
+        )
     if not path.is_file():
         raise FrugalError(
             f"{path.name} is not there",

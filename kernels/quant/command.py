@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from ..errors import FrugalError
 from . import formats, gptq_layer
 from .calibration import read_calibration
 from .convert import Merge
-from .job import ALLOWED, Job, Progress, budget_bytes, run
+from .job import ALLOWED, Job, Progress, budget_bytes, check_device, run
 from .server_folder import ServerJob, export
 from .weights import Weights
 
@@ -150,6 +151,7 @@ def _server_job(given: argparse.Namespace) -> ServerJob:
             "leave it out, and delete a folder that is in the way yourself",
         )
     known = None if given.calibration is None else read_calibration(given.calibration)
+    check_device(_device(given))
     return ServerJob(
         given.source, given.target, given.rest, given.group_size, known, _device(given)
     )
@@ -170,6 +172,10 @@ def _lora(text: str) -> tuple[Path, float]:
         raise FrugalError(
             f"--lora {ascii(text)[:80]}", "FILE:STRENGTH with a number", "correct the command"
         ) from error
+    if not math.isfinite(found[1]):
+        raise FrugalError(
+            f"--lora with a strength of {found[1]:g}", "a number", "correct the command"
+        )
     if not found[0].is_file():
         raise FrugalError(f"no LoRA file {found[0].name}", "a safetensors file", "check the path")
     return found

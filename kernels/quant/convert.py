@@ -8,6 +8,7 @@ for, which rounds twice and is said. Everything else goes over bit by bit.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoints.header import TensorInfo
-from ..checkpoints.layouts import FLOAT8, NATIVE, ONE
+from ..checkpoints.layouts import FLOAT8, FLOATS, NATIVE, ONE
 from ..errors import FrugalError
 from ..report import megabytes
 from . import coding, formats
@@ -277,17 +278,32 @@ def _tensors(
             taken = sum(tensor.nbytes for tensor in held.values())
             raw = formats.declaration_bytes(step.declared, taken)
             held[key] = torch.tensor(list(raw), dtype=torch.uint8)
+        _check_finite(source.plan.file, held)
         return held, None
     weight = merged(source, step.unit, merge, device)
     known = calibration.layer(step.unit) if calibration is not None else None
     if step.target == formats.BF16:
         weight = weight.to(step.group[f"{step.unit}.weight"].dtype)
+        _check_finite(source.plan.file, {f"{step.unit}.weight": weight})
     where = f"{source.plan.file}: {step.unit}"
     made = coding.encode(step.target, weight, device, None, known, where=where)
     note = None
     if measure is not None:
         note = {step.unit: dict(measure(step.unit, step.target, weight, made, known))}
     return {f"{step.unit}.{leaf}": tensor for leaf, tensor in made.items()}, note
+
+
+def _check_finite(file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS or not tensor.numel():
+            continue
+        # Least and largest are NaN where any value is, and take no memory beside the tensor.
+        if not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+            raise FrugalError(
+                f"{file}: {name} holds a value that is not finite",
+                "finite weights that stay so in the type written",
+                "download it again, or choose another file of the same model",
+            )
 
 
 def merged(source: Weights, layer: str, merge: Merge | None, device: torch.device) -> torch.Tensor:

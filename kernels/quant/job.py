@@ -4,6 +4,7 @@ node and for the command line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.source import SAFETENSORS
 from ..errors import FrugalError
 from . import formats
 from .budget import GB, Allocation, allocate
 from .calibration import Calibration, read_calibration
 from .convert import VERSION, ConvertReport, Merge, convert, merged, payload, states, steps, uniform
 from .curve_file import CurveFile
-from .curves import LayerCurve, measure
+from .curves import FormatError, LayerCurve, measure
 from .importance import for_outputs, wiring
 from .quality import QualityReport, json_path, measured, plan_text, report_of, write_json
 from .weights import Weights
@@ -73,6 +75,13 @@ def run(
 
     Raises FrugalError for anything that cannot be done.
     """
+    if job.output.suffix.lower() not in SAFETENSORS:
+        raise FrugalError(
+            f"{job.output.name} has no ending that says what it is",
+            f"a name ending in {SAFETENSORS[0]}",
+            f"write to {job.output.name}{SAFETENSORS[0]}",
+        )
+    check_device(job.device)
     if job.output.exists() and not job.overwrite:
         raise FrugalError(
             f"{job.output.name} exists already",
@@ -131,6 +140,21 @@ def run(
     return Outcome(report, plan, quality, write_json(quality, json_path(job.output)))
 
 
+def check_device(device: torch.device | str) -> None:
+    """Raises FrugalError for a device that is not there or cannot compute."""
+    try:
+        if torch.zeros(1, device=device).add(1).item() == 1:
+            return
+        reason = "computes wrong"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise FrugalError(
+        f"the device {ascii(str(device))[1:-1][:40]} cannot be used ({ascii(reason)[1:-1][:100]})",
+        "cpu, or the name of a device of this PyTorch, such as cuda:0",
+        "set the device to cpu",
+    )
+
+
 def choose(
     source: Weights, job: Job, merge: Merge | None, known: Calibration | None, progress: Progress
 ) -> tuple[Allocation, dict[str, LayerCurve]]:
@@ -139,6 +163,8 @@ def choose(
     Raises FrugalError if no choice fits.
     """
     layers = list(source.shapes)
+    rest = [step for step in steps(source, {}, merge) if step.unit not in source.shapes]
+    _check_budget(source.shapes, payload(rest), job)
     kept = _kept_curves(source, job, merge)
     left = [layer for layer in layers if layer not in kept.held]
     done = iter(range(len(layers) - len(left) + 1, len(layers) + 1))
@@ -161,7 +187,6 @@ def choose(
         step=step,
     )
     curves = {layer: kept.held[layer] for layer in layers}
-    rest = [step for step in steps(source, {}, merge) if step.unit not in source.shapes]
     weights, note = shares_of(layers, known, curves)
     found = allocate(curves, payload(rest), job.budget, job.allowed, weights)
     notes = [note]
@@ -180,6 +205,21 @@ def choose(
             "report the file to ComfyUI-Frugal",
         )
     return found, curves
+
+
+def _check_budget(shapes: Mapping[str, tuple[int, int]], fixed: int, job: Job) -> None:
+    """Refuse, before anything is measured, a budget that no choice of formats can keep."""
+    curves = {}
+    for layer, shape in shapes.items():
+        reasons = {target: formats.suits(target, shape) for target in job.allowed}
+        made = {
+            target: FormatError(formats.stored_bytes(target, shape), 0.0, 1.0, 1.0)
+            for target, reason in reasons.items()
+            if reason is None
+        }
+        refused = {target: reason for target, reason in reasons.items() if reason is not None}
+        curves[layer] = LayerCurve(layer, shape, made, refused, False)
+    allocate(curves, fixed, job.budget, job.allowed)
 
 
 def _kept_curves(source: Weights, job: Job, merge: Merge | None) -> CurveFile:
@@ -208,5 +248,9 @@ def shares_of(
 
 
 def budget_bytes(gigabytes: float) -> int:
-    """A size in GB (10^9 bytes) as bytes."""
+    """A size in GB (10^9 bytes) as bytes. Raises FrugalError for what is no size."""
+    if not (math.isfinite(gigabytes) and gigabytes >= 0):
+        raise FrugalError(
+            f"a budget of {gigabytes:g} GB", "a size in GB (10^9 bytes)", "set the budget to a size"
+        )
     return round(gigabytes * GB)

@@ -16,6 +16,8 @@ import comfy.model_base
 import comfy.utils
 import torch
 
+from ...kernels.checkpoints.header import read_header
+from ...kernels.checkpoints.source import SAFETENSORS
 from ...kernels.errors import FrugalError
 from ...kernels.quant.lora_names import BIAS, MAGNITUDE, ending, parameter_key, spelling, spellings
 from ...kernels.quant.lora_scale import StatedScale, stated_scale
@@ -100,6 +102,9 @@ def read_for(path: Path, places: dict[str, Any], wan: bool = True) -> LoraFile:
     spelling of Wan's names counts. Raises FrugalError for a file that holds more than one LoRA, or
     states a strength that cannot be read.
     """
+    if path.name.lower().endswith(SAFETENSORS):
+        # ComfyUI's reader has no sentence for a file that was cut, or a web page in its place.
+        read_header(path)
     held, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     tensors = comfy.lora_convert.convert_lora(held)
     stated = stated_scale(path, metadata)
@@ -140,6 +145,12 @@ class _Group:
     def add(self, file: str, raw: str, text: str, tensor: torch.Tensor) -> None:
         found = ending(text)
         key = self.layer + found.text
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise FrugalError(
+                f"{file}: {ascii(raw)[1:-1][:100]} holds values that are not finite",
+                "finite weights",
+                "download the LoRA again",
+            )
         if self.adapter not in (None, found.adapter) and key in self.tensors:
             raise FrugalError(
                 f"{file} holds the adapters {self.adapter!a} and {found.adapter!a} of "

@@ -194,7 +194,10 @@ def _check_pair(high: Any, low: Any) -> None:
             "choose the other file of the pair for one of them",
         )
     names = [_file_names(patcher) for patcher in (high, low)]
-    if _says(names[0], "low", "high") and _says(names[1], "high", "low"):
+    swapped = _says(names[0], "low", "high") and _says(names[1], "high", "low")
+    # diffusers keeps the expert for the low noise in transformer_2.
+    folders = ["transformer_2/" in name for name in names]
+    if swapped or (folders == [True, False] and "transformer/" in names[1]):
         raise FrugalError(
             f"high_noise comes from {names[0]} and low_noise from {names[1]}",
             "the high noise expert first",
@@ -220,7 +223,9 @@ def _same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def _file_names(patcher: Any) -> str:
     report = patcher.get_attachment(REPORT_KEY)
-    return ", ".join(report.files) if isinstance(report, LoadReport) else ""
+    if not isinstance(report, LoadReport):
+        return ""
+    return ", ".join(f"{report.folder}/{name}" for name in report.files)
 
 
 def _says(names: str, word: str, other: str) -> bool:
@@ -232,8 +237,11 @@ def _joined_report(high: LoadReport, low: LoadReport, note: str) -> LoadReport:
     for name, size in low.formats.items():
         formats[name] = formats.get(name, 0) + size
     # Both files of a pair may have one name, in two folders.
-    files = {f"high noise {name}": size for name, size in high.files.items()}
-    files |= {f"low noise {name}": size for name, size in low.files.items()}
+    files = {
+        f"{which} noise {report.folder}/{name}": size
+        for which, report in (("high", high), ("low", low))
+        for name, size in report.files.items()
+    }
     return LoadReport(
         f"two experts: {high.title}",
         files,

@@ -105,6 +105,7 @@ def load_wan(
             *applied,
             *_converted(plan, state_types, patcher.model.diffusion_model),
         ),
+        folder="/".join(source.files[0].resolve().parts[-3:-1]),
     )
     patcher.set_attachments(REPORT_KEY, report)
     return patcher, report

@@ -117,9 +117,53 @@ def test_mistakes_are_one_sentence(arguments, told, source, tmp_path, capsys):
     assert command.main([str(source), str(tmp_path / "out.safetensors"), *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert told in error and error.endswith(".")
-    # What was measured serves the next size.
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == ({"out.safetensors.part.curves"} if "0.000001" in arguments else set())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--to", "fp8", "--device", "gpu"], "the device gpu cannot be used"),
+        (["--to", "fp8", "--device", "meta"], "the device meta cannot be used"),
+        (["--budget", "nan"], "a budget of nan GB"),
+        (["--budget", "inf"], "a budget of inf GB"),
+        (["--budget", "-1"], "a budget of -1 GB"),
+        (["--to", "fp8", "--lora", "x.safetensors:nan"], "--lora with a strength of nan"),
+    ],
+)
+def test_what_needs_no_measuring_is_said_at_once(
+    arguments, told, source, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(curves, "layer_curve", None)
+    test_mistakes_are_one_sentence(arguments, told, source, tmp_path, capsys)
+
+
+def test_source_and_target_of_another_kind(source, tmp_path, capsys):
+    out = str(tmp_path / "out.safetensors")
+    assert command.main([str(source.parent), out, "--to", "fp8"]) == 1
+    assert "is a folder; expected a model file" in capsys.readouterr().err
+    assert command.main([str(source), out.removesuffix(".safetensors"), "--to", "fp8"]) == 1
+    assert "write to out.safetensors." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["head.head.bias", "patch_embedding.weight", "blocks.0.ffn.0.weight"]
+)
+@pytest.mark.parametrize("to", ["bf16", "int8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(name, to, bad, source, tmp_path, capsys):
+    from safetensors import safe_open
+
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    held = load_file(source)
+    held[name].view(-1)[3] = bad
+    broken = bed.write(tmp_path / "broken.safetensors", held, metadata)
+    out = tmp_path / "out.safetensors"
+    assert command.main([str(broken), str(out), "--to", to]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite" in error and name.rpartition(".")[0] in error and not out.exists()
 
 
 def test_source_is_not_overwritten(source, tmp_path, capsys):
@@ -150,9 +194,11 @@ def test_interrupted_measuring_goes_on(source, tmp_path, capsys, monkeypatch):
     assert measured == layers[:4] and not out.exists()
     # A line torn by the kill is measured again.
     kept.write_bytes(kept.read_bytes()[:-20])
+    # A size that no choice keeps is refused before anything is measured.
     assert command.main([str(source), str(out), "--budget", "0.000001", *wanted[2:]]) == 1
-    assert measured == [*layers[:4], *layers[3:]]
+    assert measured == layers[:4]
     assert command.main([str(source), str(out), *wanted]) == 0
+    assert measured == [*layers[:4], *layers[3:]]
     assert len(measured) == len(layers) + 1 and not kept.exists()
     plain = tmp_path / "plain.safetensors"
     assert command.main([str(source), str(plain), *wanted]) == 0

@@ -241,3 +241,21 @@ def test_what_is_missing_comes_first(tmp_path):
     first = f"lora.safetensors at 1: 1 of {len(tensors)} keys not applied"
     assert report.text().startswith(first)
     assert LoraMerge(Weights(base), [(path, 1.0)]).notes[0].startswith(first)
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", "cut", "nan"])
+def test_files_that_are_no_lora(content, check, tmp_path):
+    tensors = named(diffusers)
+    path = bed.write(tmp_path / "lora.safetensors", tensors)
+    if content == "nan":
+        tensors[next(iter(tensors))] = torch.full((4, 4), float("nan"))
+        bed.write(path, tensors)
+    else:
+        path.write_bytes(path.read_bytes()[:-40] if content == "cut" else content)
+    model = glue.load_wan(bed.write(tmp_path / "wan.safetensors", SOURCE), "fp32")[0]
+    for read in (
+        lambda: lora_file.read(path, model.model),
+        lambda: LoraMerge(Weights(tmp_path / "wan.safetensors"), [(path, 1.0)]),
+    ):
+        with pytest.raises(FrugalError, match=r"lora\.safetensors"):
+            read()

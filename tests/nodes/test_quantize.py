@@ -162,7 +162,9 @@ def test_lora_keys_that_fit_nowhere_are_told(original, tmp_path):
     tensors["text_encoder.layer.lora_A.weight"] = torch.ones(4, 256)
     some = bed.write(tmp_path / "some.safetensors", tensors)
     (note,) = LoraMerge(Weights(original), [(some, 1.0)]).notes
-    assert note.startswith("some.safetensors at 1: 4 of 5 keys applied, these not: diffusion_mod")
+    assert note.startswith(
+        "some.safetensors at 1: 1 of 5 keys not applied: diffusion_model.blocks.9"
+    )
     assert note.endswith("1 keys are for a text encoder")
     none = bed.write(tmp_path / "none.safetensors", {"other.lora_A.weight": torch.ones(4, 4)})
     with pytest.raises(FrugalError, match="none that fits"):

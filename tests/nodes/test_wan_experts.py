@@ -341,14 +341,36 @@ def test_pairs_that_are_none(experts, tmp_path):
         join(high, comfy.model_patcher.ModelPatcher(other, "cpu", "cpu"))
 
 
+@pytest.mark.parametrize(
+    "folders", [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")]
+)
+def test_swapped_experts_are_noticed_by_their_folders(folders, tmp_path):
+    """Both files of such a release have one name."""
+    pair = []
+    for seed, folder in enumerate(folders, 1):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "diffusion_pytorch_model.safetensors"
+        bed.write(path, bed.base(bed.weights(seed=seed), torch.float32)[0])
+        with torch.inference_mode():
+            pair.append(glue.load_wan(path, "fp32")[0])
+    high, low = pair
+    model = join(high, low)
+    names = set(model.get_attachment(REPORT_KEY).files)
+    assert {name.rpartition("/")[0].rpartition("/")[2] for name in names} == set(folders)
+    with pytest.raises(FrugalError, match="swap the two"):
+        join(low, high)
+
+
 def test_node_reports_both_files(experts, monkeypatch):
     monkeypatch.setattr("frugal.nodes.wan.experts.show_text", lambda *_: None)
     node = FrugalWanTwoExperts.PREPARE_CLASS_CLONE({})
     model, text = node.execute(*experts, 0.9).args
     report = model.get_attachment(REPORT_KEY)
+    folder = experts[0].get_attachment(REPORT_KEY).folder
+    assert folder.startswith("pytest-") and folder.endswith("/experts0")
     assert set(report.files) == {
-        "high noise wan_high_noise.safetensors", "low noise wan_low_noise.safetensors",
-    }  # fmt: skip
+        f"{which} noise {folder}/wan_{which}_noise.safetensors" for which in ("high", "low")
+    }
     sizes = [sum(each.get_attachment(REPORT_KEY).formats.values()) for each in experts]
     assert sum(report.formats.values()) == sum(sizes)
     assert "timesteps 900 to 1000" in text and ours(model).boundary == 0.9
