@@ -162,6 +162,9 @@ def main() -> None:
         catvton(given.models, given.tiny)
         return
     harness.enter("none")
+    from frugal.kernels.quant.compiled import follow_comfyui
+
+    follow_comfyui()
     wan_around(given.models, given.tiny)
     path = given.models / "diffusion_models" / given.file
     wan(path, given.model, given.format, given.tiny)

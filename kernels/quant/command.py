@@ -14,6 +14,7 @@ import torch
 from ..errors import FrugalError
 from . import formats, gptq_layer
 from .calibration import read_calibration
+from .compiled import follow_comfyui
 from .convert import Merge
 from .job import ALLOWED, Job, Progress, budget_bytes, check_device, run
 from .server_folder import ServerJob, export
@@ -158,7 +159,10 @@ def _server_job(given: argparse.Namespace) -> ServerJob:
 
 
 def _device(given: argparse.Namespace) -> str:
-    return given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        follow_comfyui()
+    return device
 
 
 def _lora(text: str) -> tuple[Path, float]:

@@ -25,7 +25,7 @@ from frugal.kernels.kv.cache import VideoCache
 from frugal.kernels.kv.options import CacheOptions
 from frugal.kernels.kv.storage import PageFormat
 from frugal.kernels.plan import doctor
-from frugal.kernels.quant import fp8_linear
+from frugal.kernels.quant import compiled, fp8_linear
 from frugal.kernels.quant.matmul import AUTO, LOW, plan_matmul
 
 # GTX 1080, V100, RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50.
@@ -202,6 +202,17 @@ def test_eight_bit_attention_follows_the_switch(monkeypatch):
     kitchen.int8_attention_is_available = lambda: False
     kitchen.list_backends = states(False)
     assert "not for this device" in (packages.kitchen_missing() or "")
+
+
+@pytest.mark.parametrize(("cuda", "off"), [("12.8", True), (None, True), ("13.0", False)])
+def test_without_comfyui_its_switch_is_followed(monkeypatch, cuda, off):
+    """Their CUDA runtime is 13; an older driver refuses it at the first call."""
+    kitchen, switched = types.ModuleType("comfy_kitchen"), []
+    kitchen.registry = SimpleNamespace(disable=switched.append)
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", kitchen)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert bool(compiled.follow_comfyui()) == off
+    assert switched == ["cuda"] * off
 
 
 @pytest.mark.parametrize(
