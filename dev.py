@@ -213,6 +213,7 @@ def test(options: argparse.Namespace, arguments: list[str]) -> int:
     say(f"ComfyUI found: {', '.join(map(str, trees))}. {ANOTHER_COMFYUI}")
     command = [str(PYTHON), str(ROOT / "tests" / "suite.py"), "--jobs", str(options.jobs)]
     command += [part for tree in trees for part in ("--tree", str(tree))]
+    command += card()
     return subprocess.call([*command, *arguments], cwd=ROOT, env=environment())
 
 
@@ -238,6 +239,18 @@ def gpu(options: argparse.Namespace, arguments: list[str]) -> int:
     out = Path(options.out).resolve() if options.out else out
     command = [python, str(ROOT / "bench" / "gpu.py"), str(tree), str(out), *arguments]
     return subprocess.call(command, cwd=ROOT, env=environment())
+
+
+def card() -> list[str]:
+    """Arguments for tests on the simulated card; none, and the reason is shown, if it cannot be."""
+    say("making the environment of the simulated card, if it is not there")
+    script = ROOT / "tests" / "card" / "environment.py"
+    done = subprocess.run([str(PYTHON), str(script)], capture_output=True, text=True)
+    lines = done.stdout.splitlines() or done.stderr.splitlines() or ["it said nothing"]
+    if done.returncode:
+        say(f"tests on the simulated card are skipped: {lines[-1]}")
+        return []
+    return ["--card", lines[-1]]
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 `FRUGAL_COMFYUI_TREE` names the ComfyUI folder; `none` means none, which is how the kernel tests
 prove that kernels/ needs no ComfyUI; unset means the oldest tree in dev.py's cache folder.
+`FRUGAL_CARD` names a mode of the simulated card, see tests/card/modes.py: ComfyUI then runs on it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def _version(tree: Path) -> list[int]:
 
 
 def enter_tree(tree: Path) -> None:
-    """Put ComfyUI on the import path in CPU mode, with a throw-away base directory.
+    """Put ComfyUI on the import path, in CPU mode or on the simulated card, with a throw-away base
+    directory.
 
     ComfyUI reads its options at the first import, so this has to come before any of its modules.
     """
@@ -66,13 +68,32 @@ def enter_tree(tree: Path) -> None:
 
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.base_directory = base
+    if CARD:
+        modes.settle(comfy.cli_args.args)
+        modes.entered()
 
 
 register_pack()
 TREE = chosen_tree()
+CARD = bool(os.environ.get("FRUGAL_CARD")) and TREE is not None
+if CARD:
+    from frugal.tests.card import modes
+
+    modes.prepare()
 if TREE is not None:
     enter_tree(TREE)
 collect_ignore = [] if TREE else list(NEEDS_COMFYUI)
+if not CARD:
+    collect_ignore.append("card")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On the simulated card: its own tests, and those marked for it."""
+    if CARD:
+        own = ROOT / "tests" / "card"
+        left = [i for i in items if own not in i.path.parents and not i.get_closest_marker("card")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -104,8 +125,14 @@ def server(comfy_tree: Path, sockets, tmp_path_factory: pytest.TempPathFactory):
     """
     from frugal.demo.comfy_server import ComfyServer
 
-    page = importlib.util.find_spec("comfyui_frontend_package") is not None
-    running = ComfyServer(comfy_tree, tmp_path_factory.mktemp("comfy"), frontend=page)
+    base = tmp_path_factory.mktemp("comfy")
+    if CARD:
+        from frugal.tests.card.server import CardServer
+
+        running = CardServer(comfy_tree, base)
+    else:
+        page = importlib.util.find_spec("comfyui_frontend_package") is not None
+        running = ComfyServer(comfy_tree, base, frontend=page)
     (running.base / "custom_nodes").mkdir()
     shutil.copy(ROOT / "tests" / "bed" / "extra_nodes.py", running.base / "custom_nodes")
     with sockets.watching():

@@ -68,7 +68,11 @@ def output(patcher, config=bed.T2V, batch=1):
 
 
 def run(patcher, config=bed.T2V, batch=1):
-    given = bed.inputs(config)
+    device = patcher.load_device
+    given = {
+        key: value.to(device) if torch.is_tensor(value) else value
+        for key, value in bed.inputs(config).items()
+    }
     x = given["x"].repeat(batch, 1, 1, 1, 1)
     noisy = x[:, :16]
     more = {
@@ -76,13 +80,13 @@ def run(patcher, config=bed.T2V, batch=1):
     }
     found = patcher.model.apply_model(
         noisy,
-        torch.tensor([SIGMA]),
+        torch.tensor([SIGMA], device=device),
         c_concat=x[:, 16:] if config.image else None,
         c_crossattn=given["context"].repeat(batch, 1, 1),
         transformer_options={"wrappers": patcher.wrappers},
         **more,
     )
-    return (noisy - found) / SIGMA
+    return ((noisy - found) / SIGMA).cpu()
 
 
 def reference(weights, config=bed.T2V):

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # In the order they are started: what takes longest comes first. What is named together runs in one
 # process and shares its server; the web page last, for it fills that server with models.
 NEEDS_COMFYUI = (("workflows", "browser"), ("nodes",))
+# On the simulated card, a process for each of its modes; dynamic VRAM is of newer ComfyUI versions.
+CARD, DYNAMIC, OLDER = "card", ("dynamic", "tight"), ("static", "lowvram")
 # Arguments of the environment's Python.
 CHECKS = {"ruff": ("-m", "ruff", "check", "."), "pyright": ("-m", "pyright")}
 FAILED_TESTS, NO_TESTS = 1, 5
@@ -64,6 +67,24 @@ def runs(trees: list[Path], paths: list[str]) -> list[Run]:
     return found
 
 
+def card_runs(trees: list[Path], named: list[str], python: str, results: str) -> list[Run]:
+    """Those on the simulated card; marked tests of nodes go with dynamic VRAM.
+
+    python: of the card's environment. results: folder for the CPU's, which the card's are compared
+    with.
+    """
+    found = []
+    wanted = [path for path in named if Path(path).parts[1:2] == (CARD,)]
+    for tree in trees if wanted or not named else ():
+        known = (tree / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+        for mode in (*DYNAMIC, *OLDER) if "enable-dynamic-vram" in known else OLDER:
+            more = {"FRUGAL_CARD": mode, "FRUGAL_CARD_REFERENCE": results}
+            marked = ["tests/nodes"] if mode in DYNAMIC else []
+            title = f"card, {mode}, in {tree.name}"
+            found.append(Run(title, wanted or [f"tests/{CARD}", *marked], str(tree), python, more))
+    return found
+
+
 def split_paths(named: list[str]) -> tuple[list[str], list[list[str]]]:
     """Test paths that need no ComfyUI, and for each entry of NEEDS_COMFYUI those that do.
 
@@ -74,7 +95,8 @@ def split_paths(named: list[str]) -> tuple[list[str], list[list[str]]]:
     paths = named or [f"tests/{path.name}" for path in top]
     folder = {path: (*Path(path).parts[1:2], "")[0] for path in paths}
     inside = [[p for name in group for p in paths if folder[p] == name] for group in NEEDS_COMFYUI]
-    return [p for p in paths if not any(p in held for held in inside)], inside
+    alone = [p for p in paths if folder[p] != CARD and not any(p in held for held in inside)]
+    return alone, inside
 
 
 class Screen:
@@ -165,6 +187,7 @@ def check_source(folder: Path) -> list[int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--tree", action="append", default=[], type=Path, help="a ComfyUI folder")
+    parser.add_argument("--card", help="Python that can simulate a card; tests/card/environment.py")
     parser.add_argument("--jobs", type=int, default=0, help="runs that go at once")
     options, rest = parser.parse_known_args()
     start, cores = time.monotonic(), os.cpu_count() or 1
@@ -172,6 +195,9 @@ def main() -> int:
     paths = [a for a in rest if Path(a).parts[:1] == ("tests",)]
     arguments = [a for a in rest if a not in paths]
     listed = runs(options.tree, paths)
+    results = tempfile.TemporaryDirectory(prefix="frugal-card-")
+    if options.card:
+        listed += card_runs(options.tree, paths, options.card, results.name)
     jobs = max(1, min(options.jobs or min(cores, 2), len(listed)))
     screen = Screen(jobs > 1)
     threads = max(1, cores // jobs)

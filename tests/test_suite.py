@@ -28,7 +28,7 @@ def test_where_each_test_runs():
     assert {"tests/kernels", "tests/test_dev.py"} <= set(listed[-1].paths)
     # Everything that holds a test is in one of them.
     held = {path.relative_to(ROOT).parts[1] for path in (ROOT / "tests").rglob("test_*.py")}
-    assert {Path(path).name for run in listed for path in run.paths} == held
+    assert {Path(path).name for run in listed for path in run.paths} == held - {"card"}
 
 
 def test_named_tests_run_where_they_belong():
@@ -38,6 +38,23 @@ def test_named_tests_run_where_they_belong():
     ]
     [alone] = suite.runs(TREES, ["tests/test_dev.py"])
     assert (alone.paths, alone.tree) == (["tests/test_dev.py"], "none")
+
+
+def test_runs_on_the_simulated_card(tmp_path):
+    trees = [tmp_path / "older", tmp_path / "newer"]
+    for tree, text in zip(trees, ("", '"--enable-dynamic-vram"'), strict=True):
+        (tree / "comfy").mkdir(parents=True)
+        (tree / "comfy" / "cli_args.py").write_text(text)
+    listed = suite.card_runs(trees, [], "python-of-the-card", "results")
+    assert [(run.more["FRUGAL_CARD"], Path(run.tree).name) for run in listed] == [
+        ("static", "older"), ("lowvram", "older"), ("dynamic", "newer"), ("tight", "newer"),
+        ("static", "newer"), ("lowvram", "newer"),
+    ]  # fmt: skip
+    assert {run.python for run in listed} == {"python-of-the-card"}
+    assert listed[0].paths == ["tests/card"] and listed[2].paths == ["tests/card", "tests/nodes"]
+    assert suite.card_runs(trees, ["tests/nodes"], "p", "r") == []
+    [one, *_] = suite.card_runs(trees[:1], ["tests/card/test_runs.py"], "p", "r")
+    assert one.paths == ["tests/card/test_runs.py"]
 
 
 def test_a_fault_of_style_or_type_is_shown(tmp_path, capfd):

@@ -75,8 +75,9 @@ def inputs(seed=3, batch=2):
 
 def run(patcher, x, t, context=None):
     comfy.model_management.load_models_gpu([patcher])
+    device = patcher.load_device
     with torch.no_grad():
-        return patcher.model.diffusion_model(x, t, context=context)
+        return patcher.model.diffusion_model(x.to(device), t.to(device), context=context).cpu()
 
 
 def relative(a, b):
