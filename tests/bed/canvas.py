@@ -14,7 +14,7 @@ from frugal.demo.web_page import VUE_NODES, open_page
 
 SIZE = {"width": 1600, "height": 900}
 # Limits for a machine that others keep busy; nothing waits for them in vain but a broken page.
-WAIT_MS, RUN_MS = 180_000, 1_800_000
+WAIT_MS, RUN_MS = 900_000, 1_800_000
 
 LISTEN = """() => {
     window.ended = [];
@@ -61,6 +61,16 @@ BOXES = """() => Object.fromEntries(app.graph.nodes.map(node => {
         [(x + view.offset[0]) * view.scale, (y + view.offset[1]) * view.scale];
     return [node.id, [...at(left, top), ...at(left + width, top + height)]];
 }))"""
+# Some frames in a row that draw nothing elsewhere: what lies over the canvas follows it.
+REST = f"""async () => {{
+    let before = "", same = 0;
+    while (same < 5) {{
+        await new Promise(requestAnimationFrame);
+        const now = JSON.stringify(({BOXES})());
+        same = now === before ? same + 1 : 0;
+        before = now;
+    }}
+}}"""
 NOTES = """() => app.graph.nodes.filter(node => node.type === "MarkdownNote")
     .map(node => [node.id, node.title])"""
 # From afar the page draws a note without its text.
@@ -173,10 +183,7 @@ class Canvas:
     def fit(self, margin: int = 70) -> None:
         """Bring the whole graph into view."""
         self.page.evaluate(FIT, margin)
-        # Two frames: one to draw the canvas, one for what lies over it.
-        self.page.evaluate(
-            "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-        )
+        self.page.evaluate(REST)
 
 
 def without_titles(prompt: dict[str, Any]) -> dict[str, Any]:
