@@ -73,6 +73,22 @@ def enter_tree(tree: Path) -> None:
         modes.entered()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rounding-by-shape",
+        type=int,
+        metavar="SEED",
+        help="matrix products of other shapes round otherwise; see tests/rounding_by_shape.py",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (seed := config.getoption("--rounding-by-shape")) is not None:
+        from frugal.tests import rounding_by_shape
+
+        rounding_by_shape.install(seed)
+
+
 register_pack()
 TREE = chosen_tree()
 CARD = bool(os.environ.get("FRUGAL_CARD")) and TREE is not None
