@@ -12,9 +12,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from frugal.nodes.wan import glue
+from frugal.tests import rounding
 from frugal.tests import wan_bed as bed
 
 SEED, CFG = 11, 3.0
+TEXT_TOKENS = 512
 
 
 def tiny_wan(folder):
@@ -76,3 +78,12 @@ def sample(model, prompts, steps, sampler="euler", cfg=CFG, latent=None, callbac
             model, noise, steps, cfg, sampler, "simple", *prompts, latent,
             callback=callback, disable_pbar=True, seed=SEED,
         )  # fmt: skip
+
+
+def rounding_of(model, steps: int, cfg: float = CFG) -> float:
+    """How far two runs may lie apart whose matrix products have other shapes; the longest sums of
+    these runs are over the text.
+    """
+    network = model.model.diffusion_model
+    terms = rounding.terms(network, TEXT_TOKENS, torch.float32, steps)
+    return rounding.bound(torch.float32, terms, gain=2 * abs(cfg) - 1)

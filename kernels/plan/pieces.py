@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-# Rows that a piece is a multiple of: matrix kernels work in tiles of up to 256 rows, and a tile cut
-# in two may be summed in another order.
+# Rows that a piece is a multiple of: matrix kernels work in tiles of up to 256 rows.
 ROWS = 256
 Rowwise = Callable[[torch.Tensor, slice], torch.Tensor]
 

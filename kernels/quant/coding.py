@@ -1,6 +1,6 @@
 """Weights into the tensors of a format and back.
 
-The arithmetic of the rotated formats is comfy-kitchen's; awq_w4a16 has a decoder there and no
+W4A8 is comfy-kitchen's arithmetic, and so is decoding int8; awq_w4a16 has a decoder there and no
 quantiser, so both are here: W = (q - 8) * scale + zero with q from 0 to 15, even inputs in the low
 half byte.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from . import per_channel
 from .formats import AWQ, BF16, DECLARATION, FP8, INT8, chosen_options, declaration, half, leaves
 
 # Values turned to float32 at a time: bounds the working memory of a layer.
@@ -105,14 +106,12 @@ def _fp8(
 def _int8(
     weight: torch.Tensor, device: torch.device, chosen: Mapping[str, Any], where: str
 ) -> dict[str, torch.Tensor]:
-    # Rows are independent, so pieces give what the whole would; float32 keeps the rotation exact.
-    form, group = kitchen("TensorWiseINT8Layout"), chosen["convrot_groupsize"]
-    out = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], 1, dtype=torch.float32)
-    for rows, piece in pieces(weight, device, where):
-        data, params = form.quantize(piece, per_channel=True, convrot=True, convrot_groupsize=group)
-        out[rows], scales[rows] = data.cpu(), params.scale.reshape(-1, 1).cpu()
-    return {"weight": out, "weight_scale": scales}
+    # Our own rotation: comfy-kitchen's is a matrix product, whose last bits hang on CPU and shape.
+    group = chosen["convrot_groupsize"]
+    q, scale = per_channel.encode(
+        weight, per_channel.INT8, rotation=group, device=device, where=where
+    )
+    return {"weight": q, "weight_scale": scale}
 
 
 def _w4a8(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import FrugalError
-from .rotation import rotate
+from .rotation import rotate, rotate_by_matmul
 
 INT8, FP8 = "int8", "fp8"
 TYPES = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
@@ -75,7 +75,7 @@ def encode(
 def decode(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype, rotation: int = 0) -> torch.Tensor:
     """The weight that (q, s) stand for, in `dtype`, on their device."""
     if rotation:
-        return rotate(q.to(torch.float32).mul_(s), rotation).to(dtype)
+        return rotate_by_matmul(q.to(torch.float32).mul_(s), rotation).to(dtype)
     return q.to(dtype).mul_(s)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quant import coding, formats
+from frugal.kernels.quant import coding, formats, per_channel
 from frugal.kernels.quant.calibration import statistics_of
 from frugal.tests import wan_bed as bed
 
@@ -57,7 +57,8 @@ def test_decoded_is_near_whatever_the_pieces(target, monkeypatch):
     low, high = EXPECTED[target]
     assert low <= bed.relative(got, exact) <= high
     held = {leaf: tensor.clone() for leaf, tensor in made.items()}
-    monkeypatch.setattr(coding, "PIECE", 1000)
+    for module in (coding, per_channel):
+        monkeypatch.setattr(module, "PIECE", 1000)
     pieces = coding.encode(target, exact, "cpu")
     # Products of few rows add up in another order, which turns a code over here and there.
     assert bed.relative(coding.decode(target, pieces, None, tuple(exact.shape)), got) < 2e-3

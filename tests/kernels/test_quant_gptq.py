@@ -13,6 +13,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import clip, coding, formats, gptq, grids, rotation
 from frugal.kernels.quant.calibration import from_hessian, statistics_of
 from frugal.kernels.quant.curves import layer_curve
+from frugal.tests import rounding
 from frugal.tests.quant_bed import layer, output_error
 
 pytest.importorskip("comfy_kitchen")
@@ -81,6 +82,15 @@ def test_the_rotation_is_comfy_kitchens():
         theirs = _build_hadamard(size, device="cpu", dtype=torch.float32)
         assert torch.allclose(ours, theirs, atol=1e-7)
         assert torch.allclose(ours @ ours, torch.eye(size), atol=1e-6)
+        weight = torch.randn(5, 512, generator=torch.Generator().manual_seed(size))
+        exact = rotation.rotate_by_matmul(weight.double(), size)
+        limit = rounding.bound(torch.float32, size)
+        assert rounding.distance(rotation.rotate(weight, size), exact) <= limit
+        assert rounding.distance(rotation.rotate_by_matmul(weight, size), exact) <= limit
+        # Element by element: the same for any rows, and undone within rounding.
+        assert torch.equal(rotation.rotate(weight[1:4], size), rotation.rotate(weight, size)[1:4])
+        back = rotation.rotate(rotation.rotate(weight, size), size)
+        assert rounding.distance(back, weight) <= limit
 
 
 def naive_gptq(weight, hessian, snap):

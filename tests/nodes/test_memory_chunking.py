@@ -1,4 +1,4 @@
-"""Wan blocks in pieces: the same bits as whole, and the memory that the plan says."""
+"""Wan blocks in pieces: the same result up to rounding, and the memory that the plan says."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from frugal.kernels.plan.memory import Switches
 from frugal.kernels.plan.trace import trace
 from frugal.nodes.plan import meta
 from frugal.nodes.plan.chunking import InForce, forwards
+from frugal.tests import rounding
 from frugal.tests import wan_bed as bed
 from frugal.tests.memory_bed import allocator_peak
 
 CPU = torch.device("cpu")
-SHAPE, LONGER = (3, 20, 20), (3, 40, 40)  # 300 and 1200 tokens
+SHAPE, LONGER = (3, 20, 20), (3, 40, 40)
+TOKENS = 3 * 10 * 10
 EVERY = [Switches(False, 2), Switches(False, 1, 2), Switches(False, 4, 4)]
 
 
@@ -75,19 +77,22 @@ def in_pieces_of(model) -> InForce:
         (bed.VACE, torch.float32, 1),
     ],
 )
-def test_the_same_bits(config, dtype, batch):
+def test_the_same_up_to_rounding(config, dtype, batch):
     model = patcher_of(config, dtype).model.diffusion_model
     given = arguments(model, dtype, batch)
+    limit = rounding.bound(dtype, rounding.terms(model, TOKENS, dtype))
     with torch.no_grad():
         whole = model(**given)
         state = in_pieces_of(model)
         for switches in EVERY:
             state.now = switches
-            assert torch.equal(model(**given), whole), switches
-        # The pieces are at work: without their rows the result is another one.
+            assert rounding.distance(model(**given), whole) <= limit, switches
+            # The same kernels on the same shapes.
+            assert torch.equal(model(**given), model(**given))
+        # The pieces are at work: with another layer below them the result is another one.
         state.now = Switches(False, 2)
-        model.blocks[0].ffn[2].weight.mul_(1.01)
-        assert not torch.equal(model(**given), whole)
+        model.blocks[0].ffn[2].weight.mul_(1.01 if dtype == torch.float32 else -1)
+        assert rounding.distance(model(**given), whole) > limit
 
 
 def test_patches_of_others_on_self_attention_still_get_everything():
@@ -104,9 +109,10 @@ def test_patches_of_others_on_self_attention_still_get_everything():
         state = in_pieces_of(model)
         state.now = Switches(False, 4, 4)
         given["transformer_options"]["patches"] = {"attn1_patch": [patch]}
-        assert torch.equal(model(**given), whole)
+        limit = rounding.bound(torch.float32, rounding.terms(model, TOKENS, torch.float32))
+        assert rounding.distance(model(**given), whole) <= limit
     # Older versions have no such patches; where there are, they see all tokens.
-    assert set(seen) <= {300}
+    assert set(seen) <= {TOKENS}
 
 
 @pytest.mark.parametrize("config", [bed.T2V, bed.I2V, bed.VACE], ids=["T2V", "I2V", "VACE"])
