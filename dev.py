@@ -2,6 +2,7 @@
 
     python dev.py demo     run the pack in a real ComfyUI; pictures and a clip land in demo/out
     python dev.py test     run the whole test suite, once per ComfyUI version found
+    python dev.py test --cpu-levels    the numeric tests as on other CPUs, see CONTRIBUTING.md
     python dev.py gpu      measure what only a graphics card can tell, in 8 minutes, into one JSON
 
 The first run makes `.venv` in this folder and fetches a ComfyUI into ~/.cache/comfyui-frugal; later
@@ -268,7 +269,7 @@ def main() -> int:
     show.add_argument("--out", metavar="DIR", default=str(ROOT / "demo" / "out"))
     show.add_argument("--repeat", type=int, metavar="N", default=1, help="times to run each graph")
     check = commands.add_parser(
-        "test", help="ruff, pyright, pytest; further arguments go to pytest"
+        "test", help="ruff, pyright, pytest; --cpu-levels; further arguments go to pytest"
     )
     check.add_argument("--jobs", type=int, metavar="N", default=0, help="runs at once (cores, 2)")
     card = commands.add_parser(

@@ -8,6 +8,7 @@ prove that kernels/ needs no ComfyUI; unset means the oldest tree in dev.py's ca
 from __future__ import annotations
 
 import atexit
+import importlib
 import importlib.util
 import os
 import shutil
@@ -84,9 +85,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if (seed := config.getoption("--rounding-by-shape")) is not None:
-        from frugal.tests import rounding_by_shape
-
-        rounding_by_shape.install(seed)
+        # Servers that tests start read it too.
+        os.environ["FRUGAL_ROUNDING_BY_SHAPE"] = str(seed)
+        importlib.import_module("frugal.tests.rounding_by_shape")
 
 
 register_pack()
@@ -150,7 +151,8 @@ def server(comfy_tree: Path, sockets, tmp_path_factory: pytest.TempPathFactory):
         page = importlib.util.find_spec("comfyui_frontend_package") is not None
         running = ComfyServer(comfy_tree, base, frontend=page)
     (running.base / "custom_nodes").mkdir()
-    shutil.copy(ROOT / "tests" / "bed" / "extra_nodes.py", running.base / "custom_nodes")
+    for name in ("bed/extra_nodes.py", "rounding_by_shape.py"):
+        shutil.copy(ROOT / "tests" / name, running.base / "custom_nodes")
     with sockets.watching():
         running.start()
     yield running

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-SAFETY = 4
+SAFETY = 2
 
 
 def bound(dtype: torch.dtype, terms: float, gain: float = 1) -> float:

@@ -4,11 +4,13 @@ No library promises that a row of a product keeps its bits when the number of ro
 which do keep them differs from CPU to CPU. Here every product, convolution and attention sums in
 an order that follows from its shapes, strides and type, and the last rows, which fill no whole
 tile, in another: the result stays one that a BLAS may give, the same call gives it again, and a
-test that needs equal bits across shapes fails on every CPU. `pytest --rounding-by-shape=SEED`.
+test that needs equal bits across shapes fails on every CPU. `pytest --rounding-by-shape=SEED`; the
+tests' servers load this file as a custom node.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 import zlib
 from collections.abc import Callable
@@ -113,3 +115,8 @@ def _attention(original, name, seed):
         return original(keys, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
 
     return attention
+
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+if chosen := os.environ.get("FRUGAL_ROUNDING_BY_SHAPE"):
+    install(int(chosen))

@@ -35,6 +35,27 @@ CLOSING = r"(\d+ (passed|failed|skipped|deselected|error)|no tests ran).* in \d"
 COUNTS = ("passed", "failed", "errors", "skipped")
 
 
+def _isa(aten: str, mkl: str, onednn: str, openblas: str) -> dict[str, str]:
+    """The variables that hold each library to an instruction set; AMD's CPUs ignore MKL's."""
+    return {
+        "ATEN_CPU_CAPABILITY": aten, "MKL_ENABLE_INSTRUCTIONS": mkl, "ONEDNN_MAX_CPU_ISA": onednn,
+        "OPENBLAS_CORETYPE": openblas, "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+# CPUs that this one can pass for: title, flag of /proc/cpuinfo it takes, pytest option, variables.
+LEVELS = (
+    ("one thread", "", "", {"OMP_NUM_THREADS": "1"}),
+    ("two threads", "", "", {"OMP_NUM_THREADS": "2"}),
+    ("SSE", "sse4_1", "", _isa("default", "SSE4_2", "SSE41", "Nehalem")),
+    ("AVX2", "avx2", "", _isa("avx2", "AVX2", "AVX2", "Haswell")),
+    ("AVX-512", "avx512f", "", _isa("avx512", "AVX512", "AVX512_CORE", "SkylakeX")),
+    ("MKL compatible", "", "", {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}),
+    ("products round by shape, 1", "", "--rounding-by-shape=1", {"OMP_NUM_THREADS": "1"}),
+    ("products round by shape, 2", "", "--rounding-by-shape=2", {"OMP_NUM_THREADS": "2"}),
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """One pytest process. tree: what FRUGAL_COMFYUI_TREE is set to. more: further variables."""
@@ -83,6 +104,41 @@ def card_runs(trees: list[Path], named: list[str], python: str, results: str) ->
             title = f"card, {mode}, in {tree.name}"
             found.append(Run(title, wanted or [f"tests/{CARD}", *marked], str(tree), python, more))
     return found
+
+
+def level_runs(trees: list[Path], paths: list[str]) -> list[Run]:
+    """The files with numeric tests, once per level that this CPU has, in the newest ComfyUI."""
+    held = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.numeric" in path.read_text(encoding="utf-8")
+    ]
+    named = [path for path in sorted(held) if not paths or any(path in p for p in paths)]
+    has = cpu_flags()
+    return [
+        Run(
+            title,
+            named,
+            str(trees[-1]),
+            more={**more, "PYTEST_ADDOPTS": f"-m numeric {option}".strip()},
+        )
+        for title, needed, option, more in LEVELS
+        if needed in has
+    ]
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that the CPU can do, and "" for what every CPU can."""
+    told = Path("/proc/cpuinfo")
+    text = told.read_text(encoding="utf-8") if told.exists() else ""
+    return {
+        "",
+        *(word for line in re.findall(r"^flags\s*:(.*)$", text, re.M) for word in line.split()),
+    }
+
+
+def _told(more: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in more.items())
 
 
 def split_paths(named: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -189,6 +245,7 @@ def main() -> int:
     parser.add_argument("--tree", action="append", default=[], type=Path, help="a ComfyUI folder")
     parser.add_argument("--card", help="Python that can simulate a card; tests/card/environment.py")
     parser.add_argument("--jobs", type=int, default=0, help="runs that go at once")
+    parser.add_argument("--cpu-levels", action="store_true", help="numeric tests alone, see LEVELS")
     options, rest = parser.parse_known_args()
     start, cores = time.monotonic(), os.cpu_count() or 1
     codes = check_source(ROOT)
@@ -198,6 +255,9 @@ def main() -> int:
     results = tempfile.TemporaryDirectory(prefix="frugal-card-")
     if options.card:
         listed += card_runs(options.tree, paths, options.card, results.name)
+    if options.cpu_levels:
+        listed = level_runs(options.tree, paths)
+        print("[dev.py] levels:", *(f"{r.title}: {_told(r.more)}" for r in listed), sep="\n  ")
     jobs = max(1, min(options.jobs or min(cores, 2), len(listed)))
     screen = Screen(jobs > 1)
     threads = max(1, cores // jobs)

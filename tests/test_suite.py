@@ -57,6 +57,23 @@ def test_runs_on_the_simulated_card(tmp_path):
     assert one.paths == ["tests/card/test_runs.py"]
 
 
+def test_levels_are_those_that_the_cpu_has(monkeypatch):
+    flags = {"", "sse4_1", "avx2"}
+    monkeypatch.setattr(suite, "cpu_flags", lambda: flags)
+    listed = suite.level_runs(TREES, [])
+    titles = [run.title for run in listed]
+    assert "AVX2" in titles and "AVX-512" not in titles
+    flags.add("avx512f")
+    assert "AVX-512" in [run.title for run in suite.level_runs(TREES, [])]
+    assert all(run.tree == str(TREES[1]) and "OMP_NUM_THREADS" in run.more for run in listed)
+    [shaped, other] = [r for r in listed if "by-shape" in r.more["PYTEST_ADDOPTS"]]
+    assert shaped.paths == other.paths
+    folders = {Path(path).parts[1] for path in shaped.paths}
+    assert folders == {"kernels", "nodes", "workflows"}
+    [only] = {tuple(run.paths) for run in suite.level_runs(TREES, ["test_per_channel.py"])}
+    assert only == ("tests/kernels/test_per_channel.py",)
+
+
 def test_a_fault_of_style_or_type_is_shown(tmp_path, capfd):
     for name in suite.CHECKS:
         pytest.importorskip(name)

@@ -22,7 +22,9 @@ class ContextPlan:
 
     def kept(self, prompts: int, row: int) -> int:
         """Bytes kept at the most in a run with so many prompts and one start image. row: bytes of
-        a row of what the projections are given, which is kept to know it again.
+        a row of what the projections are given, which is kept to know it again. The image counts
+        once; where a matrix kernel rounds its rows otherwise beside another prompt, it is kept
+        beside each.
         """
         image = IMAGE_TOKENS * (self.image_row_bytes + prompts * row) if self.image_row_bytes else 0
         return prompts * TEXT_TOKENS * (self.text_row_bytes + row) + image

@@ -11,6 +11,8 @@ from frugal.kernels.attention.call import describe
 from frugal.kernels.errors import FrugalError
 from frugal.tests.attention_bed import by_rows, mask_of, off, tensors
 
+pytestmark = pytest.mark.numeric
+
 ON_CPU = [each for each in BACKENDS if "cpu" in each.devices or not each.devices]
 MASKS = ["none", "bool2", "bool3", "bool4", "add2", "add3", "add4"]
 

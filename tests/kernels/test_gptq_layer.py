@@ -11,6 +11,8 @@ from frugal.kernels.quant import gptq_layer
 from frugal.kernels.quant.calibration import statistics_of
 from frugal.tests.quant_bed import layer, output_error
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def bed():

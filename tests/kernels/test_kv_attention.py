@@ -9,6 +9,8 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.kv import attend, offload, rotate
 from frugal.kernels.kv.storage import FP8, INT8, KINDS, MODEL, Page, PageFormat, relative_error
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = (2, 12, 3, 16)
 
 

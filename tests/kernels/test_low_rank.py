@@ -12,6 +12,8 @@ from frugal.kernels.quant import low_rank
 from frugal.kernels.quant.lora_names import ending, spelling, spellings
 from frugal.kernels.quant.lora_report import LoraReport
 
+pytestmark = pytest.mark.numeric
+
 MAKE = torch.Generator().manual_seed(5)
 
 

@@ -12,6 +12,8 @@ from frugal.kernels.quant import per_channel
 from frugal.kernels.quant.per_channel import FP8, INT8
 from frugal.kernels.tryon import precision
 
+pytestmark = pytest.mark.numeric
+
 
 def gaussian(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

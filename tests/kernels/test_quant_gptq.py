@@ -74,6 +74,7 @@ def test_rows_are_solved_in_parts(target, small, monkeypatch):
     assert (whole - parts).norm() < 0.5 * (whole - weight).norm()
 
 
+@pytest.mark.numeric
 def test_the_rotation_is_comfy_kitchens():
     from comfy_kitchen.tensor.int8_utils import _build_hadamard
 

@@ -17,6 +17,8 @@ from frugal.kernels.quant.on_load import FP8, INT8_CONVROT, TARGETS, W4A8_NAME, 
 from frugal.tests import rounding
 from frugal.tests import wan_bed as bed
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 SMALL = bed.variant(bed.I2V, dim=64, ffn_dim=128, layers=1, text_dim=64, vace_layers=0)
 

@@ -21,6 +21,8 @@ from frugal.kernels.quant.packed_int import (
 from frugal.tests import wan_bed as bed
 from frugal.tests.packed_bed import gptq_or_awq_layer, w4a16_layer
 
+pytestmark = pytest.mark.numeric
+
 V2 = {"checkpoint_format": "gptq_v2"}
 SHAPES = [(64, 128), (24, 256), (256, 64)]
 

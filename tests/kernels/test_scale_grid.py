@@ -10,6 +10,8 @@ import torch
 from frugal.kernels.quant import scale_grid
 from frugal.tests.block_bed import fp8_runs, fp8_squares
 
+pytestmark = pytest.mark.numeric
+
 E4 = torch.float8_e4m3fn
 # (out, in) with short squares at both edges.
 SHAPES = ((256, 512), (200, 384), (300, 200))

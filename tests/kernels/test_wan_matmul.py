@@ -13,6 +13,8 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant import fp8_linear as fp8
 from frugal.kernels.quant.matmul import AUTO, FULL, LOW, plan_matmul
 
+pytestmark = pytest.mark.numeric
+
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
 
 

@@ -1,5 +1,5 @@
-"""Pictures decoded while later blocks are sampled are those of the whole latent, to the bit; a run
-that is cut off leaves them and its latents.
+"""Pictures decoded while later blocks are sampled are those of the whole latent, up to rounding; a
+run that is cut off leaves them and its latents.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from frugal.nodes.wan import causal_live, vae_decode
 from frugal.nodes.wan.causal_live import LiveVideo, Target
 from frugal.nodes.wan.causal_video import Settings, make_video
 from frugal.tests import causal_bed as videos
+from frugal.tests import rounding
 
 SIDE = 4
 ANY = Target("live/clip", 16.0, "MP4 (H.264)", "high")
@@ -85,6 +86,16 @@ def decoded(vae, samples):
         return [vae_decode.bytes_of(vae.decode(each[None])[0]) for each in samples]
 
 
+def assert_same_pictures(vae, got, wanted):
+    """uint8. The decoder's first convolution meets a few latents here and all of them there, which
+    rounds otherwise: by far less than a level, so that only values between two levels differ.
+    """
+    assert got.shape == wanted.shape
+    off = np.abs(got.astype(int) - wanted)
+    limit = rounding.bound(torch.float32, rounding.terms(vae.first_stage_model, 0, torch.float32))
+    assert off.max() <= 1 and (off > 0).mean() <= 2 * 255 * limit
+
+
 def frames_of(path) -> int:
     import av
 
@@ -109,7 +120,7 @@ def test_the_frames_are_those_of_the_whole_latent(
     assert torch.equal(samples, alone)
     assert len(live.paths) == batch
     for path, wanted in zip(live.paths, decoded(vae, samples), strict=True):
-        assert np.array_equal(np.stack(written[path]), wanted)
+        assert_same_pictures(vae, np.stack(written[path]), wanted)
         assert frames_of(path) == wanted.shape[0] == 4 * frames - 3
     assert live.pieces == math.ceil(math.ceil(frames / block) / every)
     # Nothing else is left.
@@ -139,7 +150,7 @@ def test_start_frames_and_prompts_that_change(model, vae, written):
     changed = ((1.0, [[videos.prompt_of(7), {}]]),)
     samples, live, _ = make(model, vae, 9, start=start, prompts=changed)
     assert torch.equal(samples[:, :, :3], start["samples"])
-    assert np.array_equal(np.stack(written[live.paths[0]]), decoded(vae, samples)[0])
+    assert_same_pictures(vae, np.stack(written[live.paths[0]]), decoded(vae, samples)[0])
 
 
 def test_progress_shows_the_pictures(model, vae, monkeypatch):
@@ -194,7 +205,7 @@ def test_what_is_cut_off_leaves_frames_latents_and_the_session(
     frames = written[partial.with_name("clip_00001_.mp4")]
     assert frames_of(partial) == len(frames) > 0
     wanted = decoded(vae, whole[0]["samples"])[0]
-    assert np.array_equal(np.stack(frames), wanted[: len(frames)])
+    assert_same_pictures(vae, np.stack(frames), wanted[: len(frames)])
     if error is RuntimeError:
         assert f"after latent frame {done} of 7 (no more)" in str(caught.value)
         assert kept.name in str(caught.value) and partial.name in str(caught.value)

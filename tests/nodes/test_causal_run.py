@@ -11,6 +11,8 @@ from frugal.kernels.kv.attend import IN_PLACE, MERGE
 from frugal.nodes.wan.causal_sampler import Job
 from frugal.tests import causal_bed as videos
 
+pytestmark = pytest.mark.numeric
+
 CLOSE = 1e-5
 
 

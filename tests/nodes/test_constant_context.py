@@ -12,6 +12,8 @@ from frugal.tests import context_bed as runs
 from frugal.tests import wan_bed as bed
 from frugal.tests.native_bed import native_file
 
+pytestmark = pytest.mark.numeric
+
 PLAIN = {"T2V": bed.T2V, "I2V": bed.I2V, "VACE": bed.VACE}
 
 

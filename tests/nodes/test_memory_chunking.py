@@ -68,6 +68,7 @@ def in_pieces_of(model) -> InForce:
     return state
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("config", "dtype", "batch"),
     [
@@ -95,6 +96,7 @@ def test_the_same_up_to_rounding(config, dtype, batch):
         assert rounding.distance(model(**given), whole) > limit
 
 
+@pytest.mark.numeric
 def test_patches_of_others_on_self_attention_still_get_everything():
     model = patcher_of(bed.T2V, torch.float32).model.diffusion_model
     seen = []

@@ -45,6 +45,7 @@ def state_of(model) -> dict:
     return {name: value.clone() for name, value in model.model.state_dict().items()}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("switches", [Switches(True), Switches(True, 2), Switches(True, 4, 2)])
 def test_the_video_is_the_same_and_the_model_too(wan, prompts, switches):
     plain, calls = bed.counted(wan)
@@ -154,6 +155,7 @@ def test_report_data_and_chart(wan, vae):
     assert found["streamed"] > 0 and found["switches"]["sequential"]
 
 
+@pytest.mark.numeric
 def test_kept_text_is_counted_and_changes_no_bit(wan, prompts):
     kept, _ = context_cache.apply(wan, context_cache.Options(), lambda _: None)
     # Two prompts: what the layers are given, and two layers' keys and values of it, 512 tokens.

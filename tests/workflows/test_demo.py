@@ -27,6 +27,7 @@ def prompt(server):
     return server.convert(json.loads((WORKFLOWS / "tryon_demo.json").read_text()))
 
 
+@pytest.mark.numeric
 def test_graph_dresses_the_figure_and_makes_a_clip(server, prompt, tmp_path):
     import av
     from PIL import Image
