@@ -113,7 +113,7 @@ def level_runs(trees: list[Path], paths: list[str]) -> list[Run]:
         for path in (ROOT / "tests").rglob("test_*.py")
         if "mark.numeric" in path.read_text(encoding="utf-8")
     ]
-    named = [path for path in sorted(held) if not paths or any(path in p for p in paths)]
+    named = [path for path in sorted(held) if not paths or any(path.startswith(p) for p in paths)]
     has = cpu_flags()
     return [
         Run(

@@ -70,7 +70,9 @@ def test_levels_are_those_that_the_cpu_has(monkeypatch):
     assert shaped.paths == other.paths
     folders = {Path(path).parts[1] for path in shaped.paths}
     assert folders == {"kernels", "nodes", "workflows"}
-    [only] = {tuple(run.paths) for run in suite.level_runs(TREES, ["test_per_channel.py"])}
+    [only] = {
+        tuple(run.paths) for run in suite.level_runs(TREES, ["tests/kernels/test_per_channel.py"])
+    }
     assert only == ("tests/kernels/test_per_channel.py",)
 
 
