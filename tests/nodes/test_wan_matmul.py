@@ -17,6 +17,7 @@ from frugal.kernels.quant.matmul import AUTO, FULL, LOW
 from frugal.kernels.quant.on_load import AS_STORED, FP8, INT8_CONVROT, W4A8_NAME
 from frugal.nodes.wan import glue, matmul
 from frugal.nodes.wan.nodes import FrugalLoadWan
+from frugal.tests import rounding
 from frugal.tests import wan_bed as bed
 from frugal.tests.wan_checks import check, forward, loaded_weights, reference
 
@@ -172,7 +173,10 @@ def test_expansion_in_pieces_is_the_kernels_own(form, tmp_path, monkeypatch):
     auto, full = load(path, quantize=quantize)[0], load(path, FULL, quantize)[0]
     for name in LAYERS:
         one, other = (p.model.diffusion_model.get_submodule(name).weight for p in (auto, full))
-        torch.testing.assert_close(one.dequantize(), other.dequantize(), rtol=1e-6, atol=1e-7)
+        one, other = one.dequantize(), other.dequantize()
+        assert one.dtype == other.dtype == torch.float32
+        # The rotation is a matrix product over at most 256 inputs.
+        assert rounding.distance(one, other) <= rounding.bound(torch.float32, 256)
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["merged", "low VRAM"])
