@@ -11,6 +11,8 @@ import torch
 from .errors import FrugalError
 
 SIDE = 32
+# Kinds of device that have float64 for certain.
+FLOAT64 = ("cpu", "cuda", "meta")
 REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError, AttributeError)
 
 
@@ -54,3 +56,23 @@ def need_float8(device: torch.device, what: str, do: str) -> None:
         raise FrugalError(
             f"{what}, and {device} has no 8-bit floats ({why})", "a device that has them", do
         )
+
+
+@functools.cache
+def wide(device: torch.device) -> torch.dtype:
+    """float64, or float32 where `device` cannot add numbers of it: sums are as good as that makes
+    them. What has to be exact is computed on the CPU.
+    """
+    if device.type in FLOAT64:
+        return torch.float64
+    try:
+        # Some only fail when they have to compute.
+        float(torch.ones(2, device=device).sum(dtype=torch.float64))
+    except REFUSALS:
+        return torch.float32
+    return torch.float64
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In the widest type of its device."""
+    return tensor.to(wide(tensor.device))

@@ -68,6 +68,23 @@ def compute_dtype(model: Any) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
+def round_patched(layer: Any) -> None:
+    """Let a quantised linear layer of ComfyUI's compute with a patched weight as it is kept.
+
+    With dynamic VRAM a patched weight is rounded to its format where it stays on the device. A
+    layer that multiplies in full precision gets it unrounded at the first use, unless it asks: the
+    same seed would then give another result in the second run.
+    """
+    cast = type(layer).forward_comfy_cast_weights
+    if known(cast, want_requant=True):
+        layer.forward_comfy_cast_weights = functools.partial(_cast_rounded, layer)
+
+
+def _cast_rounded(layer: Any, x: Any, compute_dtype: Any = None, want_requant=True, **rest: Any):
+    cast = type(layer).forward_comfy_cast_weights
+    return cast(layer, x, compute_dtype, want_requant=True, **rest)
+
+
 def show_text(node_id: str | None, text: str) -> None:
     """Show plain text on a node while it runs; silent outside a server."""
     if not node_id:

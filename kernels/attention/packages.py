@@ -7,6 +7,7 @@ the graph; its stand-in for tracing gives the shape alone. A package is imported
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -79,13 +80,14 @@ def _flash_4():
 def _sage(q, k, v, mask, scale):
     from sageattention import sageattn  # pyright: ignore[reportMissingImports]
 
+    moved, more = k, {}
     # Version 1 subtracts the mean of the keys in place, which would spoil the caller's tensor. A
-    # shift that all keys share changes no weight, so it is done here, on a copy.
-    smooth = k - k.mean(dim=2, keepdim=True)
-    q, smooth, v = tokens_first(q, smooth, v)
-    return sageattn(
-        q, smooth, v, tensor_layout="NHD", is_causal=False, sm_scale=scale, smooth_k=False
-    )
+    # shift that all keys share changes no weight, so it is done here, on a copy. Version 2 takes no
+    # such wish and does it itself, on the way to 8 bits.
+    if "smooth_k" in inspect.signature(sageattn).parameters:
+        moved, more = k - k.mean(dim=2, keepdim=True), {"smooth_k": False}
+    q, moved, v = tokens_first(q, moved, v)
+    return sageattn(q, moved, v, tensor_layout="NHD", is_causal=False, sm_scale=scale, **more)
 
 
 def _xformers(q, k, v, mask, scale):

@@ -17,13 +17,13 @@ import torch
 from ..device_types import need_float8
 from ..errors import FrugalError
 from .attend import IN_PLACE
-from .offload import HOST, pins, to_device, to_host
+from .offload import HOST, HostPages, settle, to_device, to_host
 from .options import CacheOptions
 from .paged import InPlace
 from .pool import PagePool
 from .rotate import shifted
 from .staging import Staging
-from .storage import FP8, MODEL, Page, PageFormat, relative_error
+from .storage import FP8, Page, PageFormat, check_finite, relative_error
 
 Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
 
@@ -59,6 +59,7 @@ class VideoCache:
         self.fmt, self.layers, self.device, self.options = fmt, layers, device, options
         if fmt.kind == FP8:
             need_float8(device, "the cache is to be in fp8", "keep it in int8 or as computed")
+        self.host = HostPages(fmt, device)
         self.in_place: InPlace | None = None
         if options.way == IN_PLACE and not options.on_host and pool is None:
             self.in_place = InPlace(fmt, device, options.relative, options.budget)
@@ -72,6 +73,8 @@ class VideoCache:
         self.prompt = ""
         self._block: list[Kept] = []
         self._pending: dict[int, Stream] | None = None
+        # Largest magnitude and rounding of the pages being written, on the device until all are.
+        self._measured: list[torch.Tensor] = []
         self._written: set[tuple[int, int]] = set()
         self.staging = Staging(fmt, device) if options.on_host else None
         self._staged: dict[int, Page] = {}
@@ -86,7 +89,7 @@ class VideoCache:
         if self.in_place is not None:
             return self.in_place.make
         if on_host:
-            return lambda: fmt.empty(HOST, pins(device))
+            return self.host.make
         return lambda: fmt.empty(device)
 
     def fork(self, options: CacheOptions | None = None) -> VideoCache:
@@ -112,7 +115,7 @@ class VideoCache:
             other.streams[number] = dict(stream)
         other.kept, other.clean = list(self.kept), dict(self.clean)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
-        other.error, other.prompt = self.error, self.prompt
+        other.error, other.prompt, other.host = self.error, self.prompt, self.host
         other.in_place = self.in_place if options.way == IN_PLACE else None
         return other
 
@@ -180,15 +183,16 @@ class VideoCache:
         was left out.
         """
         pending: dict[int, Stream] = {}
-        self._pending, self._written = pending, set()
+        self._pending, self._written, self._measured = pending, set(), []
         try:
             yield
             self._check_complete(pending)
+            self._check_values()
         except BaseException:
             _drop_all(self.pool, pending)
             raise
         finally:
-            self._pending = None
+            self._pending, self._measured = None, []
         for number, stream in pending.items():
             self.streams.setdefault(number, {}).update(stream)
         self.note(clean)
@@ -209,6 +213,7 @@ class VideoCache:
         if self._pending is not None:
             _drop_all(self.pool, self._pending)
             self._written.clear()
+            self._measured = []
 
     def _check_complete(self, pending: dict[int, Stream]) -> None:
         if not pending:
@@ -231,6 +236,15 @@ class VideoCache:
                 "all layers",
                 "remove the node that skips blocks of this model",
             )
+
+    def _check_values(self) -> None:
+        """The one wait for what was written."""
+        if self._measured:
+            largest, error = torch.stack(self._measured).tolist()
+            check_finite(largest)
+            self.error = max(self.error, error)
+        if self.options.on_host:
+            settle(self.device)
 
     def store(self, layer: int, streams: Sequence[int], k: torch.Tensor, v: torch.Tensor) -> None:
         """Add the block's k, v [len(streams) * B, frames * tokens, heads, width] if it is being
@@ -264,10 +278,16 @@ class VideoCache:
                 self.pool.write(number_of_page, lambda page, part=part: self._put(page, *part))
 
     def _put(self, page: Page, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.fmt.write(page, k, v)
+        largest = self.fmt.write(page, k, v)
+        if largest is None:
+            return
+        found = [largest, torch.zeros_like(largest)]
         # The error of rounding is that of the first block: one pass over it tells enough.
-        if self.fmt.kind != MODEL and not self.kept:
-            self.error = max(self.error, relative_error(self.fmt, page, k, v))
+        if not self.kept:
+            found[1] = relative_error(self.fmt, page, k, v)
+        if self._measured:
+            found = [torch.maximum(*pair) for pair in zip(self._measured, found, strict=True)]
+        self._measured = found
 
     def gathered(
         self, layer: int, streams: Sequence[int], k: torch.Tensor, v: torch.Tensor
@@ -381,7 +401,7 @@ class VideoCache:
         """A cache for the same video that holds no frame yet, to compute the kept ones anew."""
         other = VideoCache(self.fmt, self.layers, self.device, self.options, self.pool)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
-        other.staging, other.in_place = self.staging, self.in_place
+        other.staging, other.in_place, other.host = self.staging, self.in_place, self.host
         return other
 
     def park(self) -> None:
@@ -391,7 +411,8 @@ class VideoCache:
         self.clean = {frame: latent.to(HOST) for frame, latent in self.clean.items()}
         self._unstage()
         if not self.options.on_host:
-            self.pool.send_away(lambda page: to_host(page, self.device))
+            self.pool.send_away(lambda page: to_host(page, self.host))
+            settle(self.device)
             if self.in_place is not None:
                 self.in_place.drop()
 

@@ -17,7 +17,7 @@ from ..attention import check
 from ..report import megabytes
 from . import paged_kernels
 from .attend import joined, with_lse
-from .offload import to_device
+from .offload import sent, to_device
 from .paged_kernels import Kernel
 from .storage import Page, PageFormat
 
@@ -175,7 +175,7 @@ class InPlace:
         if key not in self._tables:
             if len(self._tables) >= TABLES:
                 self._tables.clear()
-            numbers = torch.tensor(table, device=self.device)
+            numbers = sent(table, self.device)
             self._tables[key] = kernel.prepare(slab, numbers, queries)
         return self._tables[key]
 

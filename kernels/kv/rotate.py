@@ -7,9 +7,13 @@ kept at time t belongs at t + shift after one more turn by shift.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 THETA = 10000.0
+# Turns that are kept, each a few hundred numbers: the frames of a window stand at as many places.
+TURNS = 256
 
 
 def time_axis(width: int) -> int:
@@ -24,9 +28,18 @@ def shifted(k: torch.Tensor, shift: float) -> torch.Tensor:
     if not shift:
         return k
     axis = time_axis(k.shape[-1])
-    steps = torch.arange(0, axis, 2, dtype=torch.float64, device=k.device)
-    angle = shift * THETA ** (-steps / axis)
-    cos, sin = angle.cos().float(), angle.sin().float()
+    cos, sin = _turn(axis, shift, k.device)
     first, second = k[..., :axis].float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return torch.cat((turned.flatten(-2).to(k.dtype), k[..., axis:]), dim=-1)
+
+
+@functools.lru_cache(TURNS)
+def _turn(axis: int, shift: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines float32 [axis / 2]. Computed in float64, which not every device has, and
+    kept there: sending them makes the host wait.
+    """
+    with torch.inference_mode(False):
+        steps = torch.arange(0, axis, 2, dtype=torch.float64)
+        angle = shift * THETA ** (-steps / axis)
+        return angle.cos().float().to(device), angle.sin().float().to(device)

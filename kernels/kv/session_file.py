@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..errors import FrugalError
 from ..whole_file import replacing
 from .cache import Kept, VideoCache
-from .offload import HOST, to_host
+from .offload import HOST, to_device
 from .options import CacheOptions
 from .storage import Page, PageFormat
 
@@ -32,7 +32,7 @@ def save(cache: VideoCache, path: Path) -> None:
     for number, stream in cache.streams.items():
         for frame, pages in stream.items():
             for layer, page in enumerate(pages):
-                held = to_host(cache.pool.read(page), cache.device)
+                held = to_device(cache.pool.read(page), HOST)
                 for name, tensor in held.tensors().items():
                     tensors[f"{number}.{frame}.{layer}.{name}"] = tensor
     for frame, latent in cache.clean.items():

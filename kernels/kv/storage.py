@@ -8,7 +8,6 @@ range, 2**-10 of the scale, amax / 448.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,21 +69,27 @@ class PageFormat:
         scales = 0 if self.kind == MODEL else 4 * samples * heads
         return 2 * (samples * tokens * heads * width * self.stored.itemsize + scales)
 
-    def empty(self, device: torch.device, pinned: bool = False) -> Page:
-        def make(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-            return empty(shape, dtype, device, pinned)
-
-        page = Page(make(self.shape, self.stored), make(self.shape, self.stored))
+    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of a page's tensors by name."""
+        found = {name: (tuple(self.shape), self.stored) for name in ("k", "v")}
         if self.kind != MODEL:
             samples, _, heads, _ = self.shape
-            page.k_scale = make((samples, 1, heads, 1), torch.float32)
-            page.v_scale = make((samples, 1, heads, 1), torch.float32)
-        return page
+            found |= dict.fromkeys(("k_scale", "v_scale"), ((samples, 1, heads, 1), torch.float32))
+        return found
 
-    def write(self, page: Page, k: torch.Tensor, v: torch.Tensor) -> None:
+    def empty(self, device: torch.device) -> Page:
+        return Page(**{
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in self.parts().items()
+        })  # fmt: skip
+
+    def write(self, page: Page, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
         """k, v of `shape` and `dtype`, copied or rounded into the page. Raises FrugalError for
-        others, and for 8 bits if a value is not finite.
+        others. For 8 bits the largest magnitude [], which is to be given to `check_finite`: reading
+        it makes the host wait, so that is done for many pages at once. A page in main memory is
+        whole after `offload.settle`.
         """
+        largest, later = [], k.device.type == "cuda"
         for tensor, values, scale in ((page.k, k, page.k_scale), (page.v, v, page.v_scale)):
             if tuple(values.shape) != self.shape or values.dtype != self.dtype:
                 raise FrugalError(
@@ -93,21 +98,18 @@ class PageFormat:
                     "use one size and one compute type for a whole video",
                 )
             if scale is None:
-                tensor.copy_(values)
+                tensor.copy_(values, non_blocking=later)
                 continue
             amax = values.float().abs().amax(dim=(1, 3), keepdim=True)
-            if not torch.isfinite(amax).all():
-                raise FrugalError(
-                    "a key or value that is not finite",
-                    "finite numbers, to keep them in 8 bits",
-                    "look for the step that overflows, or keep pages in the model's type",
-                )
+            largest.append(amax.amax())
             exact = (amax / LARGEST[self.kind]).clamp_min(torch.finfo(torch.float32).tiny)
             ratio = values.float() / exact
             if self.kind == INT8:
                 ratio = ratio.round()
-            tensor.copy_(ratio.clamp(-LARGEST[self.kind], LARGEST[self.kind]).to(self.stored))
-            scale.copy_(exact)
+            ratio = ratio.clamp(-LARGEST[self.kind], LARGEST[self.kind])
+            tensor.copy_(ratio.to(self.stored), non_blocking=later)
+            scale.copy_(exact, non_blocking=later)
+        return torch.maximum(*largest) if largest else None
 
     def read(self, page: Page, device: torch.device, k: torch.Tensor, v: torch.Tensor) -> None:
         """Fill k, v of `shape` and `dtype` on `device` with what the page holds."""
@@ -119,26 +121,25 @@ class PageFormat:
                 out.copy_(values.mul_(scale.to(device, non_blocking=True)))
 
 
-def empty(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, pinned: bool
-) -> torch.Tensor:
-    """Uninitialised, and pinned where that is wanted and to be had: Windows pins about half of the
-    main memory, most of which ComfyUI takes for weights.
-    """
-    if pinned:
-        with contextlib.suppress(RuntimeError):
-            return torch.empty(shape, dtype=dtype, device=device, pin_memory=True)
-    return torch.empty(shape, dtype=dtype, device=device)
+def check_finite(largest: float) -> None:
+    """Raises FrugalError unless the largest magnitude that was written is a number."""
+    if not math.isfinite(largest):
+        raise FrugalError(
+            "a key or value that is not finite",
+            "finite numbers, to keep them in 8 bits",
+            "look for the step that overflows, or keep pages in the model's type",
+        )
 
 
-def relative_error(fmt: PageFormat, page: Page, k: torch.Tensor, v: torch.Tensor) -> float:
-    """Larger of the relative L2 errors of K and V in the page, against k and v."""
+def relative_error(fmt: PageFormat, page: Page, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Larger of the relative L2 errors of K and V in the page, against k and v; float32 []."""
     back = torch.empty_like(k), torch.empty_like(v)
     fmt.read(page, k.device, *back)
-    return max(
-        float((held.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30))
+    errors = [
+        (held.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)
         for held, exact in zip(back, (k, v), strict=True)
-    )
+    ]
+    return torch.maximum(*errors)
 
 
 def wan_page(

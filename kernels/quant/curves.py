@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..device_types import widened
 from ..errors import FrugalError
 from . import coding, formats
 from .shrink import shrink_
@@ -213,11 +214,11 @@ def _error(
 
 def _white(weight: torch.Tensor, hessian: torch.Tensor, signal: float) -> float:
     step = max(1, PIECE // weight.shape[1])
-    pieces = (weight[start : start + step].double() for start in range(0, len(weight), step))
+    pieces = (widened(weight[start : start + step]) for start in range(0, len(weight), step))
     energy = sum(float(piece.square().sum()) for piece in pieces)
-    mean = float(hessian.diagonal().double().mean())
+    mean = float(widened(hessian.diagonal()).mean())
     return energy * mean / signal if signal and energy and mean else 1.0
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() * b).sum())
+    return float((widened(a) * b).sum())

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..device_types import wide
 from ..errors import FrugalError
 from . import coding, formats
 from .grids import AffineGrid, CodebookGrid, Grid
@@ -239,8 +240,9 @@ def output_error(weight: torch.Tensor, held: torch.Tensor, hessian: torch.Tensor
     in], hessian float32 [in, in], all on one device. 0 where the output is 0.
     """
     error, weight = (held - weight).float(), weight.float()
-    top = float((error @ hessian).mul_(error).sum(dtype=torch.float64))
-    base = float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
+    exact = wide(error.device)
+    top = float((error @ hessian).mul_(error).sum(dtype=exact))
+    base = float((weight @ hessian).mul_(weight).sum(dtype=exact))
     return (max(top, 0.0) / base) ** 0.5 if base > 0 else 0.0
 
 

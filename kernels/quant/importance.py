@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from ..device_types import widened
 from ..errors import FrugalError
 from .curves import LayerCurve
 
@@ -64,15 +65,15 @@ def probe(
 
     Raises FrugalError for an output that is zero or not finite.
     """
-    reference = run({}).detach().double()
+    reference = widened(run({}).detach())
     power = float(reference.square().sum())
     generator = torch.Generator().manual_seed(seed)
     shares = {}
     for name, read in layers:
         weight = read()
         noise = torch.randn(tuple(weight.shape), generator=generator)
-        noise *= amount * weight.double().norm() / noise.double().norm()
-        moved = float((run({name: noise.float()}).detach().double() - reference).square().sum())
+        noise *= amount * widened(weight).norm() / noise.double().norm()
+        moved = float((widened(run({name: noise.float()}).detach()) - reference).square().sum())
         if not (math.isfinite(power) and math.isfinite(moved) and power > 0):
             raise FrugalError(
                 f"an output of energy {power:g} that moves by {moved:g} with {name}",

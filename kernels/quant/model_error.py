@@ -103,8 +103,8 @@ def end_to_end(reference: torch.Tensor | np.ndarray, output: torch.Tensor | np.n
 
     Raises FrugalError for other shapes, numbers that are not finite, or a reference of zeros.
     """
-    a = torch.as_tensor(reference).detach().double().cpu().flatten()
-    b = torch.as_tensor(output).detach().double().cpu().flatten()
+    a = torch.as_tensor(reference).detach().cpu().double().flatten()
+    b = torch.as_tensor(output).detach().cpu().double().flatten()
     if tuple(reference.shape) != tuple(output.shape) or not a.numel():
         raise FrugalError(
             f"outputs of shapes {tuple(reference.shape)} and {tuple(output.shape)}",

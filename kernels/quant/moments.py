@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..device_types import wide
 from ..errors import FrugalError
 
 # Output rows of x^T x computed at a time: bounds the memory on the device.
@@ -125,7 +126,7 @@ class Gatherer:
         """Count rows [m, in], any float type, on any device; they are not changed."""
         rows = rows.detach().float()
         self.rows += len(rows)
-        self._squares += rows.square().sum(0, dtype=torch.float64).cpu()
+        self._squares += rows.square().sum(0, dtype=wide(rows.device)).cpu()
         right = (
             rows
             if self.exact

@@ -26,8 +26,6 @@ import torch
 
 GPTQ, AWQ, W4A16 = "gptq", "awq", "awq_w4a16"
 WORD = 32
-# Place of output 0..7 within an AWQ word, in units of one value from the low bits up.
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 # Values unpacked at a time: bounds the working memory beyond the result to about 64 MB.
 PIECE = 1 << 22
 
@@ -194,8 +192,10 @@ def _groups(
 
 
 def _shifts(spec: PackedSpec, device: torch.device) -> torch.Tensor:
-    places = AWQ_PLACES if spec.order == AWQ else range(spec.per_word)
-    return torch.tensor([spec.bits * place for place in places], dtype=torch.int32, device=device)
+    # Counted on the device: numbers copied to it would make the host wait, for each piece again.
+    places = torch.arange(0, WORD, spec.bits, dtype=torch.int32, device=device)
+    # AWQ: output 0..7 lie at 0 4 1 5 2 6 3 7, counted from the low bits up.
+    return places.view(2, -1).t().reshape(-1) if spec.order == AWQ else places
 
 
 def _unpack(words: torch.Tensor, spec: PackedSpec, start: int, stop: int) -> torch.Tensor:

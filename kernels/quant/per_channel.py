@@ -42,12 +42,14 @@ def encode(
     device: torch.device | str | None = None,
     seed: int | None = None,
     where: str = "the model",
+    check: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, s) of a float weight [out, ...]; s is [out, 1, ...], or [] with `per_tensor`.
 
     Rounded to the nearest value, or stochastically with a `seed`. Computed in float32 on `device`
     (the weight's own by default), PIECE values at a time; both results lie on the weight's device.
-    `where` names the weight in errors: FrugalError for one that is not finite or not of floats.
+    `where` names the weight in errors: FrugalError for one that is not of floats or, with `check`,
+    not finite. Without, such a row decodes to NaN, and the host waits for nothing.
     """
     if weight.dtype not in FLOATS:
         raise FrugalError(
@@ -59,16 +61,22 @@ def encode(
     chance = None if seed is None else torch.Generator(device=place).manual_seed(seed)
     q = torch.empty(weight.shape, dtype=TYPES[kind], device=weight.device)
     s = torch.empty((weight.shape[0], *[1] * (weight.ndim - 1)), device=weight.device)
-    whole = None
+    whole, finite = None, []
     if per_tensor:
-        tops = [piece.abs().amax() for _, piece in _pieces(weight, place, rotation, where)]
+        tops = [piece.abs().amax() for _, piece in _pieces(weight, place, rotation)]
         whole = (torch.stack(tops).amax() / LARGEST[kind]).clamp_(min=1e-30)
-    for rows, piece in _pieces(weight, place, rotation, where):
+    for rows, piece in _pieces(weight, place, rotation):
+        if check:
+            finite.append(torch.isfinite(piece).all())
         top = piece.flatten(1).abs().amax(dim=1) / LARGEST[kind]
         scale = top.clamp_(min=1e-30).reshape(-1, *[1] * (piece.ndim - 1))
         scale = scale if whole is None else whole
         q[rows] = _round(piece.div_(scale), kind, chance).to(weight.device)
         s[rows] = scale.to(weight.device)
+    if finite and not bool(torch.stack(finite).all()):
+        raise FrugalError(
+            f"{where} holds a weight that is not finite", "finite weights", "download it again"
+        )
     return q, s if whole is None else whole.reshape(()).to(weight.device)
 
 
@@ -80,17 +88,13 @@ def decode(q: torch.Tensor, s: torch.Tensor, dtype: torch.dtype, rotation: int =
 
 
 def _pieces(
-    weight: torch.Tensor, device: torch.device, rotation: int, where: str
+    weight: torch.Tensor, device: torch.device, rotation: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     rows = max(1, PIECE * weight.shape[0] // max(1, weight.numel()))
     for start in range(0, weight.shape[0], rows):
         part = slice(start, min(start + rows, weight.shape[0]))
         # A copy always: what is yielded is written to.
         piece = weight[part].to(device=device, dtype=torch.float32, copy=True)
-        if not bool(torch.isfinite(piece).all()):
-            raise FrugalError(
-                f"{where} holds a weight that is not finite", "finite weights", "download it again"
-            )
         yield part, rotate(piece, rotation) if rotation else piece
 
 

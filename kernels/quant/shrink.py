@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from ..device_types import wide
+
 BLOCK = 128
 
 
@@ -37,7 +39,7 @@ def shrinkage(hessian: torch.Tensor, rows: int) -> float:
     square = 0.0
     for start in range(0, len(hessian), BLOCK):
         piece = hessian[start : start + BLOCK] * inverse[start : start + BLOCK, None]
-        square += float((piece * inverse).square().sum(dtype=torch.float64))
+        square += float((piece * inverse).square().sum(dtype=wide(piece.device)))
     # Without any correlation there is nothing to keep.
     apart = square - size
     if size < 2 or apart <= 0:

@@ -31,6 +31,7 @@ class VelocityForecast:
         self._points: list[tuple[float, torch.Tensor]] = []
         self._damping: torch.Tensor | float = 1.0
         self._miss_per_gap: float | None = None
+        self._checked_gap = 0.0
 
     def expected_miss(self, sigma: float) -> float | None:
         """Relative L2 error to expect of `velocity(sigma)`; None while it cannot be told, which is
@@ -45,9 +46,11 @@ class VelocityForecast:
         (_, before), (_, last) = self._points
         return last + self._damping * self._reach(sigma) * (last - before)
 
-    def learn(self, sigma: float, velocity: torch.Tensor) -> float | None:
+    def learn(self, sigma: float, velocity: torch.Tensor) -> torch.Tensor | None:
         """Take in a computed velocity (float32, owned by this object from now on). Returns the
-        relative L2 error that a forecast for it would have had, or None without one.
+        relative L2 error [] that a forecast for it would have had, or None without one. Reading it
+        makes the host wait, so that is left to the caller, who hands it back to `checked` before
+        anything else is asked.
         """
         if not self._ahead(sigma):
             self._points = [(sigma, velocity)]
@@ -57,17 +60,20 @@ class VelocityForecast:
         self._points = [self._points[-1], (sigma, velocity)]
         return miss
 
-    def _check(self, sigma: float, velocity: torch.Tensor) -> float:
+    def checked(self, miss: float) -> None:
+        """What the last `learn` returned."""
+        # One lucky forecast is no promise: the rate falls by half at most.
+        self._miss_per_gap = max(miss / self._checked_gap, 0.5 * (self._miss_per_gap or 0.0))
+
+    def _check(self, sigma: float, velocity: torch.Tensor) -> torch.Tensor:
         (_, before), (_, last) = self._points
         line, change = (last - before) * self._reach(sigma), velocity - last
         missed = _norms(change - self._damping * line) / _norms(velocity).clamp_min(TINY)
-        miss = float(missed.max())
-        # One lucky forecast is no promise: the rate falls by half at most.
-        self._miss_per_gap = max(miss / self._gap(sigma), 0.5 * (self._miss_per_gap or 0.0))
+        self._checked_gap = self._gap(sigma)
         along = (line * change).flatten(1).sum(1)
         fit = along / _norms(line).square().clamp_min(TINY)
         self._damping = fit.clamp(0, 1).reshape(-1, *[1] * (velocity.ndim - 1))
-        return miss
+        return missed.max()
 
     def _ahead(self, sigma: float) -> bool:
         """Whether sigma goes on in the direction of the points."""

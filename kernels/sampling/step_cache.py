@@ -58,6 +58,24 @@ class StepCache:
         self._computed = 0
         self._expected: list[float] = []
         self._checked: list[float] = []
+        self._unread: list[tuple[VelocityForecast, torch.Tensor]] = []
+
+    def unread(self) -> list[torch.Tensor]:
+        """Errors [] of forecasts that are on the device still: to be read with whatever else is,
+        in one wait, and handed to `settle`. Otherwise the next call of this object reads them.
+        """
+        return [miss for _, miss in self._unread]
+
+    def settle(self, values: Sequence[float]) -> None:
+        """The values of `unread`."""
+        for (forecast, _), miss in zip(self._unread, values, strict=True):
+            forecast.checked(miss)
+            self._checked.append(miss)
+        self._unread.clear()
+
+    def _read(self) -> None:
+        if self._unread:
+            self.settle(torch.stack(self.unread()).tolist())
 
     def evaluate(
         self,
@@ -72,6 +90,7 @@ class StepCache:
         is not used, whose estimate is zeros. compute: the model call. Its result is returned as it
         is whenever it is called; a forecast never shares memory with it or with x.
         """
+        self._read()
         tracks = self._tracks_of(keys, sigma, x)
         if tracks and self._may_skip(sigma, tracks):
             return [
@@ -88,11 +107,12 @@ class StepCache:
                 miss = track.forecast.learn(sigma, velocity)
                 track.skips = 0
                 if miss is not None:
-                    self._checked.append(miss)
+                    self._unread.append((track.forecast, miss))
         return outputs
 
     def report(self, notes: Sequence[str] = ()) -> StepCacheReport:
         """What happened until now; it stays what it is after `clear`."""
+        self._read()
         return StepCacheReport(
             self._computed, tuple(self._expected), tuple(self._checked), tuple(notes)
         )
@@ -100,6 +120,7 @@ class StepCache:
     def clear(self) -> None:
         """Drop every tensor."""
         self._tracks.clear()
+        self._unread.clear()
 
     def _tracks_of(self, keys, sigma: float, x: torch.Tensor) -> list[_Track | None]:
         """The track of each condition; empty where nothing is kept."""

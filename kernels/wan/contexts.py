@@ -49,11 +49,11 @@ class Contexts:
         """The context with the same state and, bit for bit, the same inputs [batch, rows, width];
         a new one if there is none.
         """
-        for place in reversed(range(len(self._kept))):
-            context = self._kept[place]
-            if context.state == state and same_bits(context.inputs, inputs):
-                self._kept.append(self._kept.pop(place))
-                return context
+        places = [i for i, context in enumerate(self._kept) if context.state == state]
+        equal = same_bits([self._kept[place].inputs for place in places], inputs)
+        for place in reversed([place for place, same in zip(places, equal, strict=True) if same]):
+            self._kept.append(self._kept.pop(place))
+            return self._kept[-1]
         while len(self._kept) >= self.limit:
             self._kept.pop(0)
             self.dropped += 1

@@ -8,6 +8,7 @@ same sum in another order, which is another rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,17 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(_INTEGERS[x.element_size()])
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors agree in shape, dtype, device and every bit. Waits for the device."""
-    return (
-        one.shape == other.shape
-        and one.dtype == other.dtype
-        and one.device == other.device
-        and torch.equal(bits(one), bits(other))
-    )
+def same_bits(others: Sequence[torch.Tensor], one: torch.Tensor) -> list[bool]:
+    """Which tensors agree with `one` in shape, dtype, device and every bit. Waits for the device
+    once, and not at all where the rest tells them apart.
+    """
+    kind = one.shape, one.dtype, one.device
+    like = [(other.shape, other.dtype, other.device) == kind for other in others]
+    found = [
+        (bits(other) == bits(one)).all() for other, fits in zip(others, like, strict=True) if fits
+    ]
+    equal = iter(torch.stack(found).tolist() if found else ())
+    return [fits and next(equal) for fits in like]
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,19 @@ def keep(values: torch.Tensor, repeats: Distinct, fp8: bool = False) -> KeptRows
     """
     raw, length = bits(values), values.shape[1]
     rows, items = length, tuple(range(len(values)))
-    if repeats.rows < length and (raw[:, repeats.rows :] == raw[:, repeats.rows - 1, None]).all():
+    flags = [(raw[first] == raw[item]).all() for item, first in enumerate(repeats.items)]
+    if repeats.rows < length:
+        flags.append((raw[:, repeats.rows :] == raw[:, repeats.rows - 1, None]).all())
+    found = torch.stack(flags).tolist() if flags else []
+    if repeats.rows < length and found.pop():
         rows = repeats.rows
-    if all(torch.equal(raw[first], raw[item]) for item, first in enumerate(repeats.items)):
+    if all(found):
         items = repeats.items
     kept = sorted(set(items))
-    stored = values[kept, :rows]
+    stored = torch.stack([values[item, :rows] for item in kept])
     places = tuple(kept.index(first) for first in items)
     if not fp8:
-        return KeptRows(stored.contiguous(), length, places, values.dtype)
+        return KeptRows(stored, length, places, values.dtype)
     data, scale = round_tokens(stored.reshape(-1, values.shape[2]))
     shape = stored.shape[:2]
     return KeptRows(data.view(*shape, -1), length, places, values.dtype, scale.view(*shape, 1))

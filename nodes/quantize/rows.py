@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.device_types import wide
+
 # Rows are told apart by their length and two random sums, each in steps of one part in this many.
 CLOSE = 1e5
 
@@ -67,7 +69,7 @@ class Seen:
 
 def distinct(rows: torch.Tensor) -> torch.Tensor:
     """The rows [rows, in] without those that an earlier one equals up to rounding."""
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide(rows.device))
     if not bool(torch.isfinite(length).all()):
         return rows
     make = torch.Generator().manual_seed(0)
@@ -84,10 +86,9 @@ def distinct(rows: torch.Tensor) -> torch.Tensor:
 def mark_of(rows: torch.Tensor) -> tuple[Any, ...]:
     """Equal for equal rows [rows, in], and for others practically never."""
     ramp = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float32)
-    sums = rows.sum(0, dtype=torch.float64)
+    exact = wide(rows.device)
+    sums = rows.sum(0, dtype=exact)
     along = rows @ ramp.sqrt()
     # A NaN equals nothing, which is as good: such rows are refused when the run ends.
-    numbers = torch.stack(
-        [sums.sum(), (sums * ramp).sum(), along.square().sum(dtype=torch.float64)]
-    )
+    numbers = torch.stack([sums.sum(), (sums * ramp).sum(), along.square().sum(dtype=exact)])
     return (*rows.shape, *numbers.tolist())

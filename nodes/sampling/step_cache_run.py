@@ -110,7 +110,11 @@ def _each_run(options: Options, show: Callable[[StepCacheReport], None]) -> Call
 def _conditions(cache: StepCache, executor, model, conds, x, timestep, model_options):
     """A CALC_COND_BATCH wrapper. x [B, C, ...]; timestep [B], sigmas."""
     options = model_options.get("transformer_options", {})
-    low, high = torch.stack(timestep.aminmax()).tolist()
+    # What the last step left on the device is read with this step's noise levels: one wait.
+    low, high = timestep.aminmax()
+    left = [miss.to(low) for miss in cache.unread()]
+    low, high, *values = torch.stack([low, high, *left]).tolist()
+    cache.settle(values)
     # A pass that writes keys and values into a cache of the model is no mere estimate; gradients
     # need the graph of every step; and one line cannot serve several noise levels.
     whole = "ar_state" in options or torch.is_grad_enabled() or low != high

@@ -22,7 +22,7 @@ import torch
 from ...kernels.errors import FrugalError
 from ...kernels.quant import per_channel
 from ...kernels.tryon.precision import DECLARATION, FORMATS, SCALE, Layer
-from .._comfy import known
+from .._comfy import known, round_patched
 
 NAME = "FrugalPerChannel"
 # Registration came with comfy-kitchen's tensors; before, ComfyUI kept its own table.
@@ -50,7 +50,8 @@ if NEW:
         @classmethod
         def quantize(cls, tensor, kind=per_channel.INT8, rotation=0, stochastic_rounding=0, **_):
             layer = Layer(kind, tensor.ndim, rotation)
-            coded = layer.encode(tensor, seed=stochastic_rounding or None)
+            # What is patched while it is streamed is rounded at each use: nothing may wait there.
+            coded = layer.encode(tensor, seed=stochastic_rounding or None, check=False)
             scale = coded[SCALE]
             return coded["weight"], cls.params(scale, tensor.dtype, tensor.shape, kind, rotation)
 
@@ -193,13 +194,16 @@ class _WeightOnly:
         return None
 
     def forward_comfy_cast_weights(self: Any, input):
-        # Asked for in its own type, the weight arrives in 8 bits; with patches it arrives decoded.
-        weight, bias, stream = comfy.ops.cast_bias_weight(
+        # Asked for in its own type, the weight arrives in 8 bits; with patches it may be decoded.
+        # Where it is patched on the way and kept on the device, it is rounded at the first use too.
+        cast = comfy.ops.cast_bias_weight
+        weight, bias, stream = cast(
             self,
             dtype=self.weight.dtype,
             device=input.device,
             bias_dtype=input.dtype,
             offloadable=True,
+            **known(cast, want_requant=True, compute_dtype=input.dtype),
         )
         try:
             if is_quantised(weight):
@@ -247,6 +251,7 @@ def install(
     own: Any = None
     for name, layer in layers.items():
         old = unet.get_submodule(name)
+        bias = _has_bias(old)
         if native(layer) and own is None:
             own = _native_operations(dtype, compute_dtype, device)
         if isinstance(old, torch.nn.Conv2d) and layer.ndim == 4:
@@ -258,17 +263,14 @@ def install(
                 padding=old.padding,
                 dilation=old.dilation,
                 groups=old.groups,
-                bias=old.bias is not None,
+                bias=bias,
                 device="meta",
                 dtype=dtype,
             )
         elif isinstance(old, torch.nn.Linear) and layer.ndim == 2:
             kind = own.Linear if native(layer) else WeightOnlyLinear
             place = None if native(layer) else "meta"
-            made = kind(
-                old.in_features, old.out_features, bias=old.bias is not None, device=place,
-                dtype=dtype,
-            )  # fmt: skip
+            made = kind(old.in_features, old.out_features, bias=bias, device=place, dtype=dtype)
         else:
             raise FrugalError(
                 f"{name} is a {type(old).__name__} declared {layer.format}",
@@ -277,7 +279,16 @@ def install(
             )
         if isinstance(made, _WeightOnly):
             made.layer, made.compute_dtype = layer, compute_dtype
+        else:
+            round_patched(made)
         comfy.utils.set_attr(unet, name, made)
+
+
+def _has_bias(layer: Any) -> bool:
+    """Whether a layer of ComfyUI's has a bias, or will have: with dynamic VRAM a linear layer is
+    without its tensors until a state dict brings them.
+    """
+    return layer.bias is not None or getattr(layer, "comfy_need_lazy_init_bias", False)
 
 
 def _native_operations(dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device) -> Any:

@@ -72,7 +72,7 @@ def make_causal(model: Any, options: CacheOptions, shift: float) -> tuple[Any, s
         inner = before.inner if isinstance(before, CausalForward) else before
         model.add_object_patch(name, CausalForward(layer, inner))
     if shift:
-        model.add_object_patch("model_sampling", _flow(model, shift))
+        model.add_object_patch("model_sampling", flow(model, shift))
     model.model_options.setdefault("transformer_options", {})[OPTIONS] = options
     model.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, OPTIONS)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, OPTIONS, count_cache)
@@ -103,10 +103,24 @@ def _native_causal_class() -> tuple[type, ...]:
     return (CausalWanModel,)
 
 
-def _flow(model: Any, shift: float) -> Any:
-    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-        pass
+class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """Wan's noise schedule, its levels a plain attribute. With dynamic VRAM, ComfyUI keeps buffers
+    by name for the whole model and puts them back after it exchanged the schedule: levels in a
+    buffer would become the plain model's, and those of the plain model these.
+    """
 
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("sigmas", None)
+        super().set_parameters(*args, **kwargs)
+        self.__dict__["sigmas"] = self._buffers.pop("sigmas")
+
+    def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
+        if name not in self.__dict__:
+            super().register_buffer(name, tensor, persistent)
+
+
+def flow(model: Any, shift: float) -> Flow:
+    """The schedule of a ModelPatcher's Wan model with another shift."""
     sampling = Flow(model.model.model_config)
     sampling.set_parameters(shift=shift, multiplier=1000)
     return sampling

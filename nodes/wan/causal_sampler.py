@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import comfy.model_management
@@ -99,6 +100,9 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
         for part in job.prefix.to(x).split(frames_per_block, dim=2):
             remember(part)
         run.first = cache.next_frame
+    # The first block of a video may have levels of its own. Read once: that makes the host wait.
+    own = sigmas if job.first is None or cache.next_frame else job.first.to(sigmas)
+    ends = own.tolist(), sigmas.tolist()
     out, done = torch.zeros_like(x), 0
     blocks = range(0, total, frames_per_block)
     for start in blocks:
@@ -109,7 +113,7 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
             cache.start_block(count)
             run.cache = job.cache = cache = recached(cache, remember, run, frames_per_block)
         run.start_block(count)
-        levels = sigmas if job.first is None or cache.next_frame else job.first.to(sigmas)
+        levels, known = (sigmas, ends[1]) if start else (own, ends[0])
         for i in range(len(levels) - 1):
             denoised = model(block, levels[i] * ones, **extra_args)
             if callback is not None:
@@ -119,7 +123,7 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
                           "sigma_hat": levels[i], "denoised": denoised})  # fmt: skip
             done += 1
             seed = (extra_args.get("seed") or 0) + cache.blocks_made * 1000 + i
-            block = _noised(denoised, levels[i + 1], seed)
+            block = _noised(denoised, levels[i + 1], seed) if known[i + 1] else denoised
         out[:, :, start : start + count] = block
         if job.anew and start + count < total:
             cache.note(block)
@@ -165,8 +169,6 @@ def _noised(clean: torch.Tensor, sigma: torch.Tensor, seed: int) -> torch.Tensor
     """The flow at `sigma` from fresh noise. A generator of its own gives the numbers that the
     global one would after the same seed, and leaves that alone.
     """
-    if sigma == 0:
-        return clean
     make = torch.Generator(device=clean.device).manual_seed(seed % 2**64)
     noise = torch.randn(clean.shape, generator=make, device=clean.device, dtype=clean.dtype)
     return (1.0 - sigma) * clean + sigma * noise
@@ -188,9 +190,10 @@ def _check(x, sigmas, extra_args, options, guider) -> None:
         )
     if x.ndim != 5:
         raise FrugalError(f"a latent of {x.ndim} dimensions", "a video latent", "use a Wan latent")
-    if sigmas[-1] != 0 or (sigmas[1:] >= sigmas[:-1]).any():
+    levels = sigmas.tolist()
+    if levels[-1] != 0 or any(after >= before for before, after in pairwise(levels)):
         raise FrugalError(
-            f"noise levels from {float(sigmas[0]):g} to {float(sigmas[-1]):g}",
+            f"noise levels from {levels[0]:g} to {levels[-1]:g}",
             "levels that fall down to 0",
             "use the whole schedule: a block must be clean before the next begins",
         )
@@ -245,6 +248,8 @@ def text(job: Job) -> str:
             f"pages from main memory: {ahead} of {ahead + late} layers were asked for one layer "
             f"ahead; {megabytes(cache.staging.peak_bytes)} of device memory for two layers"
         )
+    if cache.host.held_bytes:
+        lines.append(f"main memory for pages: {megabytes(cache.host.held_bytes)} in whole blocks")
     if options.kind != MODEL:
         lines.append(f"rounding of the first block's keys and values: {cache.error:.2%}")
     return "\n".join(lines)

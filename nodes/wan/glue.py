@@ -30,7 +30,7 @@ from ...kernels.quant.matmul import AUTO, FULL
 from ...kernels.quant.on_load import AS_STORED, quantised_plan, quantiser
 from ...kernels.quant.packed_int import W4A16, PackedWeight
 from ...kernels.report import LoadReport, megabytes
-from .._comfy import REPORT_KEY
+from .._comfy import REPORT_KEY, round_patched
 from . import mapped, matmul, packed_int, row_scaled
 
 DEFAULT = "default"
@@ -275,6 +275,7 @@ def _finish_quantised(
         if layout.format in FLOAT8.values() or name in packed:
             # Older versions ignore the declaration of full precision.
             module._full_precision_mm = True
+        round_patched(module)
         if name in packed:
             packed_int.wrap(module, packed[name])
         elif layout.format == W4A16:

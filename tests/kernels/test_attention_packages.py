@@ -112,6 +112,25 @@ def test_sage_leaves_the_keys_alone(monkeypatch):
     assert torch.equal(k, before)
 
 
+def test_sage_2_smooths_the_keys_itself(monkeypatch):
+    """Its front door takes any argument and hands none on."""
+    seen = []
+
+    def sageattn(
+        q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs
+    ):
+        assert not kwargs, "what is dropped here must not be counted on"
+        seen.append(k)
+        return plain(q, k - k.mean(dim=1, keepdim=True), v, sm_scale)
+
+    install(monkeypatch, "sageattention", sageattn=sageattn)
+    q, k, v = tensors(Hkv=2)
+    k += 3
+    assert off(packages.sage(q, k, v, None, 0.2), by_rows(q, k, v, None, 0.2)) < 1e-5
+    # The caller's own keys, not a copy.
+    assert seen[0].data_ptr() == k.data_ptr()
+
+
 @pytest.mark.parametrize("kind", ["none", "bool2", "bool4", "add4"])
 def test_xformers_masks(monkeypatch, kind):
     def memory_efficient_attention(q, k, v, attn_bias=None, scale=None):

@@ -7,7 +7,16 @@ import torch
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.kv import attend, offload, rotate
-from frugal.kernels.kv.storage import FP8, INT8, KINDS, MODEL, Page, PageFormat, relative_error
+from frugal.kernels.kv.storage import (
+    FP8,
+    INT8,
+    KINDS,
+    MODEL,
+    Page,
+    PageFormat,
+    check_finite,
+    relative_error,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -88,7 +97,7 @@ def test_pages_keep_values_within_their_bound(kind, dtype):
         rounding = exact.abs() * (0 if dtype == torch.float32 else 2**-8)
         assert ((held.float() - exact).abs() <= bound * 1.0001 + rounding).all()
         assert not torch.equal(held.float(), exact)
-    measured = relative_error(fmt, page, k, v)
+    measured = float(relative_error(fmt, page, k, v))
     assert measured == 0 if kind == MODEL else 1e-4 < measured < 0.05
 
 
@@ -114,7 +123,10 @@ def test_what_does_not_fit_a_page_is_refused():
     broken = values(1)
     broken[0, 0, 0, 0] = float("inf")
     with pytest.raises(FrugalError, match="not finite"):
-        fmt.write(page, broken, values(1))
+        check_finite(float(fmt.write(page, broken, values(1))))
+    broken[0, 0, 0, 0] = float("nan")
+    with pytest.raises(FrugalError, match="not finite"):
+        check_finite(float(fmt.write(page, values(1), broken)))
     with pytest.raises(FrugalError, match="one of model, fp8, int8"):
         PageFormat(SHAPE, torch.float32, "int3")
 
@@ -124,13 +136,14 @@ def test_to_main_memory_and_back_to_the_bit(kind):
     fmt, meta = PageFormat(SHAPE, torch.bfloat16, kind), torch.device("meta")
     page = fmt.empty(torch.device("cpu"))
     fmt.write(page, values(1, dtype=torch.bfloat16), values(2, dtype=torch.bfloat16))
-    assert offload.to_host(page, torch.device("cuda")) is page
+    assert offload.to_host(page, offload.HostPages(fmt, torch.device("cuda"))) is page
     # A device that can be had everywhere: what comes from it has shape and type, and no values.
     there = offload.to_device(page, meta)
     assert isinstance(there, Page)
     assert {t.device.type for t in there.tensors().values()} == {"meta"}
     copy = Page(**{name: tensor.clone() for name, tensor in page.tensors().items()})
-    back = offload.to_device(offload.to_host(copy, torch.device("cpu")), torch.device("cpu"))
+    pages = offload.HostPages(fmt, torch.device("cpu"))
+    back = offload.to_device(offload.to_host(copy, pages), torch.device("cpu"))
     for name, tensor in page.tensors().items():
         assert torch.equal(back.tensors()[name].view(torch.uint8), tensor.view(torch.uint8))
 
@@ -145,13 +158,53 @@ def test_memory_that_cannot_be_pinned_is_taken_all_the_same(monkeypatch):
         return real(*shape, **more)
 
     monkeypatch.setattr(torch, "empty", limited)
-    page = PageFormat(SHAPE, torch.bfloat16, FP8).empty(torch.device("cpu"), pinned=True)
-    assert {t.device.type for t in page.tensors().values()} == {"cpu"}
     monkeypatch.setattr(offload, "pins", lambda device: True)
+    fmt = PageFormat(SHAPE, torch.bfloat16, FP8)
+    pages = offload.HostPages(fmt, torch.device("cuda"))
+    page = pages.make()
+    assert {t.device.type for t in page.tensors().values()} == {"cpu"}
     there = Page(page.k.to("meta"), page.v.to("meta"))
     with pytest.raises(NotImplementedError, match="no data"):
         # A place for it is there; only the values of this device are not.
-        offload.to_host(there, torch.device("cuda"))
+        offload.to_host(there, pages)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pinned_pages_take_what_they_hold(kind, monkeypatch):
+    """torch's pinned memory comes in powers of two, each kept for another block of its size."""
+    real, asked = torch.empty, []
+
+    def pinned(*shape, pin_memory=False, **more):
+        made = real(*shape, **more)
+        if pin_memory:
+            asked.append(1 << (made.nbytes - 1).bit_length())
+        return made
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(offload, "pins", lambda device: True)
+    # No power of two, as at 832 x 480.
+    fmt = PageFormat((1, 39, 3, 40), torch.bfloat16, kind)
+    pages = offload.HostPages(fmt, torch.device("cuda"))
+    made = [pages.make() for _ in range(100)]
+    assert sum(asked) == pages.held_bytes and len(set(asked)) == 1
+    # At most a part in 16 of each block, 64 bytes per tensor, and the rest of the last block.
+    held = 100 * (fmt.page_bytes + 4 * offload.ALIGNED)
+    assert sum(asked) <= held * 17 / 16 + asked[0]
+    g = torch.Generator().manual_seed(1)
+    written = [torch.randn(2, *fmt.shape, generator=g).bfloat16() for _ in made]
+    for page, (k, v) in zip(made, written, strict=True):
+        fmt.write(page, k, v)
+    lone = fmt.empty(torch.device("cpu"))
+    for page, (k, v) in zip(made, written, strict=True):
+        fmt.write(lone, k, v)
+        for name, tensor in lone.tensors().items():
+            assert torch.equal(page.tensors()[name].view(torch.uint8), tensor.view(torch.uint8))
+    # A block goes with its last page; a page that stays keeps one.
+    first = made[0]
+    del made, page
+    assert pages.held_bytes <= 2 * pages.block_bytes
+    fmt.write(lone, *written[0])
+    assert torch.equal(first.v.view(torch.uint8), lone.v.view(torch.uint8)) and len(asked) > 2
 
 
 def roped(k, time):

@@ -18,6 +18,7 @@ from frugal.kernels.quant.packed_int import (
     dequantise,
     requantise,
 )
+from frugal.tests import host_waits
 from frugal.tests import wan_bed as bed
 from frugal.tests.packed_bed import gptq_or_awq_layer, w4a16_layer
 
@@ -112,6 +113,24 @@ def test_rounding_to_w4a16(dtype, monkeypatch):
     # One value in all places has no range: the zero point carries it.
     flat = requantise(torch.full((64, 128), 0.5), like)
     assert bed.relative(dequantise(flat, torch.float32), torch.full((64, 128), 0.5)) < 1e-6
+
+
+@pytest.mark.parametrize("label", [*bed.PACKED_LAYOUTS, W4A16])
+def test_no_piece_of_a_layer_makes_the_host_wait(label, monkeypatch):
+    shape = (64, 256)
+    if label == W4A16:
+        found = w4a16(w4a16_layer(weight(*shape))[0], shape, 64)
+    else:
+        options = bed.PACKED_LAYOUTS[label] | {"group": 32}
+        stated = V2 if options.get("version") == 2 else None
+        found = packed(gptq_or_awq_layer(weight(*shape), **options)[0], shape, stated)
+    monkeypatch.setattr(packed_int, "PIECE", 1)
+    with host_waits.counted() as seen:
+        dequantise(found, torch.float16)
+    assert not seen, seen
+    with host_waits.counted() as seen:
+        requantise(weight(*shape), found)
+    assert not seen, seen
 
 
 def test_zero_point_conventions_differ_by_one_step():

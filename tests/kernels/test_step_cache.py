@@ -274,16 +274,22 @@ def test_clear_leaves_no_tensor():
     assert cache.report() == report
 
 
+def taken_in(forecast, sigma, velocity):
+    miss = forecast.learn(sigma, velocity)
+    if miss is not None:
+        forecast.checked(float(miss))
+
+
 def test_damping_follows_the_data():
     """A velocity that jumps to and fro: the line has to be damped away to holding the value."""
     forecast, make = VelocityForecast(), torch.Generator().manual_seed(1)
     level = torch.randn(1, 500, generator=make)
     for i in range(6):
-        forecast.learn(1 - i / 10, level + 0.1 * torch.randn(1, 500, generator=make))
+        taken_in(forecast, 1 - i / 10, level + 0.1 * torch.randn(1, 500, generator=make))
     assert relative(forecast.velocity(0.4), level) < 0.2
     straight_line = VelocityForecast()
     for i in range(6):
-        straight_line.learn(1 - i / 10, level * (2 - i / 10))
+        taken_in(straight_line, 1 - i / 10, level * (2 - i / 10))
     assert relative(straight_line.velocity(0.4), level * 1.4) < 1e-5
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from frugal.kernels.wan.context_report import ContextPlan, ContextReport
 from frugal.kernels.wan.contexts import Contexts
 from frugal.kernels.wan.kept_rows import Distinct, distinct, keep, same_bits
+from frugal.tests import host_waits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -155,9 +156,26 @@ def test_what_was_given_may_change_afterwards():
 
 def test_views_and_bits():
     base = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1))
-    assert same_bits(base[:, 3:], base[:, 3:].clone())
+    assert same_bits([base[:, 3:], base[:, 3:] + 1], base[:, 3:].clone()) == [True, False]
     nan = torch.tensor([float("nan")])
-    assert same_bits(nan, nan.clone()) and not same_bits(torch.zeros(1), -torch.zeros(1))
+    assert same_bits([nan, nan.double(), nan[None]], nan.clone()) == [True, False, False]
+    assert same_bits([torch.zeros(1)], -torch.zeros(1)) == [False] and same_bits([], nan) == []
+
+
+def test_what_was_computed_for_a_prompt_is_found_with_one_wait():
+    table = Contexts(4)
+    prompts = [padded([n], rows=64, dtype=torch.bfloat16, seed=n) for n in (3, 5, 8)]
+    for prompt in prompts:
+        context = table.of(prompt, None)
+        with host_waits.counted() as seen:
+            for _ in range(4):
+                context.values["layer"] = keep(prompt.clone(), context.repeats)
+        # Once for each layer, when a prompt first comes.
+        assert sum(seen.values()) == 4, seen
+    with host_waits.counted() as seen:
+        assert table.of(prompts[0].clone(), None).values["layer"].tensor().equal(prompts[0])
+    assert seen.pop(("equal", "elsewhere")) == 1
+    assert sum(seen.values()) == 1, seen
 
 
 def test_table_counts_its_memory():

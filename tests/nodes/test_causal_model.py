@@ -10,7 +10,7 @@ from frugal.nodes.wan import causal_model
 from frugal.nodes.wan.causal_sampler import Job
 from frugal.tests import causal_bed as videos
 from frugal.tests import context_bed as runs
-from frugal.tests import lora_bed
+from frugal.tests import dynamic_bed, lora_bed
 from frugal.tests import wan_bed as bed
 
 
@@ -276,3 +276,28 @@ def test_two_prompts_on_one_side_are_refused(plain):
             videos.causal(plain), start, 1.0, comfy.samplers.KSAMPLER(sample_causal),
             videos.SIGMAS, two, two[:1], start, seed=1, disable_pbar=True,
         )  # fmt: skip
+
+
+def test_schedules_of_a_causal_and_a_plain_run_do_not_mix(plain):
+    """With dynamic VRAM ComfyUI puts buffers back by name after it exchanged a model's objects."""
+    dynamic_bed.needed()
+    causal, kept = videos.causal(plain, window=4), {}
+    base = plain.get_model_object("model_sampling").sigmas.clone()
+    shifted = causal.get_model_object("model_sampling").sigmas.clone()
+    assert not torch.equal(base, shifted)
+    for patcher, meant in ((plain, base), (causal, shifted)) * 2:
+        patcher.unpatch_model(unpatch_weights=False)
+        patcher.patch_model(load_weights=False)
+        dynamic_bed.restore_buffers(patcher, kept)
+        assert torch.equal(patcher.model.model_sampling.sigmas, meant)
+    causal.unpatch_model(unpatch_weights=False)
+    # And they are what ComfyUI's own shift node makes.
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    stock = ModelSamplingSD3().patch(plain, videos.SHIFT)[0].get_model_object("model_sampling")
+    ours = causal.get_model_object("model_sampling")
+    assert torch.equal(ours.sigmas, stock.sigmas) and ours.shift == stock.shift
+    assert ours.sigma_max == stock.sigma_max and ours.sigma_min == stock.sigma_min
+    ours = causal_model.flow(plain, 3.0)
+    ours.set_parameters(shift=videos.SHIFT, multiplier=1000)
+    assert torch.equal(ours.sigmas, stock.sigmas)

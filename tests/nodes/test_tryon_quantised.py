@@ -16,6 +16,7 @@ from frugal.kernels.quant import per_channel
 from frugal.kernels.tryon import precision
 from frugal.nodes._comfy import REPORT_KEY
 from frugal.nodes.tryon import loading, quantised
+from frugal.tests import dynamic_bed
 from frugal.tests import tryon_bed as bed
 
 # Of one forward against the same weights in floats: int8 as the issue asks; e4m3 has 3 bits.
@@ -307,3 +308,34 @@ def test_reload_factory_quantises_again(folder):
     x, t = bed.inputs()
     again = make(*given, disable_dynamic=True)
     assert torch.equal(bed.run(again, x, t), bed.run(patcher, x, t))
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_layers_that_get_their_tensors_late_keep_their_biases(folder, kind):
+    """With dynamic VRAM a linear layer of ComfyUI's has no bias before a state dict comes."""
+    want = load(folder, kind)
+    with dynamic_bed.lazy_layers():
+        made = load(folder, kind)
+    theirs = want.model.diffusion_model.state_dict()
+    ours = made.model.diffusion_model.state_dict()
+    assert theirs.keys() == ours.keys() and any(name.endswith("0.bias") for name in ours)
+    x, t = bed.inputs()
+    assert torch.equal(bed.run(made, x, t), bed.run(want, x, t))
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_a_lora_gives_one_picture_in_every_run_with_dynamic_vram(folder, plain, kind):
+    patcher, floats = load(folder, kind), plain.clone()
+    floats.add_patches(patches(plain))
+    x, t = bed.inputs()
+    want = bed.run(floats, x, t)
+    patcher.add_patches(patches(plain))
+    made = {}
+    for resident in (True, False):
+        with torch.no_grad(), dynamic_bed.streamed(patcher, resident):
+            runs = [patcher.model.diffusion_model(x, t, context=None) for _ in range(3)]
+        assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+        made[resident] = runs[0]
+    assert torch.equal(made[True], made[False])
+    assert bed.relative(made[True], want) <= LIMITS[kind]
+    assert bed.relative(made[True], bed.run(load(folder, kind), x, t)) > 0.1

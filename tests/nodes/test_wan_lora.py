@@ -18,6 +18,7 @@ import torch
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quant.on_load import AS_STORED, TARGETS
 from frugal.nodes.wan import glue
+from frugal.tests import dynamic_bed
 from frugal.tests import wan_bed as bed
 from frugal.tests.native_bed import NATIVE, native_file
 from frugal.tests.wan_checks import forward, loaded_weights, reference
@@ -102,3 +103,22 @@ def test_lora_costs_what_rounding_costs_and_leaves_no_trace(label, tmp_path):
         assert after.keys() == bytes_before.keys()
         assert all(same_bytes(after[key], bytes_before[key]) for key in after)
         assert torch.equal(forward(model), before)
+
+
+@pytest.mark.parametrize("label", LAYOUTS)
+def test_every_run_gives_the_same_with_dynamic_vram(label, tmp_path):
+    """Whether a layer stays on the device, where its patched weight is rounded, or is streamed."""
+    make, target = LAYOUTS[label]
+    path = bed.write(tmp_path / "wan.safetensors", *make()[:2])
+    dynamic_bed.needed()
+    with torch.inference_mode():
+        model = glue.load_wan(path, quantize=target)[0]
+        before = forward(model)
+        lora, _ = bed.lora_of(loaded_weights(model))
+        patched = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+        made = []
+        for resident in (True, False):
+            with dynamic_bed.streamed(patched, resident):
+                made += [forward(patched) for _ in range(3)]
+    assert all(torch.equal(each, made[0]) for each in made)
+    assert bed.relative(made[0], before) > 1e-3
