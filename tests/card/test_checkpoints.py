@@ -7,7 +7,7 @@ import torch
 
 from frugal.tests import causal_bed, lora_bed
 from frugal.tests import wan_bed as bed
-from frugal.tests.card.bounds import EIGHT, EXACT, HALF
+from frugal.tests.card.bounds import EIGHT, EXACT, HALF, MERGED_FP8, MERGED_INT4
 
 LAYOUTS = (
     "fp16", "bf16", "fp32", "e4m3 cast", "e4m3 scale_weight, no marker",
@@ -18,6 +18,9 @@ LAYOUTS = (
 ROWS = LAYOUTS[5]
 PACKED = ("GPTQ 4 bits, act-order", "AWQ 4 bits")
 TARGETS = ("fp8 per-channel", "int8 ConvRot", "W4A8")
+MERGED = {
+    "fp8 per-channel": MERGED_FP8, ROWS: MERGED_FP8, "int8 ConvRot": EIGHT, "W4A8": MERGED_INT4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("label", LAYOUTS)
@@ -59,7 +62,7 @@ def test_merged_lora_is_the_same_in_both_runs(bench, layouts, same_as_cpu, form)
     runs = [bench.sample(made), bench.sample(made)]
     assert torch.equal(*runs), f"run 2 is off by {causal_bed.far(runs[1], runs[0])}"
     assert not torch.equal(runs[0], plain)
-    same_as_cpu([plain, *runs], EIGHT if form in TARGETS[1:] else HALF)
+    same_as_cpu([plain, *runs], MERGED.get(form, HALF))
 
 
 @pytest.mark.parametrize("form", ["bf16", ROWS])

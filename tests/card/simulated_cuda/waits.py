@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
+SAMPLING = ("comfy/samplers.py", "comfy/model_base.py", "comfy/k_diffusion/sampling.py")
 PACK = tuple(f"{ROOT / folder}/" for folder in ("nodes", "kernels"))
 
 
 class Wait(NamedTuple):
     """kind: sync (the host waits), staged (it copies to the device from memory that is not pinned,
     which waits for the copy into a staging buffer). place: file:line of the pack, innermost, or ""
-    where none is on the stack.
+    where ComfyUI's own sampling waits, around which the pack's wrappers are.
     """
 
     kind: str
@@ -36,6 +37,8 @@ def note(kind: str, what: str) -> None:
 def _place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
+        if frame.f_code.co_filename.endswith(SAMPLING):
+            break
         if frame.f_code.co_filename.startswith(PACK):
             return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
