@@ -16,7 +16,7 @@ BRAIN = 4 * 2.0**-7
 # Activations, or cached pages, in 8 bits: what a rounding of float16 moved may fall into the next
 # of 127 steps.
 EIGHT = 8 / 127
-# A LoRA merged into quantised weights: on the CPU ComfyUI rounds the sum to the format again, fp8 by
+# A LoRA merged into quantised weights: on the CPU ComfyUI rounds the sum to the format, and fp8 by
 # chance up or down; under dynamic VRAM it is merged at each use and not rounded. The error of a
 # weight has a deviation of step / 6**0.5 by chance, step / 12**0.5 to the nearest; guidance of 3
 # triples it. e4m3: a step is an eighth. 4 bits: 1/7 of the largest, which is about 3 deviations.
