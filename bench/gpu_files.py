@@ -118,7 +118,7 @@ def catvton(models: Path, tiny: bool) -> None:
             embed_dim=4,
             ddconfig={
                 "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3,
-                "out_ch": 3, "ch": 32 if tiny else 128, "ch_mult": [1, 2, 4, 4],
+                "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4],
                 "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
             },
         )  # fmt: skip
