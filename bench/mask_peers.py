@@ -47,9 +47,13 @@ def disk() -> np.ndarray:
     return (y * y + x * x <= GROW * GROW).astype(np.uint8)
 
 
+def opencv_bits(frame: np.ndarray) -> np.ndarray:
+    return cv2.threshold(frame, 0.5, 255, cv2.THRESH_BINARY)[1].astype(np.uint8)
+
+
 def opencv_clean(frame: np.ndarray, island: float = ISLAND) -> np.ndarray:
     """Fill and drop by outer contours: the fastest way in OpenCV."""
-    bits = cv2.threshold(frame, 0.5, 255, cv2.THRESH_BINARY)[1].astype(np.uint8)
+    bits = opencv_bits(frame)
     contours, _ = cv2.findContours(bits, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     bits[:] = 0
     kept = [c for c in contours if cv2.contourArea(c) >= island] if island else contours
@@ -58,7 +62,7 @@ def opencv_clean(frame: np.ndarray, island: float = ISLAND) -> np.ndarray:
 
 def opencv_components(frame: np.ndarray) -> np.ndarray:
     """Fill by flooding the outside, drop by labels and their counts."""
-    bits = cv2.threshold(frame, 0.5, 255, cv2.THRESH_BINARY)[1].astype(np.uint8)
+    bits = opencv_bits(frame)
     framed = cv2.copyMakeBorder(bits, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     cv2.floodFill(framed, None, (0, 0), 128)
     bits[framed[1:-1, 1:-1] == 0] = 255
@@ -257,8 +261,9 @@ def operations(figure: np.ndarray, clip: np.ndarray) -> tuple[dict[str, Runner],
         return opencv_clean(f, 0).astype(np.float32) * np.float32(1 / 255)
 
     def hulls_cv2() -> np.ndarray:
-        out = np.zeros_like(byte)
-        for contour in cv2.findContours(byte, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]:
+        bits = opencv_bits(frame)
+        out = np.zeros_like(bits)
+        for contour in cv2.findContours(bits, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]:
             cv2.fillPoly(out, [cv2.convexHull(contour)], 1)
         return out.astype(np.float32)
 

@@ -10,7 +10,8 @@ Every contender gets two threads and returns a new array. Each round runs all of
 order of its own; the figures are medians over rounds, and the ratio is the median of the rounds'
 ratios of process CPU time, which other load on the machine disturbs least. A case stops early,
 after 3 rounds at least, when its share of the time is used. What we lose is in the list too. Writes
-bench/results/masks.json.
+bench/results/masks-CPU.json, CPU being LLVM's name of the processor, so that the files of several
+machines lie side by side; cases that --only leaves out stay in it if they are of the same commit.
 """
 
 from __future__ import annotations
@@ -201,13 +202,18 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=6, help="for all rounds together")
     options.add_argument("--only", default="", help="cases whose name starts so, by commas")
     options.add_argument("--note", default="")
-    options.add_argument("--out", type=Path, default=harness.RESULTS / "masks.json")
+    cpu = llvmlite.binding.get_host_cpu_name()
+    options.add_argument("--out", type=Path, default=harness.RESULTS / f"masks-{cpu}.json")
     chosen = options.parse_args()
     comfyui = enter()
     wanted = tuple(chosen.only.split(","))
     every = cases("core" if comfyui else "kj")
     found = {name: make for name, make in every.items() if name.startswith(wanted)}
-    report = machine() | {"comfyui": comfyui, "note": chosen.note, "first_call": first_calls()}
+    report = machine() | {"comfyui": comfyui, "note": chosen.note}
+    before = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+    if any(before.get(name) != report[name] for name in ("device", "commit", "comfyui")):
+        before = {"first_call": first_calls()}
+    report = before | report
     seconds = 60 * chosen.minutes / len(found)
     for name, make in found.items():
         runners, pairs, check = make()
