@@ -70,7 +70,7 @@ LARGEST_MEAN_DIFFERENCE = {
     "core chain": 0.2,
     "cv2 disk u8": 0.0,
     "cv2 grey disk": 0.0,
-    "cv2 grey square (faster there)": 0.0,
+    "cv2 grey square": 0.0,
     "cv2 contour fill": 0.0,
     "cv2 flood + components": 0.0,
     "cv2 flood + components, noise (faster there)": 0.0,

@@ -33,7 +33,7 @@ def profile(shape: str, radius: int) -> np.ndarray:
 
 def stairs(heights: np.ndarray) -> np.ndarray:
     """The element as rectangles, half height and half width, int64 [n, 2]: from the widest to the
-    tallest. A last one that is wider than its own column is followed by that column.
+    tallest.
     """
     found: list[tuple[int, int]] = []
     for tall in range(int(heights[0]) + 1):
@@ -41,8 +41,6 @@ def stairs(heights: np.ndarray) -> np.ndarray:
         if found and found[-1][1] == wide:
             found.pop()
         found.append((tall, wide))
-    if found[-1][1]:
-        found.append((found[-1][0], 0))
     return np.array(found, np.int64)
 
 
@@ -203,6 +201,20 @@ def values(row, flip, out):
 
 
 @leaf
+def larger(first, second, out):
+    """Elementwise maximum of two rows."""
+    for x in range(out.shape[0]):
+        out[x] = max(first[x], second[x])
+
+
+@leaf
+def larger_values(first, second, flip, out):
+    """`values` of the elementwise maximum of two rows of keys."""
+    for x in range(out.shape[0]):
+        out[x] = key(max(first[x], second[x]) ^ flip)
+
+
+@leaf
 def raise_to_four(a, b, c, d, out):
     """Raise `out` to the maximum of four rows."""
     for x in range(out.shape[0]):
@@ -251,9 +263,68 @@ def find_slots(y, height, slots, near):
 
 
 @leaf
+def widen_columns(lines, side, more, width):
+    """Replace row `side` of the padded rows int32 [2, ..] `lines` by its maxima over 2 `more` + 1
+    columns; returns the side where they lie.
+    """
+    pad = (lines.shape[1] - width) // 2
+    done = 0
+    while done < more:
+        # A step one cell longer than what is covered leaves no gap, and none at a border.
+        step = min(done + 1, more - done)
+        done += step
+        line, target = lines[side], lines[1 - side]
+        largest_of_three(
+            line[pad - step : pad - step + width],
+            line[pad : pad + width],
+            line[pad + step : pad + step + width],
+            target[pad : pad + width],
+        )
+        side = 1 - side
+    return side
+
+
+@leaf
+def dilate_grey_square(image, radius, flip, blocks, lines, highest, out):
+    """`dilate_grey` by a square, for a few maxima a pixel whatever the radius.
+
+    Rows come in blocks of 2 R + 1 (van Herk; Gil and Werman): a window of rows is the end of one
+    block and the beginning of the next. Scratch: int32 blocks [2, 2 R + 1, W], lines [2, W + 2 R]
+    and highest [W].
+    """
+    height, width = image.shape
+    size = blocks.shape[1]
+    lines[0] = LOWEST
+    lines[1] = LOWEST
+    blocks[0] = LOWEST
+    blocks[1] = LOWEST
+    now = 0
+    for entering in range(height + radius):
+        j = entering % size
+        if j == 0:
+            ends = blocks[now]  # from here on: maxima from each row to the last
+            for n in range(size - 2, -1, -1):
+                larger(ends[n], ends[n + 1], ends[n])
+            now = 1 - now
+            highest[:] = LOWEST
+        row = blocks[now, j]
+        if entering < height:
+            keys(image[entering], flip, lines[0, radius : radius + width])
+            side = widen_columns(lines, 0, radius, width)
+            assign(lines[side, radius : radius + width], row)
+            larger(highest, row, highest)
+        else:
+            row[:] = LOWEST
+        if entering >= radius:
+            # The window of the last row of a block is that block.
+            earlier = blocks[1 - now, j + 1] if j + 1 < size else highest
+            larger_values(highest, earlier, flip, out[entering - radius])
+
+
+@leaf
 def dilate_grey(image, stairs, flip, ring, lines, tallest, near, out):
-    """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by the element `stairs`; exact.
-    NaN counts as 0.
+    """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by the element `stairs`, a disk
+    or a diamond; exact. NaN counts as 0.
 
     image and out are float32 values seen as int32: integers in the same order take the same
     maxima, and LLVM turns a float maximum that updates its own row into branches.
@@ -265,46 +336,39 @@ def dilate_grey(image, stairs, flip, ring, lines, tallest, near, out):
     int64 [2, R + 1].
     """
     height, width = image.shape
-    slots, count = ring.shape[0], stairs.shape[0]
-    radius = near.shape[1] - 1
+    slots, radius = ring.shape[0], near.shape[1] - 1
     lines[0] = LOWEST
     lines[1] = LOWEST
-    line, spare = lines[0], lines[1]
-    ready = 0
+    side = ready = 0
     for y in range(height):
         while ready < min(height, y + radius + 1):
             keys(image[ready], flip, ring[ready % slots])
             ready += 1
         find_slots(y, height, slots, near)
         assign(ring[near[0, 0]], tallest)
+        assign(tallest, lines[side, radius : radius + width])
         d = 1
-        for n in range(count):
+        for n in range(1, stairs.shape[0]):
             tall = stairs[n, 0]
             # The last pair of rows joins in the pass that widens.
-            alone = tall if n else tall + 1
-            while d + 1 < alone:
+            while d + 1 < tall:
                 up, down, up2, down2 = near[0, d], near[1, d], near[0, d + 1], near[1, d + 1]
                 raise_to_four(ring[up], ring[down], ring[up2], ring[down2], tallest)
                 d += 2
-            if d < alone:
+            if d < tall:
                 raise_to_two(ring[near[0, d]], ring[near[1, d]], tallest)
                 d += 1
-            if n == 0:
-                assign(tallest, line[radius : radius + width])
-                continue
-            # A step one cell longer than what is covered leaves no gap, and none at a border.
-            widened, more = 0, stairs[n - 1, 1] - stairs[n, 1]
-            while widened < more:
-                step = min(widened + 1, more - widened)
-                widened += step
-                left = line[radius - step : radius - step + width]
-                right = line[radius + step : radius + step + width]
-                middle, target = line[radius : radius + width], spare[radius : radius + width]
-                if widened < more or d > tall:
-                    largest_of_three(left, middle, right, target)
-                else:
-                    above, below = ring[near[0, d]], ring[near[1, d]]
-                    largest_of_six(left, middle, right, above, below, tallest, target)
-                    d += 1
-                line, spare = spare, line
-        values(line[radius : radius + width], flip, out[y])
+            side = widen_columns(lines, side, stairs[n - 1, 1] - stairs[n, 1] - 1, width)
+            line = lines[side]
+            largest_of_six(
+                line[radius - 1 : radius - 1 + width],
+                line[radius : radius + width],
+                line[radius + 1 : radius + 1 + width],
+                ring[near[0, d]],
+                ring[near[1, d]],
+                tallest,
+                lines[1 - side, radius : radius + width],
+            )
+            d += 1
+            side = 1 - side
+        values(lines[side, radius : radius + width], flip, out[y])

@@ -274,16 +274,18 @@ def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch
         bits.paint(before, words, np.float32(0), value)
     if s.grow:
         radius = len(plan.heights) - 1
-        morphology.dilate_grey(
-            value.view(np.int32),
-            plan.stairs,
-            np.int32(0 if s.grow > 0 else -1),
-            scratch.plane("ring", (2 * radius + 1, width), np.int32),
-            scratch.plane("lines", (2, width + 2 * radius), np.int32),
-            scratch.flat("tallest", width, np.int32),
-            scratch.plane("slots", (2, radius + 1), np.int64),
-            out.view(np.int32),
-        )
+        source, target = value.view(np.int32), out.view(np.int32)
+        flip = np.int32(0 if s.grow > 0 else -1)
+        size = 2 * radius + 1
+        lines = scratch.plane("lines", (2, width + 2 * radius), np.int32)
+        line = scratch.flat("line", width, np.int32)
+        if s.grow_shape == "square":
+            blocks = scratch.plane("blocks", (2, size, width), np.int32)
+            morphology.dilate_grey_square(source, radius, flip, blocks, lines, line, target)
+        else:
+            ring = scratch.plane("ring", (size, width), np.int32)
+            near = scratch.plane("slots", (2, radius + 1), np.int64)
+            morphology.dilate_grey(source, plan.stairs, flip, ring, lines, line, near, target)
     else:
         bits.copy_numbers(value, out)
     if s.feather:

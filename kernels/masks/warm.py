@@ -36,6 +36,7 @@ def rehearsals() -> list[Rehearsal]:
         dict(feather=3.0, feather_mode="gaussian"),
         dict(grow=-3, feather=20.0, feather_mode="ramp_center"),
         dict(threshold=0.0, grow=2),
+        dict(threshold=0.0, grow=2, grow_shape="square"),
         dict(threshold=0.0, fill_holes=-1, drop_islands=4, feather=3.0, feather_mode="gaussian"),
         dict(feather=20.0, feather_mode="gaussian"),
     ]
