@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from frugal.tests import causal_bed, lora_bed
 from frugal.tests import wan_bed as bed
+from frugal.tests.card import modes
 from frugal.tests.card.bounds import EIGHT, EXACT, HALF, MERGED_FP8, MERGED_INT4
 
 LAYOUTS = (
@@ -49,8 +52,13 @@ def test_quantised_on_load(bench, layouts, same_as_cpu, target, products):
 
 
 @pytest.mark.parametrize("form", [*TARGETS, PACKED[0], ROWS, "bf16"])
-def test_merged_lora_is_the_same_in_both_runs(bench, layouts, same_as_cpu, form):
+def test_merged_lora_is_the_same_in_both_runs(request, bench, layouts, same_as_cpu, form):
     """The first run merges it, later ones find it merged: resident or streamed, the same video."""
+    if form in PACKED and modes.MODE is not None and modes.MODE.streamed:
+        reason = "streamed by the older patcher, a LoRA on packed layers gives another video"
+        # Seen in a ComfyUI that has dynamic VRAM; not run in an older one.
+        strict = importlib.util.find_spec("comfy.memory_management") is not None
+        request.applymarker(pytest.mark.xfail(strict=strict, reason=reason))
     if form in TARGETS:
         model = bench.load(layouts["bf16"](), "default", form)
     elif form in PACKED:
