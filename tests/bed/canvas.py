@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,16 @@ class Canvas:
 
     def await_in_view(self, text: str) -> None:
         """Wait until these words can be read without scrolling; panels move in by and by."""
-        self.page.wait_for_function(IN_VIEW, arg=text)
+        end = time.monotonic() + WAIT_MS / 1000
+        while not self.page.evaluate(IN_VIEW, text):
+            assert time.monotonic() < end, f"never in view: {text}"
+            self.page.wait_for_timeout(200)
+
+    def await_count(self, locator: Any, count: int) -> None:
+        """Wait until so many elements are there."""
+        from playwright.sync_api import expect
+
+        expect(locator).to_have_count(count, timeout=WAIT_MS)
 
     def shoot(self, name: str) -> None:
         """Keep a picture of the page."""

@@ -53,7 +53,7 @@ def test_missing_files_are_offered_for_download(tab, name, count):
     for file in sorted(wanted):
         panel.get_by_text(file, exact=True).first.wait_for()
     tab.shoot(f"missing_files-{name}")
-    assert panel.get_by_text("Download", exact=True).count() == len(wanted)
+    tab.await_count(panel.get_by_text("Download", exact=True), len(wanted))
 
 
 def test_templates_show_our_cards(tab):
