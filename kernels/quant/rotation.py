@@ -23,6 +23,7 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     return made
 
 
+@torch.no_grad()
 def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     """Float [out, in], every `group` inputs times the Hadamard matrix; undoes itself.
 

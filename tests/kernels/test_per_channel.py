@@ -83,6 +83,9 @@ def test_pieces_change_nothing(monkeypatch):
     monkeypatch.setattr(per_channel, "PIECE", 64 * 7)
     parts = per_channel.encode(weight, INT8, rotation=64)
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+    # Weights of a module are parameters, which record gradients unless told otherwise.
+    given = per_channel.encode(torch.nn.Parameter(weight), INT8, rotation=64)
+    assert torch.equal(whole[0], given[0]) and torch.equal(whole[1], given[1])
 
 
 def test_the_rotation_is_comfy_kitchens():
