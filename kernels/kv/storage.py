@@ -78,10 +78,11 @@ class PageFormat:
         return found
 
     def empty(self, device: torch.device) -> Page:
-        return Page(**{
+        made: dict[str, Any] = {
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in self.parts().items()
-        })  # fmt: skip
+        }
+        return Page(**made)
 
     def write(self, page: Page, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
         """k, v of `shape` and `dtype`, copied or rounded into the page. Raises FrugalError for
