@@ -93,7 +93,12 @@ def test_low_precision_through_scaled_mm(monkeypatch, tmp_path):
         assert all(layer.forward.args[1] is not fp8.reference for layer in layers)
         for layer in layers:
             layer.forward = type(layer.forward)(layer.forward.func, layer, fp8.reference)
-        assert bed.relative(out, forward(patcher)) <= 1e-2
+        stepwise = forward(patcher)
+    # Both round the same values to the same codes, but for the few that another order of sums moves
+    # over the middle between two: they are nearer to each other than to the unrounded layers.
+    exact = load(path, FULL)[0]
+    with torch.inference_mode():
+        assert bed.relative(out, stepwise) <= bed.relative(stepwise, forward(exact))
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["merged", "low VRAM"])
@@ -263,9 +268,7 @@ def test_a_device_without_8_bit_floats(tmp_path, monkeypatch):
     path, _ = fp8_file(tmp_path)
     monkeypatch.setattr(device_types, "why_no_float8", lambda device: "not implemented for it")
     monkeypatch.setattr(glue, "_tensors", lambda source: pytest.fail("weights were read"))
-    with pytest.raises(
-        FrugalError, match="comes as float8_e4m3fn, and cpu has no"
-    ):
+    with pytest.raises(FrugalError, match="comes as float8_e4m3fn, and cpu has no"):
         load(path)
     plain = bed.write(tmp_path / "plain.safetensors", bed.base(SOURCE)[0])
     for quantize in (W4A8_NAME, FP8):
