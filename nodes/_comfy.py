@@ -44,7 +44,8 @@ def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 
 def experts_of(model: Any) -> Any:
     """The switch of a MODEL that is two experts, with attributes `high` and `low`; else None."""
-    found = model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(EXPERTS_KEY)
+    wrappers = getattr(model, "wrappers", {})
+    found = wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(EXPERTS_KEY)
     return found[0] if found else None
 
 

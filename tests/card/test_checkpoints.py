@@ -10,7 +10,14 @@ import torch
 from frugal.tests import causal_bed, lora_bed
 from frugal.tests import wan_bed as bed
 from frugal.tests.card import modes
-from frugal.tests.card.bounds import EIGHT, EXACT, HALF, MERGED_FP8, MERGED_INT4
+from frugal.tests.card.bounds import (
+    EIGHT,
+    EXACT,
+    HALF,
+    MERGED_FP8,
+    MERGED_INT4,
+    ROUNDED_INT4,
+)  # fmt: skip
 
 LAYOUTS = (
     "fp16", "bf16", "fp32", "e4m3 cast", "e4m3 scale_weight, no marker",
@@ -23,6 +30,7 @@ PACKED = ("GPTQ 4 bits, act-order", "AWQ 4 bits")
 TARGETS = ("fp8 per-channel", "int8 ConvRot", "W4A8")
 MERGED = {
     "fp8 per-channel": MERGED_FP8, ROWS: MERGED_FP8, "int8 ConvRot": EIGHT, "W4A8": MERGED_INT4,
+    PACKED[0]: ROUNDED_INT4,
 }  # fmt: skip
 
 

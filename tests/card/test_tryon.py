@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from frugal.nodes._comfy import compute_dtype
 from frugal.nodes.tryon import loading
 from frugal.tests import tryon_bed as bed
 
@@ -29,7 +30,7 @@ def run(patcher) -> torch.Tensor:
     comfy.model_management.load_models_gpu([patcher])
     device = patcher.load_device
     with torch.no_grad():
-        x = x.to(device, patcher.model.get_dtype_inference())
+        x = x.to(device, compute_dtype(patcher.model))
         return patcher.model.diffusion_model(x, t.to(device)).float().cpu()
 
 
