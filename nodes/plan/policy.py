@@ -129,13 +129,19 @@ class Policy:
             return 0
         return max(0, glue.obtainable(device) - self.budget)
 
+    def room_made(self, shape: Shape) -> int:
+        """What is alive at the peak as the run goes now; the allocator gives back what it holds of
+        the call that failed, since the next one wants it in pieces of another size.
+        """
+        comfy.model_management.soft_empty_cache()
+        return self.alive(self.state.now, shape)
+
     def remedies(self, patcher: Any, shape: Shape) -> Iterator[None]:
         """What can be given up for a model call that ran out of memory: one notch after another for
         the rest of the run, and in the end some of the weights, once.
         """
         while True:
-            comfy.model_management.soft_empty_cache()
-            was = self.alive(self.state.now, shape)
+            was = self.room_made(shape)
             notch = next((n for n in notches(self.state.now) if self.alive(n, shape) < was), None)
             if notch is None:
                 break

@@ -108,8 +108,10 @@ def counted(bench, name, model, steps) -> Counter:
         run()
     # The older patcher streams weights from memory that is not pinned: these copies are ComfyUI's.
     streams = modes.MODE is not None and modes.MODE.streamed
-    ours = {w: n for w, n in seen.items() if w.place and not (streams and w.kind == "staged")}
-    return Counter(ours)
+    pageable = "from pageable host"
+    return Counter(
+        {w: n for w, n in seen.items() if w.place and not (streams and w.what.endswith(pageable))}
+    )
 
 
 def difference(more: Counter, less: Counter) -> Counter:
