@@ -2,7 +2,7 @@
 
 No library promises that a row of a product keeps its bits when the number of rows changes, and
 which do keep them differs from CPU to CPU. Here every product, convolution and attention sums in
-an order that follows from its shapes, strides and type, and the last rows, which fill no whole
+an order that follows from its shapes, layout and type, and the last rows, which fill no whole
 tile, in another: the result stays one that a BLAS may give, the same call gives it again, and a
 test that needs equal bits across shapes fails on every CPU. `pytest --rounding-by-shape=SEED`; the
 tests' servers load this file as a custom node.
@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 TILE = 16
 _held: list[object] = []
@@ -96,7 +97,9 @@ def _convolution(original, name, seed):
     def convolution(keys, x, weight, bias, *arguments):
         groups = arguments[-1]
         if groups == 1 and not arguments[3]:
-            turn = _turn(seed, name, weight.shape[1], x, weight, bias)
+            # torch packs both into one block before it picks a kernel, whatever lies in between.
+            dense = [t.contiguous(memory_format=suggest_memory_format(t)) for t in (x, weight)]
+            turn = _turn(seed, name, weight.shape[1], *dense, bias)
             x, weight = x.roll(turn, 1), weight.roll(turn, 1)
         return original(keys, x, weight, bias, *arguments)
 
