@@ -4,8 +4,9 @@ The library checks little: a damaged array length makes it loop, a damaged offse
 So the header is walked first, and the tensors must tile the file. Layout: the GGUF description of
 the ggml project (magic, version, counts, typed key-value pairs, tensor list, aligned data).
 
-Quantised blocks are unpacked with the library's own formulas to float32, then rounded once to the
-type asked for, one tensor at a time as it is looked up.
+Quantised blocks of a matrix are handed on as they are, mapped, where gguf_blocks.py knows their
+type. All others, and every one where a type is asked for, are unpacked with the library's own
+formulas to float32, then rounded once, one tensor at a time as it is looked up.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from ..quant.gguf_blocks import TYPES
 from .header import DOWNLOAD, MAX_TENSORS, TensorInfo
 
 SUFFIX = ".gguf"
@@ -35,6 +37,8 @@ MAX_RANK = 5
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What blocks are unpacked to that cannot stay packed.
+UNPACKED = torch.float16
 # Left by converters for tensors that they store in another shape.
 SHAPE_KEY = "comfy.gguf.orig_shape."
 # The one tensor of a Wan model with more than four dimensions, and the last three of them.
@@ -42,7 +46,7 @@ PATCHES, PATCH = "patch_embedding", (1, 2, 2)
 
 
 class Unpacked(Mapping[str, torch.Tensor]):
-    """Tensor name -> tensor, unpacked at each look-up; floats of the file stay mapped."""
+    """Tensor name -> tensor, made at each look-up; floats and packed blocks stay mapped."""
 
     def __init__(self, makers: Mapping[str, Callable[[], torch.Tensor]]):
         self._makers = makers
@@ -58,10 +62,11 @@ class Unpacked(Mapping[str, torch.Tensor]):
 
 
 def open_gguf(
-    path: Path, dtype: torch.dtype
+    path: Path, dtype: torch.dtype | None
 ) -> tuple[dict[str, TensorInfo], Unpacked, dict[str, int]]:
-    """Facts and tensors of a GGUF file, quantised ones as `dtype`; and per quantised type its bytes
-    in the file. Shapes are in torch's order.
+    """Facts and tensors of a GGUF file, quantised ones unpacked to `dtype`, or packed where that is
+    None: uint8 [rows, bytes of a row]; and per quantised type its bytes in the file. Shapes are
+    those of the values, in torch's order.
 
     Raises FrugalError if the file is damaged, holds a type that the library cannot unpack, or the
     library is not installed.
@@ -100,12 +105,24 @@ def open_gguf(
     sizes: Counter[str] = Counter()
     for tensor in reader.tensors:
         kind, shape = tensor.tensor_type.name, shapes[tensor.name]
-        held = FLOATS.get(kind, dtype)
-        infos[tensor.name] = TensorInfo(held, shape)
-        makers[tensor.name] = _maker(path, tensor, shape, held, unpack)
+        if dtype is None and _stays_packed(kind, shape):
+            infos[tensor.name] = TensorInfo(torch.uint8, shape, blocks=kind)
+            makers[tensor.name] = _packed(tensor, shape[0])
+        else:
+            held = FLOATS.get(kind, dtype or UNPACKED)
+            infos[tensor.name] = TensorInfo(held, shape)
+            makers[tensor.name] = _maker(path, tensor, shape, held, unpack)
         if kind not in FLOATS:
             sizes[kind] += int(tensor.n_bytes)
     return infos, Unpacked(makers), dict(sizes)
+
+
+def _stays_packed(kind: str, shape: tuple[int, ...]) -> bool:
+    return kind in TYPES and len(shape) == 2 and not shape[1] % TYPES[kind].values
+
+
+def _packed(tensor: Any, rows: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.from_numpy(tensor.data).reshape(rows, -1)
 
 
 def _maker(

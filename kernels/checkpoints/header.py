@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
+from ..quant.gguf_blocks import TYPES
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 8
@@ -44,13 +45,15 @@ DTYPES: dict[str, torch.dtype] = {
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of one tensor; `start` and `end` are byte positions in the file (0
-    when not in a file).
+    when not in a file). `blocks` names the type of GGUF blocks (one of gguf_blocks.TYPES) that
+    stand for the values of `shape`; their dtype is uint8.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int = 0
     end: int = 0
+    blocks: str = ""
 
     @property
     def numel(self) -> int:
@@ -58,10 +61,13 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        if self.blocks:
+            return self.numel // TYPES[self.blocks].values * TYPES[self.blocks].size
         return self.numel * self.dtype.itemsize
 
     def text(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+        name = f"GGUF {self.blocks}" if self.blocks else str(self.dtype).removeprefix("torch.")
+        return f"{name} {list(self.shape)}"
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ def normalise(
 
     Scales of fp8 and int8 come out as float32, shape [], [rows, 1] or a grid of blocks; parameters
     that are no linear weights and are stored as fp8 come out as bfloat16, which holds every fp8
-    value; GPTQ and AWQ layers come out packed, to be taken out with `take_packed`. `quantise` turns
-    the float weight of a layer to be quantised on load into its tensors, leaf -> tensor. Raises
-    FrugalError for a scale that is not finite and for a tensor that is not there.
+    value; GPTQ, AWQ and GGUF layers come out packed, to be taken out with `take_packed`. `quantise`
+    turns the float weight of a layer to be quantised on load into its tensors, leaf -> tensor.
+    Raises FrugalError for a scale that is not finite and for a tensor that is not there.
     """
     out: dict[str, torch.Tensor] = {}
     for raw, name in plan.rename.items():
@@ -62,8 +62,8 @@ def normalise(
 
 
 def take_packed(plan: Plan, state_dict: dict[str, torch.Tensor]) -> dict[str, PackedWeight]:
-    """Take the layers that the pack runs (GPTQ, AWQ, W4A16) out of a normalised state dict (which
-    changes): layer -> weight.
+    """Take the layers that the pack runs (GPTQ, AWQ, GGUF, W4A16) out of a normalised state dict
+    (which changes): layer -> weight.
 
     In their place the state dict gets one fp8 element seen as the whole weight and a scale of one,
     so that a loader which knows fp8 builds the layer without memory for it. Raises FrugalError for
@@ -78,8 +78,8 @@ def take_packed(plan: Plan, state_dict: dict[str, torch.Tensor]) -> dict[str, Pa
         }
         weight = PackedWeight(
             parts["weight"],
-            parts["weight_scale"],
-            parts["weight_zeros"],
+            parts.get("weight_scale"),
+            parts.get("weight_zeros"),
             parts.get("weight_g_idx"),
             layout.packed,
         )

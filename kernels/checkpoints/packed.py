@@ -1,4 +1,5 @@
-"""Layers of the conventions that need more than new names: GPTQ, AWQ, and LightX2V's NVFP4.
+"""Layers of the conventions that need more than new names: GPTQ, AWQ, GGUF's blocks, and
+LightX2V's NVFP4.
 
 GPTQ and AWQ layers are recognised by the shape of their words alone; what the words do not tell
 (the zero point convention of GPTQ) comes from the file's metadata or the quantisation settings
@@ -8,17 +9,27 @@ beside it, and must agree with them. The arithmetic is in `quant/packed_int.py`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..errors import FrugalError
-from ..quant.packed_int import AWQ, GPTQ, PackedSpec, PackedWeight, stored_zero_points
+from ..quant.gguf_blocks import TYPES, largest
+from ..quant.packed_int import (
+    AWQ,
+    GGUF,
+    GPTQ,
+    PackedSpec,
+    PackedWeight,
+    dequantise,
+    stored_zero_points,
+)
 from .header import TensorInfo
 from .layouts import FLOATS, NVFP4, LayerLayout, check_block_scales, check_only, check_scalar
 
-PACKED = (GPTQ, AWQ)
+PACKED = (GPTQ, AWQ, GGUF)
 WORDS = "qweight"
 CONFIG = "quantization_config"
 # Tensors beside (or in place of) a weight, and their canonical names.
@@ -111,6 +122,23 @@ def classify_packed(
     )
 
 
+def classify_blocks(
+    where: str, shape: tuple[int, int], info: TensorInfo, side: Mapping[str, TensorInfo]
+) -> LayerLayout:
+    """The layout of a layer whose weight is GGUF blocks. Raises FrugalError for a tensor beside it
+    that would change it, or another shape.
+    """
+    check_only(where, info.text(), side, set(), set())
+    if info.shape != shape:
+        raise FrugalError(
+            f"{where} has a weight of shape {list(info.shape)}", f"{list(shape)}", REPACK
+        )
+    form = TYPES[info.blocks]
+    bits = 8 * form.size // form.values
+    spec = PackedSpec(GGUF, bits, 0, *shape, form.values, info.blocks)
+    return LayerLayout(GGUF, packed=spec)
+
+
 def _check_undeclared(where: str, side: Mapping[str, Any]) -> None:
     if "comfy_quant" in side:
         raise FrugalError(
@@ -166,6 +194,9 @@ def check_packed(where: str, weight: PackedWeight, stated: Mapping[str, Any]) ->
     Raises FrugalError for scales that are not finite, group numbers out of range, and zero points
     that readers of the first GPTQ version take differently.
     """
+    if weight.scales is None or weight.zeros is None:
+        # GGUF's scales are in its blocks; what they come to is checked against a type.
+        return
     if not bool(torch.isfinite(weight.scales).all()):
         raise FrugalError(f"{where} has scales that are not finite", "finite scales", REPACK)
     count = weight.scales.shape[0]
@@ -201,6 +232,28 @@ def check_packed(where: str, weight: PackedWeight, stated: Mapping[str, Any]) ->
             f"{middle - spec.zero_offset} for symmetric groups",
             "add a quantize_config.json with the checkpoint_format (gptq or gptq_v2) beside the "
             "file, in a folder of its own",
+        )
+
+
+def check_blocks(where: str, weight: PackedWeight, dtype: torch.dtype) -> None:
+    """Refuse GGUF blocks with values that are not finite in `dtype`; reads every block once."""
+    if weight.spec.order != GGUF:
+        return
+    most, top = largest(weight.words, weight.spec.blocks), torch.finfo(dtype).max
+    if most <= top:
+        return
+    if math.isfinite(most):
+        # A bound, so look: only a damaged or very odd layer comes here.
+        most = float(dequantise(weight, torch.float32).abs().amax())
+    if not math.isfinite(most):
+        raise FrugalError(
+            f"{where} holds values that are not finite", "finite weights", "download the file again"
+        )
+    if most > top:
+        raise FrugalError(
+            f"{where} holds values beyond {str(dtype).removeprefix('torch.')}",
+            "finite weights",
+            "set weight_dtype to bf16, or download the file again",
         )
 
 

@@ -19,6 +19,7 @@ from .packed import (
     LIGHTX2V,
     PACKED,
     WORDS,
+    classify_blocks,
     classify_lightx2v,
     classify_packed,
     is_lightx2v,
@@ -115,7 +116,9 @@ def plan_wan(
             continue
         beside = {leaf: tensors[names[f"{layer}.{leaf}"]] for leaf in side.get(layer, ())}
         where, shape = f"{file}: {layer}", (parameter.shape[0], parameter.shape[1])
-        if any(leaf in PACKED_SIDE for leaf in beside):
+        if info.blocks:
+            layout = classify_blocks(where, shape, info, beside)
+        elif any(leaf in PACKED_SIDE for leaf in beside):
             layout = classify_packed(where, shape, beside, packed_settings)
         elif is_lightx2v(beside):
             layout = classify_lightx2v(where, shape, info, beside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from ..quant.packed_int import GPTQ
+from ..quant.packed_int import GGUF, GPTQ
 from .header import TensorInfo
 from .layouts import FLOAT8, PLAIN, LayerLayout
 from .wan_keys import Naming
@@ -19,6 +19,8 @@ def format_name(layout: LayerLayout, info: TensorInfo | None = None) -> str:
         return str(info.dtype).removeprefix("torch.") if info else PLAIN
     if layout.packed:
         spec = layout.packed
+        if spec.order == GGUF:
+            return f"GGUF {spec.blocks}"
         reordered = "reordered " if "g_idx" in layout.stored else ""
         version = "" if spec.order != GPTQ else " v1" if spec.zero_offset else " v2"
         order = spec.order.upper().replace("_", " ")
@@ -60,9 +62,8 @@ def plan_notes(
         notes.append("LightX2V NVFP4: half bytes change places, which copies the packed weights")
     if any(layer.packed for layer in layers.values()):
         notes.append(
-            "GPTQ, AWQ and W4A16 layers stay packed; one layer at a time is unpacked; a LoRA that "
-            "ComfyUI merges is rounded to the same few bits, which loses weak ones: where there is "
-            "a LoRA loader that bypasses the weights, use that"
+            "GPTQ, AWQ, W4A16 and GGUF layers stay packed; one layer at a time is unpacked, and a "
+            "LoRA changes what was unpacked, so that it is never rounded to their few bits"
         )
     notes += [f"{count} tensors under {part} are left out" for part, count in left_out.items()]
     if unit_scales_dropped:

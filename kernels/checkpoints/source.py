@@ -34,7 +34,7 @@ SETTINGS = ("quantize_config.json", "quant_config.json", "config.json")
 class Source:
     """One model on disk: its name, its files, every tensor's facts and the text metadata.
 
-    `loaded` holds the memory-mapped tensors of a PyTorch file, or those of a GGUF file, unpacked at
+    `loaded` holds the memory-mapped tensors of a PyTorch file, or those of a GGUF file, made at
     each look-up; it is empty for safetensors, whose weights stay untouched until a loader maps
     them. `blocks` counts the bytes of a GGUF file per quantised type.
     """
@@ -72,9 +72,12 @@ class Source:
         return torch.frombuffer(raw, dtype=info.dtype).reshape(info.shape)
 
 
-def open_source(path: str | os.PathLike[str], unpack_to: torch.dtype = torch.float16) -> Source:
+def open_source(
+    path: str | os.PathLike[str], unpack_to: torch.dtype | None = torch.float16
+) -> Source:
     """Open a model by file name: `.safetensors`, `.safetensors.index.json`, a PyTorch
-    `.pt`/`.pth` file, or `.gguf`, whose quantised blocks are unpacked to the type `unpack_to`.
+    `.pt`/`.pth` file, or `.gguf`, whose quantised blocks are unpacked to the type `unpack_to`, or
+    stay packed where that is None.
 
     Raises FrugalError for anything missing, damaged or of another kind.
     """

@@ -88,6 +88,7 @@ def encode(
             "download the model again",
         )
     packed = pack_gptq(codes, scales, spec(shape, group))
+    assert packed.zeros is not None
     return {"qweight": packed.words, "qzeros": packed.zeros, "scales": packed.scales}
 
 

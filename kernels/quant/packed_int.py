@@ -1,4 +1,5 @@
-"""Linear weights packed as small integers, as GPTQ, AWQ and ComfyUI's awq_w4a16 files hold them.
+"""Linear weights packed as small integers, as GPTQ, AWQ, GGUF and ComfyUI's awq_w4a16 files hold
+them.
 
 GPTQ and AWQ store the transposed weight of a layer with `rows` outputs and `width` inputs in 32-bit
 words:
@@ -14,6 +15,8 @@ awq_w4a16 stores rows of bytes, the even input in the low half, and its zero poi
 
     w[n, k] = (q[n, k] - 8) * s[g, n] + z[g, n],  g = k / group size  (comfy-kitchen, awq_w4a16.py)
 
+GGUF's blocks, which carry their scales, are in gguf_blocks.py.
+
 Nothing here repacks: the words stay as the file holds them, so a memory-mapped file stays mapped,
 and one layer at a time is unpacked in pieces.
 """
@@ -24,7 +27,9 @@ from dataclasses import dataclass
 
 import torch
 
-GPTQ, AWQ, W4A16 = "gptq", "awq", "awq_w4a16"
+from . import gguf_blocks
+
+GPTQ, AWQ, W4A16, GGUF = "gptq", "awq", "awq_w4a16", "gguf"
 WORD = 32
 # Values unpacked at a time: bounds the working memory beyond the result to about 64 MB.
 PIECE = 1 << 22
@@ -32,8 +37,9 @@ PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """How the words of one layer are read: convention (GPTQ, AWQ or W4A16), bits per value, what is
-    added to a stored zero point, outputs, inputs, inputs per group (unused where a g_idx is given).
+    """How the words of one layer are read: convention (GPTQ, AWQ, W4A16 or GGUF), bits per value,
+    what is added to a stored zero point, outputs, inputs, inputs per group (unused where a g_idx is
+    given), and GGUF's type of blocks.
     """
 
     order: str
@@ -42,6 +48,7 @@ class PackedSpec:
     rows: int
     width: int
     group_size: int
+    blocks: str = ""
 
     @property
     def per_word(self) -> int:
@@ -61,21 +68,25 @@ class PackedSpec:
 class PackedWeight:
     """One layer: words int32 `spec.words_shape()`, scales float [groups, rows], zeros int32
     [groups, rows / values per word], g_idx int32 [width] or None, and how to read them. In W4A16
-    words are int8 [rows, width / 2] and zeros are of the scales' shape and type.
+    words are int8 [rows, width / 2] and zeros are of the scales' shape and type; in GGUF words are
+    uint8 [rows, bytes of a row] and all there is.
     """
 
     words: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
     g_idx: torch.Tensor | None
     spec: PackedSpec
 
 
 def dequantise(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The weight [rows, width] in `dtype`, each value rounded once (in W4A16 to float32 first).
-    Contiguous in W4A16, else a transposed view. Works on the device of the words.
+    Contiguous in W4A16 and GGUF, else a transposed view. Works on the device of the words.
     """
     spec, device = weight.spec, weight.words.device
+    if spec.order == GGUF:
+        return gguf_blocks.dequantise(weight.words, spec.blocks, dtype)
+    assert weight.scales is not None and weight.zeros is not None
     if spec.order == W4A16:
         return _dequantise_rows(weight, dtype)
     zeros = zero_points(weight.zeros, spec)
@@ -100,40 +111,13 @@ def pack_gptq(codes: torch.Tensor, scales: torch.Tensor, spec: PackedSpec) -> Pa
     return PackedWeight(words, scales, _pack(zeros, spec, along_rows=True), None, spec)
 
 
-def requantise(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
-    """Round a float weight [rows, width] to the nearest values of the same layout as `like`: same
-    groups, new scales and zero points from each group's smallest and largest value (0 included, but
-    in W4A16, whose zero points are free). The result is on the device of `weight`.
-    """
-    if like.spec.order == W4A16:
-        return _requantise_rows(weight, like)
-    spec, source = like.spec, weight.t()
-    count, device = like.scales.shape[0], weight.device
-    g_idx = None if like.g_idx is None else like.g_idx.to(device)
-    group = _groups(g_idx, spec, 0, spec.width, device)
-    place = group[:, None].expand(spec.width, spec.rows)
-    zero = torch.zeros(count, spec.rows, dtype=torch.float32, device=device)
-    low = zero.clone().scatter_reduce_(0, place, source.float(), "amin")
-    high = zero.scatter_reduce_(0, place, source.float(), "amax")
-    least = torch.finfo(like.scales.dtype).tiny
-    scales = ((high - low) / spec.largest).clamp_(min=least).to(like.scales.dtype)
-    zeros = (-low / scales.float()).round_().clamp_(spec.zero_offset, spec.largest).int()
-    words = torch.empty(spec.words_shape(), dtype=torch.int32, device=device)
-    for start, stop in _pieces(spec):
-        own = group[start:stop]
-        values = (source[start:stop].float() / scales[own].float()).round_()
-        values = values.add_(zeros[own]).clamp_(0, spec.largest).int()
-        _store(words, values, spec, start, stop)
-    stored = _pack(zeros - spec.zero_offset, spec, along_rows=True)
-    return PackedWeight(words, scales, stored, g_idx, spec)
-
-
 def _row_pieces(spec: PackedSpec) -> list[slice]:
     step = max(1, PIECE // spec.width)
     return [slice(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step)]
 
 
 def _dequantise_rows(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    assert weight.scales is not None and weight.zeros is not None
     spec = weight.spec
     out = torch.empty(spec.rows, spec.width, dtype=dtype, device=weight.words.device)
     for rows in _row_pieces(spec):
@@ -146,7 +130,12 @@ def _dequantise_rows(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def _requantise_rows(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
+def requantise(weight: torch.Tensor, like: PackedWeight) -> PackedWeight:
+    """Round a float weight [rows, width] to the nearest values of the same W4A16 layout as `like`:
+    same groups, new scales and zero points from each group's smallest and largest value. The result
+    is on the device of `weight`.
+    """
+    assert like.spec.order == W4A16 and like.scales is not None and like.zeros is not None
     spec, device = like.spec, weight.device
     words = torch.empty(spec.rows, spec.width // 2, dtype=torch.int8, device=device)
     scales = torch.empty(like.scales.shape, dtype=like.scales.dtype, device=device)

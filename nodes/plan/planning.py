@@ -201,7 +201,10 @@ def weights_of(model: Any, guided: bool = True) -> Weights:
         if weight is None:
             continue
         loaded = dynamic_vram.dtype_of(module, "weight") if dynamic else weight.dtype
-        if loaded != dtype or hasattr(weight, "_qdata"):
+        if hasattr(weight, "_qdata"):
+            # Older versions give a packed weight the shape of its words.
+            multiplied.append(module.out_features * module.in_features * dtype.itemsize)
+        elif loaded != dtype:
             multiplied.append(weight.numel() * dtype.itemsize)
     found = glue.model_facts(model)
     shapes = {name: tuple(each.shape) for name, each in diffusion.named_parameters()}

@@ -21,17 +21,19 @@ from safetensors.torch import load_file
 
 from ...kernels.checkpoints.layouts import FLOAT8, ONE, WITH_FLOAT8
 from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
+from ...kernels.checkpoints.packed import check_blocks
 from ...kernels.checkpoints.plan import Plan, plan_wan
 from ...kernels.checkpoints.source import Source, open_source
 from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
+from ...kernels.quant.gguf_blocks import TYPES
 from ...kernels.quant.matmul import AUTO, FULL
 from ...kernels.quant.on_load import AS_STORED, quantised_plan, quantiser
 from ...kernels.quant.packed_int import W4A16, PackedWeight
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY, round_patched
-from . import mapped, matmul, packed_int, row_scaled
+from . import mapped, matmul, packed_int, patched_on_use, row_scaled
 
 DEFAULT = "default"
 # What quantising the largest layer takes on the device, in bytes, with room to spare.
@@ -57,7 +59,7 @@ def load_wan(
     before weights are read where possible.
     """
     started = time.perf_counter()
-    source = open_source(path, WEIGHT_DTYPES[weight_dtype] or torch.float16)
+    source = open_source(path, WEIGHT_DTYPES[weight_dtype])
     plan = plan_wan(source.name, source.tensors, source.metadata, source.value)
     # ComfyUI's kernel for it multiplies in 16 bit.
     if W4A16 not in _known_formats() or products == FULL:
@@ -88,6 +90,8 @@ def load_wan(
         )
     _check_loaded(plan, state_types, patcher.model.diffusion_model)
     _finish_quantised(plan, packed, patcher.model.diffusion_model)
+    if packed:
+        patched_on_use.keep_packed(patcher)
     applied = matmul.apply(precision, kernels, patcher.model.diffusion_model)
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (
@@ -132,10 +136,15 @@ def _with_choice(plan: Plan, source: Source, quantize: str) -> Plan:
                 f"fp32, bf16 or fp16 weights to quantise to {quantize}",
                 f"set quantize to '{AS_STORED}', or use an unquantised file of the same model",
             )
+        kept = sum(info.nbytes for info in source.tensors.values() if info.blocks)
+        size = sum(source.blocks.values()) - kept
+        if not size:
+            return plan
         total = megabytes(sum(plan.formats.values()))
         note = (
-            f"GGUF blocks ({kinds}) are unpacked while loading: the model takes {total} of memory, "
-            "and a native fp8, int8 or 4-bit file less"
+            f"{megabytes(size)} of GGUF blocks ({kinds}) are unpacked while loading: the model "
+            f"takes {total} of memory; the types {', '.join(TYPES)} stay packed where weight_dtype "
+            f"is {DEFAULT}"
         )
         return replace(plan, notes=(*plan.notes, note))
     return plan if quantize == AS_STORED else quantised_plan(plan, quantize, source.tensors)
@@ -170,7 +179,7 @@ def _check_weight_dtype(plan: Plan, weight_dtype: str) -> None:
     own = (*plan.gridded, *plan.packed)
     if own and not row_scaled.supported():
         raise FrugalError(
-            f"{plan.file} holds {len(own)} layers in GPTQ, AWQ, W4A16 or fp8 with a scale per row",
+            f"{plan.file} holds {len(own)} layers in GPTQ, AWQ, GGUF, W4A16 or row-wise fp8",
             "a ComfyUI with quantised tensors",
             "update ComfyUI, or use an fp8 file with one scale per tensor",
         )
@@ -278,6 +287,7 @@ def _finish_quantised(
         round_patched(module)
         if name in packed:
             packed_int.wrap(module, packed[name])
+            check_blocks(f"{plan.file}: {name}", packed[name], packed_int.compute_dtype(module))
         elif layout.format == W4A16:
             packed_int.make_patchable(module)
         if layout.grid != ONE:

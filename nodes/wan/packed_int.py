@@ -1,8 +1,8 @@
-"""GPTQ, AWQ and W4A16 weights in the two shapes of ComfyUI's quantised tensors.
+"""GPTQ, AWQ, W4A16 and GGUF weights in the two shapes of ComfyUI's quantised tensors.
 
 The packed words, scales and zero points of the file are kept as they are; a layer is unpacked to
 the compute dtype when it runs (see kernels/quant/packed_int.py), so products are in full precision.
-A patch such as a LoRA rounds the changed weight to the same layout again.
+LoRAs change what was unpacked (patched_on_use.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ...kernels.quant.packed_int import W4A16, PackedSpec, PackedWeight, dequant
 from .relayout import relayout
 
 NAME = "FrugalPackedInt"
+TYPED = hasattr(comfy.quant_ops, "register_layout_class")
 
 
 def wrap(module: torch.nn.Module, weight: PackedWeight) -> None:
@@ -27,19 +28,58 @@ def wrap(module: torch.nn.Module, weight: PackedWeight) -> None:
     module.layout_type = NAME
     # A saved model must not be read back as the stand-in's format.
     module.quant_format = NAME
-    if hasattr(comfy.quant_ops, "register_layout_class"):
+    if TYPED:
         # Registering twice is harmless: the name is the pack's own.
         comfy.quant_ops.register_layout_class(NAME, PackedInt)
-        wrapped = _tensor(weight, stand_in._params.orig_dtype)
+        dtype = stand_in._params.orig_dtype
+        params = PackedInt.params(weight, dtype)
+        wrapped = comfy.quant_ops.QuantizedTensor(weight.words, NAME, params)
     else:
         comfy.quant_ops.LAYOUTS.setdefault(NAME, LegacyPackedInt)
-        wrapped = _legacy_tensor(weight, stand_in._layout_params["orig_dtype"])
-        # These versions requantise without the old tensor, which alone knows the groups.
-        module.set_weight = functools.partial(_legacy_set_weight, module)
+        dtype = stand_in._layout_params["orig_dtype"]
+        params = {
+            "scale": weight.scales,
+            "zeros": weight.zeros,
+            "g_idx": weight.g_idx,
+            "spec": weight.spec,
+            "orig_dtype": dtype,
+        }
+        wrapped = comfy.quant_ops.QuantizedTensor(weight.words, NAME, params)
+    module.set_weight = functools.partial(_set_plain, module, dtype)
     module.weight = torch.nn.Parameter(wrapped, requires_grad=False)
 
 
-if hasattr(comfy.quant_ops, "register_layout_class"):
+def is_packed(weight: Any) -> bool:
+    """Whether a layer's weight is one that `wrap` put there."""
+    return NAME in (getattr(weight, "_layout_cls", None), getattr(weight, "_layout_type", None))
+
+
+def compute_dtype(module: Any) -> torch.dtype:
+    """The type that a packed layer is unpacked to."""
+    held = module.weight
+    return held._params.orig_dtype if TYPED else held._layout_params["orig_dtype"]
+
+
+def _set_plain(
+    module: Any,
+    dtype: torch.dtype,
+    weight: torch.Tensor,
+    inplace_update: bool = False,
+    seed: int | None = None,
+    return_weight: bool = False,
+    **_: Any,
+) -> torch.Tensor | None:
+    """ComfyUI's way to change the weight itself, as hooks do: it is then held in `dtype`, for its
+    few bits would lose a weak change.
+    """
+    made = weight.to(dtype)
+    if return_weight:
+        return made
+    module.weight = torch.nn.Parameter(made, requires_grad=False)
+    return None
+
+
+if TYPED:
     from comfy_kitchen.tensor import BaseLayoutParams
 
     class PackedInt(comfy.quant_ops.QuantizedLayout):
@@ -47,19 +87,18 @@ if hasattr(comfy.quant_ops, "register_layout_class"):
 
         @dataclass(frozen=True)
         class Params(BaseLayoutParams):
-            zeros: torch.Tensor
+            zeros: torch.Tensor | None
             spec: PackedSpec
             g_idx: torch.Tensor | None = None
 
             def _tensor_fields(self) -> list[str]:
-                return ["scale", "zeros"] + ([] if self.g_idx is None else ["g_idx"])
+                return [
+                    name for name in ("scale", "zeros", "g_idx") if getattr(self, name) is not None
+                ]
 
         @classmethod
-        def quantize(cls, tensor, like=None, **_):
-            if like is None:
-                raise NotImplementedError("a packed weight is only rounded like another one")
-            made = requantise(tensor, like)
-            return made.words, cls.params(made, tensor.dtype)
+        def quantize(cls, tensor, **_):
+            raise NotImplementedError("a packed weight is never rounded to its few bits again")
 
         @classmethod
         def params(cls, weight: PackedWeight, dtype: torch.dtype):
@@ -73,25 +112,18 @@ if hasattr(comfy.quant_ops, "register_layout_class"):
             )
 
         @classmethod
-        def packed(cls, qdata, params) -> PackedWeight:
-            return PackedWeight(qdata, params.scale, params.zeros, params.g_idx, params.spec)
-
-        @classmethod
         def dequantize(cls, qdata, params):
-            return dequantise(cls.packed(qdata, params), params.orig_dtype)
+            held = PackedWeight(qdata, params.scale, params.zeros, params.g_idx, params.spec)
+            return dequantise(held, params.orig_dtype)
 
         @classmethod
         def get_plain_tensors(cls, qtensor):
-            return qtensor._qdata, qtensor._params.scale, qtensor._params.zeros
+            return tuple(cls.state_dict_tensors(qtensor._qdata, qtensor._params).values())
 
         @classmethod
         def state_dict_tensors(cls, qdata, params):
-            index = {} if params.g_idx is None else {"_g_idx": params.g_idx}
-            return {"": qdata, "_scale": params.scale, "_zeros": params.zeros, **index}
-
-        @classmethod
-        def requantize_kwargs(cls, qtensor):
-            return {"like": cls.packed(qtensor._qdata, qtensor._params)}
+            fields = {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
+            return {"": qdata, **fields}
 
 
 def make_patchable(module: Any) -> None:
@@ -127,11 +159,6 @@ def _patchable(name: str) -> str:
     return own
 
 
-def _tensor(weight: PackedWeight, dtype: torch.dtype) -> Any:
-    params = PackedInt.params(weight, dtype)
-    return comfy.quant_ops.QuantizedTensor(weight.words, NAME, params)
-
-
 class LegacyPackedInt:
     """Layout for ComfyUI versions that keep their own table of layouts."""
 
@@ -141,35 +168,5 @@ class LegacyPackedInt:
 
     @classmethod
     def get_plain_tensors(cls, qtensor):
-        params = qtensor._layout_params
-        return qtensor._qdata, params["scale"], params["zeros"]
-
-
-def _legacy_tensor(weight: PackedWeight, dtype: torch.dtype) -> Any:
-    params = {
-        "scale": weight.scales,
-        "zeros": weight.zeros,
-        "g_idx": weight.g_idx,
-        "spec": weight.spec,
-        "orig_dtype": dtype,
-    }
-    return comfy.quant_ops.QuantizedTensor(weight.words, NAME, params)
-
-
-def _legacy_set_weight(
-    module: Any,
-    weight: torch.Tensor,
-    inplace_update: bool = False,
-    seed: int | None = None,
-    return_weight: bool = False,
-    **_: Any,
-) -> torch.Tensor | None:
-    params = module.weight._layout_params
-    like = PackedWeight(
-        module.weight._qdata, params["scale"], params["zeros"], params["g_idx"], params["spec"]
-    )
-    made = _legacy_tensor(requantise(weight, like), params["orig_dtype"])
-    if return_weight:
-        return made
-    module.weight = torch.nn.Parameter(made, requires_grad=False)
-    return None
+        held = (qtensor._layout_params[name] for name in ("scale", "zeros", "g_idx"))
+        return (qtensor._qdata, *(each for each in held if each is not None))

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ words against an independent packer, and rounding back to the same layout."""
+"""GPTQ, AWQ and W4A16 words against an independent packer, and rounding to W4A16."""
 
 from __future__ import annotations
 
@@ -128,9 +128,10 @@ def test_no_piece_of_a_layer_makes_the_host_wait(label, monkeypatch):
     with host_waits.counted() as seen:
         dequantise(found, torch.float16)
     assert not seen, seen
-    with host_waits.counted() as seen:
-        requantise(weight(*shape), found)
-    assert not seen, seen
+    if label == W4A16:
+        with host_waits.counted() as seen:
+            requantise(weight(*shape), found)
+        assert not seen, seen
 
 
 def test_zero_point_conventions_differ_by_one_step():
@@ -138,34 +139,6 @@ def test_zero_point_conventions_differ_by_one_step():
     as_v1 = dequantise(packed(tensors, (64, 128)), torch.float32)
     steps = tensors["scales"].float()[tensors["g_idx"].long()].t()
     torch.testing.assert_close(as_v1, meant - steps)
-
-
-@pytest.mark.parametrize("label", bed.PACKED_LAYOUTS)
-def test_rounding_back_keeps_layout_and_is_near(label, monkeypatch):
-    options = bed.PACKED_LAYOUTS[label] | {"group": 32}
-    tensors, meant = gptq_or_awq_layer(weight(64, 128), **options)
-    like = packed(tensors, (64, 128), V2 if options.get("version") == 2 else None)
-    changed = meant + 0.1 * weight(64, 128, seed=2)
-    again = requantise(changed, like)
-    for name in ("words", "scales", "zeros"):
-        old, new = getattr(like, name), getattr(again, name)
-        assert (old.shape, old.dtype) == (new.shape, new.dtype)
-    held = dequantise(again, torch.float32)
-    group = torch.arange(128) // 32 if like.g_idx is None else like.g_idx.long()
-    # Half a step from the rounding, half from a zero point that is a whole number.
-    steps = again.scales.float()[group].t()
-    assert bool(((held - changed).abs() <= 1.02 * steps).all())
-    assert bed.relative(held, changed) < (0.01 if options.get("bits") == 8 else 0.12)
-    monkeypatch.setattr(packed_int, "PIECE", 1)
-    pieces = requantise(changed, like)
-    assert torch.equal(pieces.words, again.words) and torch.equal(pieces.zeros, again.zeros)
-    check_packed("x: q", again, V2 if options.get("version") == 2 else {})
-
-
-def test_group_of_zeros_stays_zero():
-    tensors, _ = gptq_or_awq_layer(weight(64, 128), group=32)
-    like = packed(tensors, (64, 128))
-    assert dequantise(requantise(torch.zeros(64, 128), like), torch.float32).abs().max() == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's counters")

@@ -13,7 +13,6 @@ from frugal.kernels.quant.on_load import AS_STORED, FP8, INT8_CONVROT, TARGETS, 
 from frugal.nodes import _memory, _models
 from frugal.nodes.quantize import side_branch
 from frugal.nodes.wan import glue, mapped, row_scaled
-from frugal.tests import gguf_bed
 from frugal.tests import wan_bed as bed
 from frugal.tests.wan_checks import check, forward, loaded_weights, reference
 
@@ -70,25 +69,6 @@ def test_quantising_a_quantised_file_is_refused(tmp_path):
     plain = bed.write(tmp_path / "plain.safetensors", SOURCE)
     with pytest.raises(FrugalError, match="weight type fp16"):
         load(plain, "fp16", FP8)
-
-
-def test_gguf(tmp_path):
-    pytest.importorskip("gguf")
-    path = tmp_path / "wan.gguf"
-    meant = gguf_bed.write(path, SOURCE, "Q8_0")
-    halves = {
-        name: tensor.half().float() if name.removesuffix(".weight") in bed.block_linears(SOURCE)
-        else tensor
-        for name, tensor in meant.items()
-    }  # fmt: skip
-    patcher, report = load(path)
-    held = loaded_weights(patcher)
-    for name in halves:
-        assert bed.relative(held[name], halves[name]) <= 4e-4, name
-    check(load(path, "fp32")[0], meant)
-    assert any(note.startswith("GGUF blocks (Q8_0 1.7 MB) are unpacked") for note in report.notes)
-    with pytest.raises(FrugalError, match=r"holds quantised blocks \(Q8_0 1.7 MB\)"):
-        load(path, quantize=FP8)
 
 
 def test_gguf_is_offered(tmp_path, monkeypatch):
