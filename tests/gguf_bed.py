@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig
+from frugal.kernels.quant.gguf_blocks import TYPES
 from frugal.tests import wan_bed as bed
 
 # Types without a quantiser in the library: (where the float16 numbers of a block are, bytes). Every
@@ -97,7 +98,7 @@ def _stored(values: np.ndarray, form, seed: int) -> np.ndarray:
 
 
 def layout_files(folder: Path, source: bed.Weights) -> dict[str, tuple[Path, bed.Weights]]:
-    """Rows for `wan_bed.layout_files`: what is unpacked is rounded to float16 once."""
+    """Rows for `wan_bed.layout_files`: types that do not stay packed are rounded to float16."""
     found = {}
     rows = {f"GGUF {kind}": (kind, {}) for kind in (*WRITTEN, *BLOCKS, "F16", "BF16")}
     rows["GGUF Q8_0, other weights F16"] = ("Q8_0", {"others": "F16"})
@@ -110,7 +111,8 @@ def layout_files(folder: Path, source: bed.Weights) -> dict[str, tuple[Path, bed
     for number, (label, (kind, how)) in enumerate(rows.items()):
         path = folder / f"{number}.gguf"
         meant = write(path, source, kind, **how)
-        packed = {f"{layer}.weight" for layer in bed.block_linears(source) if "F" not in kind}
-        held = {name: t.half().float() if name in packed else t for name, t in meant.items()}
+        layers = () if kind in TYPES or "F" in kind else bed.block_linears(source)
+        rounded = {f"{layer}.weight" for layer in layers}
+        held = {name: t.half().float() if name in rounded else t for name, t in meant.items()}
         found[label] = (path, held)
     return found

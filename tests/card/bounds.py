@@ -22,6 +22,3 @@ EIGHT = 8 / 127
 # triples it. e4m3: a step is an eighth. 4 bits: 1/7 of the largest, which is about 3 deviations.
 MERGED_FP8 = 3 / 8 / 6**0.5
 MERGED_INT4 = 3 * 3 / 7 / 12**0.5
-# Merged and rounded to 4 bits on both sides: float16 moves a weight of a third of the largest by
-# 2**-11 of it, so two such parts of 3/7 of a step are where codes change, each by a whole step.
-ROUNDED_INT4 = 3 * 3 / 7 * (2 * 2.0**-11 * 7 / 3) ** 0.5

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
-from frugal.tests import causal_bed, lora_bed
+from frugal.nodes.wan import glue
+from frugal.tests import causal_bed, gguf_bed, lora_bed
 from frugal.tests import wan_bed as bed
-from frugal.tests.card import modes
 from frugal.tests.card.bounds import (
     EIGHT,
     EXACT,
     HALF,
     MERGED_FP8,
     MERGED_INT4,
-    ROUNDED_INT4,
 )  # fmt: skip
 
 LAYOUTS = (
@@ -27,11 +24,20 @@ LAYOUTS = (
 )  # fmt: skip
 ROWS = LAYOUTS[5]
 PACKED = ("GPTQ 4 bits, act-order", "AWQ 4 bits")
+GGUF = ("GGUF Q8_0", "GGUF Q4_K", "GGUF IQ4_XS")
 TARGETS = ("fp8 per-channel", "int8 ConvRot", "W4A8")
 MERGED = {
     "fp8 per-channel": MERGED_FP8, ROWS: MERGED_FP8, "int8 ConvRot": EIGHT, "W4A8": MERGED_INT4,
-    PACKED[0]: ROUNDED_INT4,
 }  # fmt: skip
+
+
+def packed(bench, label):
+    if label not in GGUF:
+        return bench.load(bed.gptq_or_awq(bench.source, **bed.PACKED_LAYOUTS[label]))
+    path = bench.folder / "model.gguf"
+    gguf_bed.write(path, bench.source, label.removeprefix("GGUF "))
+    with torch.inference_mode():
+        return glue.load_wan(path)[0]
 
 
 @pytest.mark.parametrize("label", LAYOUTS)
@@ -40,9 +46,9 @@ def test_layout(bench, layouts, same_as_cpu, label):
     same_as_cpu([bench.sample(model), bench.sample(model)], HALF)
 
 
-@pytest.mark.parametrize("label", PACKED)
+@pytest.mark.parametrize("label", [*PACKED, *GGUF])
 def test_packed(bench, same_as_cpu, label):
-    model = bench.load(bed.gptq_or_awq(bench.source, **bed.PACKED_LAYOUTS[label]))
+    model = packed(bench, label)
     same_as_cpu([bench.sample(model), bench.sample(model)], HALF)
 
 
@@ -59,18 +65,13 @@ def test_quantised_on_load(bench, layouts, same_as_cpu, target, products):
     same_as_cpu([bench.sample(model), bench.sample(model)], HALF if exact else EIGHT)
 
 
-@pytest.mark.parametrize("form", [*TARGETS, PACKED[0], ROWS, "bf16"])
-def test_merged_lora_is_the_same_in_both_runs(request, bench, layouts, same_as_cpu, form):
+@pytest.mark.parametrize("form", [*TARGETS, PACKED[0], GGUF[1], ROWS, "bf16"])
+def test_merged_lora_is_the_same_in_both_runs(bench, layouts, same_as_cpu, form):
     """The first run merges it, later ones find it merged: resident or streamed, the same video."""
-    if form in PACKED and modes.MODE is not None and modes.MODE.streamed:
-        reason = "streamed by the older patcher, a LoRA on packed layers gives another video"
-        # Seen in a ComfyUI that has dynamic VRAM; not run in an older one.
-        strict = importlib.util.find_spec("comfy.memory_management") is not None
-        request.applymarker(pytest.mark.xfail(strict=strict, reason=reason))
     if form in TARGETS:
         model = bench.load(layouts["bf16"](), "default", form)
-    elif form in PACKED:
-        model = bench.load(bed.gptq_or_awq(bench.source, **bed.PACKED_LAYOUTS[form]))
+    elif form in (*PACKED, *GGUF):
+        model = packed(bench, form)
     else:
         model = bench.load(layouts[form]())
     plain = bench.sample(model)

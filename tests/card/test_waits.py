@@ -13,8 +13,8 @@ import torch
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig
 from frugal.nodes.sampling import attention, guidance_run, step_cache_run
-from frugal.nodes.wan import context_cache
-from frugal.tests import causal_bed, lora_bed
+from frugal.nodes.wan import context_cache, glue
+from frugal.tests import causal_bed, gguf_bed, lora_bed
 from frugal.tests import wan_bed as bed
 from frugal.tests.card import modes
 
@@ -37,6 +37,16 @@ def layout(label, *choices, apply=lambda bench, model: model):
 def packed(label):
     def make(bench, source, config):
         return bench.load(bed.gptq_or_awq(source, config, **bed.PACKED_LAYOUTS[label]))
+
+    return make
+
+
+def gguf(kind):
+    def make(bench, source, config):
+        path = bench.folder / "model.gguf"
+        gguf_bed.write(path, source, kind, config)
+        with torch.inference_mode():
+            return glue.load_wan(path)[0]
 
     return make
 
@@ -77,6 +87,8 @@ SCENARIOS = {
     "W4A8, on load": (layout("bf16", "default", "W4A8"), 0, 0),
     "GPTQ, act-order": (packed("GPTQ 4 bits, act-order"), 0, 0),
     "AWQ": (packed("AWQ 4 bits"), 0, 0),
+    "GGUF Q4_K": (gguf("Q4_K"), 0, 0),
+    "GGUF IQ4_XS": (gguf("IQ4_XS"), 0, 0),
     "LoRA beside": (layout(ROWS, apply=lora_beside), 0, 0),
     "attention chosen": (layout("bf16", apply=lambda bench, m: attention.apply(m)), 0, 0),
     "constant context": (layout("bf16", apply=constant_context), 1, 0),

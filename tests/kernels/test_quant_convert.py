@@ -169,6 +169,9 @@ def test_every_layout_becomes_comfyuis_own(tmp_path):
         assert set(got) == set(meant), name
         for key, weight in meant.items():
             bound = (2**-8 if opened else 1e-6) * weight.float().abs()
+            if name.startswith("GGUF"):
+                # Unpacked to float16 first, whose smallest step is 2**-24.
+                bound = 2**-11 * weight.float().abs() + 2**-25
             assert bool(((got[key] - weight.float()).abs() <= bound).all()), (name, key)
         assert any("layers become bf16" in note for note in report.notes) == opened, name
         if name not in REQUANTISED:
