@@ -6,7 +6,7 @@ Tiny random Wan models inside ComfyUI (FRUGAL_COMFYUI_TREE, as for the tests), w
 comfy-kitchen. Each is recorded while it samples from one or more prompts, as FrugalCalibrate does
 with measure_layers; every layer is encoded with these statistics; and the error of whole models in
 one format or in a mix is predicted as the budget does. `as recorded` predicts with the second
-moments as they are, `shrunk` with those of kernels/quant/shrink.py. The truth is the rel-L2 of the
+moments as they are, `shrunk` with those of kernels/quantize/shrinkage.py. The truth is the rel-L2 of the
 model's output at the kept calls of other runs: other prompts, other noise.
 """
 
@@ -26,12 +26,12 @@ OTHERS = (501, 502, 503)
 
 
 def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
-    from frugal.kernels.quant import coding, formats
-    from frugal.kernels.quant.budget import frontier
-    from frugal.kernels.quant.calibration import from_hessian, read_calibration
-    from frugal.kernels.quant.curves import LayerCurve, stored_error
-    from frugal.kernels.quant.importance import for_outputs
-    from frugal.tests.budget_bed import TARGETS, Bench
+    from frugal.kernels.formats import codec, table
+    from frugal.kernels.quantize.budget import frontier
+    from frugal.kernels.quantize.calibration import from_hessian, read_calibration
+    from frugal.kernels.quantize.curves import LayerCurve, stored_error
+    from frugal.kernels.quantize.sensitivity import for_outputs
+    from frugal.tests.helpers.budget import TARGETS, Bench
 
     bench = Bench(seed)
     mine, other = folder / "mine.safetensors", folder / "other.safetensors"
@@ -43,9 +43,9 @@ def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
     for name in bench.layers:
         statistics, weight = known.layer(name), bench.weights[name]
         made = {target: bench.tensors(name, target) for target in TARGETS}
-        options = {target: formats.options(target, tuple(weight.shape)) for target in TARGETS}
+        options = {target: table.options(target, tuple(weight.shape)) for target in TARGETS}
         for target in TARGETS:
-            bench.decoded[name, target] = coding.decode(
+            bench.decoded[name, target] = codec.decode(
                 target, made[target], options[target], tuple(weight.shape)
             )
         hessian = statistics.hessian()
@@ -62,7 +62,7 @@ def case(seed: int, prompts: int, steps: int, folder: Path) -> list[dict]:
     shares = {way: for_outputs(known.shares.layers, curves) for way, curves in judged.items()}
     swept = frontier(judged["shrunk"], 0, importance=shares["shrunk"])
     choices = {target: dict.fromkeys(bench.layers, target) for target in TARGETS[1:]}
-    size = (bench.bytes(choices[formats.INT8]) + bench.bytes(choices[formats.W4A8])) // 2
+    size = (bench.bytes(choices[table.INT8]) + bench.bytes(choices[table.W4A8])) // 2
     choices["by the budget"] = dict(swept.at(size).choice)
 
     def predicted(way: str, choice: dict[str, str]) -> float:

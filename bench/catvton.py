@@ -146,7 +146,7 @@ class Ours:
     """'Load CatVTON' and ComfyUI's sampling."""
 
     def __init__(self, base: Path, options: argparse.Namespace, kind: str):
-        loading = importlib.import_module("frugal.nodes.tryon.loading")
+        loading = importlib.import_module("frugal.nodes.tryon.load_run")
         eight_bit = kind in ("int8", "fp8")
         dtype = ("fp16" if options.device == "cuda" else "auto") if eight_bit else kind
         quantize = kind if eight_bit else "as stored"
@@ -169,7 +169,7 @@ class Ours:
     def sample(self, given: tuple[torch.Tensor, ...], cfg: float) -> torch.Tensor:
         import comfy.sample
 
-        sampling = importlib.import_module("frugal.nodes.tryon.sampling")
+        sampling = importlib.import_module("frugal.nodes.tryon.sigmas")
         x, person, garment, mask, noise = given
         glue = importlib.import_module("frugal.nodes.tryon.glue")
         # ComfyUI scales the latents of the conditioning itself.
@@ -237,7 +237,7 @@ def enter(tree: Path, cuda: bool, torch_attention: bool) -> None:
     if cuda:
         # The test setup asks for the CPU; this comes before ComfyUI looks for a device.
         comfy.cli_args.args.cpu = False
-    importlib.import_module("frugal.nodes.tryon.sampling")
+    importlib.import_module("frugal.nodes.tryon.sigmas")
 
 
 def ask(process: subprocess.Popen, command: str = "") -> dict:

@@ -25,12 +25,12 @@ def main() -> None:
         raise SystemExit("set FRUGAL_COMFYUI_TREE to a ComfyUI folder")
     from diffusers import UNet2DConditionModel
 
-    from frugal.nodes.tryon import loading
+    from frugal.nodes.tryon import load_run
     from frugal.nodes.tryon.unet import CatVTONConfig
 
     with torch.device("meta"):
         shapes = UNet2DConditionModel(**catvton.structure(320)).state_dict()
-    tensors, config = loading.canonical_unet(shapes, "the shapes")
+    tensors, config = load_run.canonical_unet(shapes, "the shapes")
     model_config = CatVTONConfig(config)
     model_config.unet_config["num_heads"] = 8
     model_config.set_inference_dtype(torch.float16, torch.float32)

@@ -34,20 +34,20 @@ def shapes() -> dict[tuple[int, int], int]:
 
 def main() -> None:
     harness.enter("none")
-    from frugal.kernels.quant import coding, formats
+    from frugal.kernels.formats import codec, table
 
     torch.manual_seed(0)
-    targets = (formats.INT8, formats.W4A8, formats.W4A8_G64)
+    targets = (table.INT8, table.W4A8, table.W4A8_G64)
     rows, total = [], {target: {"bytes": 0, "squared": 0.0, "norm": 0.0} for target in targets}
     for shape, count in shapes().items():
         weight = torch.randn(shape)
         row = {"shape": list(shape), "count": count, "error": {}}
         for target in targets:
-            made = coding.encode(target, weight, "cpu")
-            lost = (coding.decode(target, made, None, shape) - weight).square().sum().item()
+            made = codec.encode(target, weight, "cpu")
+            lost = (codec.decode(target, made, None, shape) - weight).square().sum().item()
             norm = weight.square().sum().item()
             row["error"][target] = round((lost / norm) ** 0.5, 5)
-            total[target]["bytes"] += count * formats.stored_bytes(target, shape)
+            total[target]["bytes"] += count * table.stored_bytes(target, shape)
             total[target]["squared"] += count * lost
             total[target]["norm"] += count * norm
         rows.append(row)

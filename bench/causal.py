@@ -52,8 +52,8 @@ def measure(tree: Path, out: Path) -> None:
 def counted(folder: Path) -> list[dict]:
     import torch
 
-    from frugal.nodes.wan.causal_sampler import Job
-    from frugal.tests import causal_bed as videos
+    from frugal.nodes.causal.sampler_run import Job
+    from frugal.tests.helpers import causal as videos
 
     sigmas = torch.tensor([1.0, 0.0])
     plain = videos.load(folder)
@@ -85,7 +85,7 @@ def native_bytes(model, frames: int, sigmas) -> int:
     import comfy.samplers
     import torch
 
-    from frugal.tests import causal_bed as videos
+    from frugal.tests.helpers import causal as videos
 
     network, sizes = model.model.diffusion_model, []
     make = network.init_kv_caches
@@ -110,8 +110,8 @@ def native_bytes(model, frames: int, sigmas) -> int:
 
 def rounding(folder: Path) -> dict[str, dict[str, float]]:
     """Relative L2 error of 8 bit pages: of keys and values, and of the video of 24 frames."""
-    from frugal.nodes.wan.causal_sampler import Job
-    from frugal.tests import causal_bed as videos
+    from frugal.nodes.causal.sampler_run import Job
+    from frugal.tests.helpers import causal as videos
 
     plain, found = videos.load(folder), {}
     exact = videos.make(videos.causal(plain, window=WINDOW), 24, BLOCK)
@@ -128,7 +128,7 @@ def rounding(folder: Path) -> dict[str, dict[str, float]]:
 def arithmetic() -> list[dict]:
     import torch
 
-    from frugal.kernels.kv.storage import PageFormat
+    from frugal.kernels.causal.storage import PageFormat
 
     rows = []
     for name, (layers, heads, tokens) in SIZES.items():

@@ -52,7 +52,7 @@ def now() -> float:
 
 def config(size: str):
     from frugal.kernels.checkpoints.wan_shapes import WanConfig
-    from frugal.kernels.plan.fit import WAN
+    from frugal.kernels.memory.fit import WAN
 
     if size == "tiny":
         return WanConfig(dim=256, ffn_dim=512, layers=2, in_dim=16, out_dim=16)
@@ -115,15 +115,15 @@ def sampled(patcher, sampler, frames: int, side: tuple[int, int], clock: Clock |
 def ours(size: str, options: dict, frames: int, side: tuple[int, int]) -> dict:
     import comfy.samplers
 
-    from frugal.kernels.kv.options import CacheOptions
-    from frugal.nodes.wan import causal_model, causal_sampler
+    from frugal.kernels.causal.options import CacheOptions
+    from frugal.nodes.causal import model_run, sampler_run
 
     chosen = CacheOptions(window=WINDOW, sink=SINK, **({"relative": True} | options))
-    patcher = causal_model.make_causal(model(size), chosen, 5.0)[0]
+    patcher = model_run.make_causal(model(size), chosen, 5.0)[0]
     clock = Clock()
-    job = causal_sampler.Job(live=clock)  # pyright: ignore
+    job = sampler_run.Job(live=clock)  # pyright: ignore
     sampler = comfy.samplers.KSAMPLER(
-        causal_sampler.sample_causal, {"frames_per_block": BLOCK, "job": job}
+        sampler_run.sample_causal, {"frames_per_block": BLOCK, "job": job}
     )
     row = sampled(patcher, sampler, frames, side, clock)
     row["pool_peak_bytes"] = job.cache.pool.peak_bytes
@@ -138,7 +138,7 @@ def ours(size: str, options: dict, frames: int, side: tuple[int, int]) -> dict:
 
 def formula(size: str, cache, frames: int, side: tuple[int, int]) -> int | None:
     """Weights, pages on the device, one layer gathered in the compute type, one block's forward."""
-    from frugal.kernels.plan.fit import PEAK_PER_TOKEN, wan_bytes
+    from frugal.kernels.memory.fit import PEAK_PER_TOKEN, wan_bytes
 
     per_token = PEAK_PER_TOKEN.get(config(size).dim)
     if per_token is None:

@@ -198,8 +198,8 @@ def main(results: Path, tree: Path) -> None:
     harness.enter("none")
     import ray
 
-    from frugal.kernels.remote.fleet.client import FleetClient
-    from frugal.tests.fleet_process import fleet_process
+    from frugal.servers.fleet.client import FleetClient
+    from frugal.tests.helpers.fleet_process import fleet_process
 
     with tempfile.TemporaryDirectory(prefix="frugal-fleet-") as place:
         folder = Path(place)

@@ -1,5 +1,5 @@
 """Output error of calibrated weights against rounding and against GGUF's formats, on synthetic
-layers whose inputs are correlated and have outlier channels (tests/quant_bed.py).
+layers whose inputs are correlated and have outlier channels (tests/helpers/quantize.py).
 
     python bench/gptq.py            all tables, written to bench/results/gptq.json
     python bench/gptq.py formats    one of: formats, steps, few, sketch
@@ -23,21 +23,22 @@ import torch
 RESULTS = harness.RESULTS / "gptq.json"
 harness.enter("none")
 
-from frugal.kernels.quant import coding, formats, gptq, grids, shrink  # noqa: E402
-from frugal.kernels.quant.calibration import from_hessian, statistics_of  # noqa: E402
-from frugal.kernels.quant.curves import stored_error  # noqa: E402
-from frugal.kernels.quant.moments import Gatherer  # noqa: E402
-from frugal.tests.quant_bed import Layer, layer, output_error  # noqa: E402
+from frugal.kernels.formats import codec, table  # noqa: E402
+from frugal.kernels.quantize import gptq, grids, shrinkage  # noqa: E402
+from frugal.kernels.quantize.calibration import from_hessian, statistics_of  # noqa: E402
+from frugal.kernels.quantize.curves import stored_error  # noqa: E402
+from frugal.kernels.quantize.moments import Gatherer  # noqa: E402
+from frugal.tests.helpers.quantize import Layer, layer, output_error  # noqa: E402
 
-SOLVED = [target for target in formats.TARGETS if target != formats.BF16]
+SOLVED = [target for target in table.TARGETS if target != table.BF16]
 SEEDS = (101, 102, 103)
 PACKAGED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 
 def held(bed: Layer, target: str, statistics=None) -> torch.Tensor:
     shape = tuple(bed.weight.shape)
-    made = coding.encode(target, bed.weight, "cpu", statistics=statistics)
-    return coding.decode(target, made, None, shape)
+    made = codec.encode(target, bed.weight, "cpu", statistics=statistics)
+    return codec.decode(target, made, None, shape)
 
 
 def error(bed: Layer, weight: torch.Tensor) -> float:
@@ -106,7 +107,7 @@ def table_formats() -> dict:
         bed = layer(seed)
         statistics = statistics_of("layer", bed.seen)
         for target in SOLVED:
-            size = formats.stored_bytes(target, tuple(bed.weight.shape)) / bed.weight.numel()
+            size = table.stored_bytes(target, tuple(bed.weight.shape)) / bed.weight.numel()
             note(f"{target}, nearest", size, error(bed, held(bed, target)))
             started = time.perf_counter()
             note(f"{target}, calibrated", size, error(bed, held(bed, target, statistics)))
@@ -136,7 +137,7 @@ def table_steps() -> dict:
             bed = layer(seed, out=384)
             for name, kind in kinds.items():
                 gptq._order, grids.E4M3_STEPS, grids.RANGE_PARTS, gptq.SWEEPS = kind
-                for target in (formats.W4A8, formats.AWQ):
+                for target in (table.W4A8, table.AWQ):
                     value = error(bed, held(bed, target, statistics_of("layer", bed.seen)))
                     found.setdefault(target, {}).setdefault(name, []).append(round(value, 5))
     finally:
@@ -149,7 +150,7 @@ def table_few() -> dict:
     nothing to be learnt. And the error over what is predicted of it: judged by the inputs as they
     are, and by what was solved with.
     """
-    target, found = formats.W4A8_G64, {}
+    target, found = table.W4A8_G64, {}
     for kind in ("correlated", "white"):
         bed = layer(SEEDS[0], out=64, inside=512, seen=2048, held_out=1024)
         if kind == "white":
@@ -163,14 +164,14 @@ def table_few() -> dict:
             seen = bed.seen[:rows]
             hessian = seen.t() @ seen / rows
             ways = {"as it is": 0, "shrunk": rows}
-            entry = {"shrinkage": round(shrink.shrinkage(hessian, rows), 3)}
+            entry = {"shrinkage": round(shrinkage.shrinkage(hessian, rows), 3)}
             for name, count in ways.items():
                 weight = held(bed, target, from_hessian(f"{kind}{rows}{name}", hessian, count))
                 entry[name] = round(error(bed, weight) / nearest, 3)
             for name, count in (("over seen", 0), ("over solved with", rows)):
                 judged = from_hessian(f"{kind}{rows}{name}", hessian, count)
                 tensors = {"weight": weight}
-                told = stored_error("layer", formats.BF16, bed.weight, tensors, {}, judged)
+                told = stored_error("layer", table.BF16, bed.weight, tensors, {}, judged)
                 entry[name] = round(error(bed, weight) / told.relative, 3)
             found[f"{kind}, {rows / 512:g}"] = entry
     return found
@@ -179,15 +180,15 @@ def table_few() -> dict:
 def table_sketch() -> dict:
     """Errors of W4A8 with statistics kept in fewer columns; half as many directions are stored."""
     bed = layer(SEEDS[0], out=192)
-    found = {"nearest": round(error(bed, held(bed, formats.W4A8)), 5)}
+    found = {"nearest": round(error(bed, held(bed, table.W4A8)), 5)}
     for columns in (32, 128, 256, 512, 1000, 1024):
         gatherer = Gatherer(1024, columns)
         gatherer.add(bed.seen)
         moment = gatherer.moment("layer")
         statistics = from_hessian("layer", moment.dense(), moment.rows)
-        found[str(columns)] = round(error(bed, held(bed, formats.W4A8, statistics)), 5)
+        found[str(columns)] = round(error(bed, held(bed, table.W4A8, statistics)), 5)
     diagonal = torch.diag(bed.seen.square().mean(0))
-    found["diagonal"] = round(error(bed, held(bed, formats.W4A8, from_hessian("d", diagonal))), 5)
+    found["diagonal"] = round(error(bed, held(bed, table.W4A8, from_hessian("d", diagonal))), 5)
     return found
 
 

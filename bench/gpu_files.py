@@ -28,7 +28,7 @@ def device() -> Any:
 
 def config(name: str, tiny: bool) -> Any:
     """A configuration of `fit.WAN`, or the same kind of model cut down to two layers."""
-    from frugal.kernels.plan.fit import WAN
+    from frugal.kernels.memory.fit import WAN
 
     found = WAN[name]
     return replace(found, dim=256, ffn_dim=512, layers=2) if tiny else found
@@ -62,7 +62,7 @@ def wan(path: Path, name: str, target: str, tiny: bool) -> Path:
 
     from frugal.demo.tiny_wan import save
     from frugal.kernels.checkpoints.wan_shapes import parameters
-    from frugal.kernels.quant.coding import encode
+    from frugal.kernels.formats.codec import encode
 
     where = device()
     make = torch.Generator(where).manual_seed(1)
@@ -162,7 +162,7 @@ def main() -> None:
         catvton(given.models, given.tiny)
         return
     harness.enter("none")
-    from frugal.kernels.quant.compiled import follow_comfyui
+    from frugal.kernels.quantize.compiled import follow_comfyui
 
     follow_comfyui()
     wan_around(given.models, given.tiny)

@@ -55,8 +55,8 @@ class Bench:
 
     def __init__(self, folder: Path):
         from frugal.kernels.checkpoints.wan_shapes import WanConfig
-        from frugal.tests import lora_bed
-        from frugal.tests import wan_bed as bed
+        from frugal.tests.helpers import lora as lora_bed
+        from frugal.tests.helpers import wan as bed
 
         self.bed, self.side, self.folder = bed, lora_bed, folder
         self.config = WanConfig(dim=512, ffn_dim=1024, layers=2, in_dim=16, out_dim=16)
@@ -93,7 +93,7 @@ class Bench:
     def load(self, label: str):
         import torch
 
-        from frugal.nodes.wan import glue
+        from frugal.nodes.wan import load_run
 
         bed = self.bed
         made = {
@@ -105,8 +105,8 @@ class Bench:
         }
         tensors, metadata = made.get(label, lambda: (self.source, {}))()
         path = bed.write(self.folder / "wan.safetensors", tensors, metadata)
-        choice = label if label in QUANTISED else glue.AS_STORED
-        return glue.load_wan(path, quantize=choice)[0]
+        choice = label if label in QUANTISED else load_run.AS_STORED
+        return load_run.load_wan(path, quantize=choice)[0]
 
     def apply(self, way: str, model):
         """The model with both LoRAs; None where this ComfyUI has no such way."""
@@ -156,7 +156,7 @@ class Bench:
     def row(self, label: str) -> dict[str, dict[str, float] | None]:
         import comfy.model_management
 
-        from frugal.tests.wan_checks import loaded_weights
+        from frugal.tests.helpers.wan_checks import loaded_weights
 
         base = self.load(label)
         wanted, possible = self.reference(self.source), self.reference(loaded_weights(base))

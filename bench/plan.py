@@ -52,18 +52,18 @@ def grid() -> list[dict]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from frugal.kernels.plan import pieces
-    from frugal.kernels.plan.memory import Switches
-    from frugal.kernels.plan.trace import trace
-    from frugal.nodes.plan import meta
-    from frugal.tests.memory_bed import allocator_peak
+    from frugal.kernels.memory import chunks
+    from frugal.kernels.memory.plan import Switches
+    from frugal.kernels.memory.trace import trace
+    from frugal.nodes.memory import meta_models
+    from frugal.tests.helpers.memory import allocator_peak
 
     # Tiny sequences have few tiles of the usual size, and a text of the usual length is larger.
-    pieces.ROWS, meta.TEXT_TOKENS, meta.IMAGE_TOKENS = 32, 64, 32
+    chunks.ROWS, meta_models.TEXT_TOKENS, meta_models.IMAGE_TOKENS = 32, 64, 32
     cpu, rows = torch.device("cpu"), []
     override = {"optimized_attention_override": lambda _, *a, **k: attention_pytorch(*a, **k)}
     for name, (dim, ffn, image) in MODELS.items():
-        peaks = meta.ForwardPeaks(
+        peaks = meta_models.ForwardPeaks(
             shape_of(dim, ffn, dim // 128, 2, image, torch.float32), torch.device("cpu")
         )
         for switches in (Switches(), Switches(False, PIECES, PIECES)):
@@ -71,13 +71,13 @@ def grid() -> list[dict]:
             for parameter in model.parameters():
                 parameter.data.normal_(0, 0.02)
             for latent, batch in GRID:
-                make = meta.inputs(model, batch, latent, torch.float32, cpu)
+                make = meta_models.inputs(model, batch, latent, torch.float32, cpu)
 
                 def call(model=model, make=make):
                     return model(**make() | {"transformer_options": dict(override)})
 
                 predicted = peaks.of(batch, latent, switches)
-                counted = trace(call, decomposed=meta.kernels(cpu)[0]).peak
+                counted = trace(call, decomposed=meta_models.kernels(cpu)[0]).peak
                 rows.append(
                     {
                         "model": name, "latent": latent, "batch": batch,
@@ -95,10 +95,10 @@ def whole_runs() -> list[dict]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from frugal.kernels.plan.memory import LATENT_COPIES, Switches, latent_bytes
-    from frugal.nodes.plan import meta
-    from frugal.tests import wan_bed as bed
-    from frugal.tests.memory_bed import allocator_peak
+    from frugal.kernels.memory.plan import LATENT_COPIES, Switches, latent_bytes
+    from frugal.nodes.memory import meta_models
+    from frugal.tests.helpers import wan as bed
+    from frugal.tests.helpers.memory import allocator_peak
 
     state = {name: value.float() for name, value in bed.weights().items()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
@@ -106,7 +106,7 @@ def whole_runs() -> list[dict]:
     )
     options = patcher.model_options["transformer_options"]
     options["optimized_attention_override"] = lambda _, *a, **k: attention_pytorch(*a, **k)
-    peaks = meta.ForwardPeaks(patcher.model, torch.device("cpu"))
+    peaks = meta_models.ForwardPeaks(patcher.model, torch.device("cpu"))
     prompt = [[torch.zeros(1, 512, 4096), {}]]
     rows = []
     for latent in ((3, 24, 24), (3, 40, 40)):
@@ -129,14 +129,14 @@ def whole_runs() -> list[dict]:
 def real_sizes() -> list[dict]:
     import torch
 
-    from frugal.kernels.plan.memory import Job, Switches
-    from frugal.nodes.plan import meta
+    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.nodes.memory import meta_models
 
     rows = []
     for name, shape in REAL.items():
         model = shape_of(*shape, torch.bfloat16)
         for label, size in SIZES.items():
-            peaks = meta.ForwardPeaks(model, torch.device("cpu"))
+            peaks = meta_models.ForwardPeaks(model, torch.device("cpu"))
             row = {"model": name, "size": label, "peaks": {}, "cpu_seconds": []}
             for text, switches in (
                 ("both conditions", Switches()),
@@ -157,17 +157,17 @@ def example(picture: str, tree: str) -> None:
     import torch
     from PIL import Image
 
-    from frugal.kernels.plan import fit, memory, memory_picture
-    from frugal.nodes.plan import meta
+    from frugal.kernels.memory import fit, plan as memory, plan_picture
+    from frugal.nodes.memory import meta_models
 
     job = memory.Job(*SIZES["480p"], 81)
-    peaks = meta.ForwardPeaks(shape_of(*REAL["14B I2V"], torch.bfloat16), torch.device("cpu"))
+    peaks = meta_models.ForwardPeaks(shape_of(*REAL["14B I2V"], torch.bfloat16), torch.device("cpu"))
     with torch.device("meta"):
         model = comfy.ldm.wan.vae.WanVAE(
             dim=96, z_dim=16, temperal_downsample=[False, True, True]
         ).to(torch.bfloat16)
     vae = SimpleNamespace(first_stage_model=model, latent_channels=16, vae_dtype=torch.bfloat16)
-    *works, how = meta.decoded(vae, job.latent)
+    *works, how = meta_models.decoded(vae, job.latent)
     held = sum(parameter.nbytes for parameter in model.parameters())
     encoder = memory.Phase(
         memory.TEXT,
@@ -190,7 +190,7 @@ def example(picture: str, tree: str) -> None:
         )  # fmt: skip
         print(plan.text(), end="\n\n")
         if form == "int8":
-            Image.fromarray(memory_picture.picture(plan)).save(picture)
+            Image.fromarray(plan_picture.picture(plan)).save(picture)
 
 
 def measure(tree: str) -> dict:

@@ -38,13 +38,13 @@ def causal_runs() -> list[dict]:
 
     import torch
 
-    from frugal.kernels.plan.memory import CAUSAL_KV, LATENTS, WORK, Job
-    from frugal.kernels.plan.trace import trace
-    from frugal.nodes.plan import meta, planning
-    from frugal.tests import causal_bed as videos
-    from frugal.tests.memory_bed import allocator_peak
+    from frugal.kernels.memory.plan import CAUSAL_KV, LATENTS, WORK, Job
+    from frugal.kernels.memory.trace import trace
+    from frugal.nodes.memory import meta_models, memory_plan_run
+    from frugal.tests.helpers import causal as videos
+    from frugal.tests.helpers.memory import allocator_peak
 
-    meta.TEXT_TOKENS, rows = videos.WORDS, []
+    meta_models.TEXT_TOKENS, rows = videos.WORDS, []
     with tempfile.TemporaryDirectory() as folder:
         plain = videos.load(Path(folder))
     videos.fused(plain)
@@ -52,7 +52,7 @@ def causal_runs() -> list[dict]:
         for cfg in (1.0, 3.0):
             model = videos.causal(plain, **options)
             job = Job(*(8 * SIDE,) * 2, 4 * FRAMES - 3, 1, cfg != 1)
-            found, peaks = planning.plan_of(model, job, 0, block=BLOCK)
+            found, peaks = memory_plan_run.plan_of(model, job, 0, block=BLOCK)
             parts = found.phases[0].parts
             memory = peaks.memory(job.batch, job.latent)
             # On a CPU main memory and the device's are one, and so both are counted.
@@ -67,7 +67,7 @@ def causal_runs() -> list[dict]:
                     "forward": parts[WORK], "pages": parts[CAUSAL_KV], "latents": parts[LATENTS],
                     "pages in main memory": host,
                     "predicted": parts[WORK] + parts[CAUSAL_KV] + parts[LATENTS] + host,
-                    "counted": trace(call, decomposed=meta.kernels(torch.device("cpu"))[0]).peak,
+                    "counted": trace(call, decomposed=meta_models.kernels(torch.device("cpu"))[0]).peak,
                     "allocator": allocator_peak(call),
                 }
             )  # fmt: skip
@@ -78,16 +78,16 @@ def causal_sizes() -> list[dict]:
     """Plans of causal models of real size: a minute at 480p, guided, window 21, sink 3."""
     import torch
 
-    from frugal.kernels.kv.options import CacheOptions
-    from frugal.kernels.plan.memory import Job, Switches
-    from frugal.nodes.plan import causal
+    from frugal.kernels.causal.options import CacheOptions
+    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.nodes.memory import causal_trace
 
     rows = []
     for name, shape in plan.REAL.items():
         model = plan.shape_of(*shape, torch.bfloat16)
         for label, options in REAL.items():
             job = Job(*plan.SIZES["480p"], 961, block=3)
-            peaks = causal.peaks_of(
+            peaks = causal_trace.peaks_of(
                 model, torch.device("cpu"), CacheOptions(21, 3, relative=True, **options), job
             )
             memory = peaks.memory(1, job.latent)
@@ -114,17 +114,17 @@ def peak_parts() -> list[dict]:
     """81 frames, one condition; on a card with fused kernels and without."""
     import torch
 
-    from frugal.kernels.plan.memory import Job, Switches
-    from frugal.nodes.plan import facts, meta
+    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.nodes.memory import doctor_run, meta_models
 
-    rows, rotation = [], facts.eager_rotation
+    rows, rotation = [], doctor_run.eager_rotation
     for name, shape in plan.REAL.items():
         model = plan.shape_of(*shape, torch.bfloat16)
         for device in ("cpu", "cuda"):
             # A card computes the rotation in a kernel of its own, which cannot be asked here.
-            facts.eager_rotation = rotation if device == "cpu" else lambda _: None
-            peaks = meta.ForwardPeaks(model, torch.device(device))
-            facts.eager_rotation = rotation
+            doctor_run.eager_rotation = rotation if device == "cpu" else lambda _: None
+            peaks = meta_models.ForwardPeaks(model, torch.device(device))
+            doctor_run.eager_rotation = rotation
             found = {}
             for pieces in (1, 2, 4, 8):
                 for groups in (1, 2, 4, 8):

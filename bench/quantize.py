@@ -43,7 +43,7 @@ def write_source(path: Path, blocks: int) -> None:
 
     from frugal.kernels.checkpoints.header import TensorInfo
     from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
-    from frugal.kernels.quant.writer import arranged, header_bytes
+    from frugal.kernels.quantize.writer import arranged, header_bytes
 
     config = WanConfig(dim=5120, ffn_dim=13824, layers=blocks, in_dim=16, out_dim=16)
     table = parameters(config)
@@ -69,11 +69,11 @@ def once(who: str, source: str, target: str, out: str) -> dict:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from frugal.kernels.quant import coding
-    from frugal.kernels.quant.convert import convert, uniform
-    from frugal.kernels.quant.weights import Weights
+    from frugal.kernels.formats import codec
+    from frugal.kernels.quantize.convert import convert, uniform
+    from frugal.kernels.quantize.weights import Weights
 
-    coding.encode(target, torch.randn(64, 256), "cpu")
+    codec.encode(target, torch.randn(64, 256), "cpu")
     highest, done = [0], threading.Event()
 
     def watch() -> None:
@@ -105,7 +105,7 @@ def once(who: str, source: str, target: str, out: str) -> dict:
                 continue
             tensor = tensor.clone() if who == "rounding" else tensor
             clocks = [time.perf_counter(), time.process_time()]
-            parts = coding.encode(target, tensor, "cpu")
+            parts = codec.encode(target, tensor, "cpu")
             rounding[0] += time.perf_counter() - clocks[0]
             rounding[1] += time.process_time() - clocks[1]
             if who == "in memory":

@@ -3,7 +3,7 @@
     python bench/step_cache.py COMFYUI_FOLDER RESULT.json [--figures 2] [--steps 30]
 
 "flow": relative error against all 50 steps on eight flows whose velocity is known in closed form
-(tests/flow_bed.py; EasyCache there is its rule, which a test compares with the node call by call).
+(tests/helpers/flows.py; EasyCache there is its rule, which a test compares with the node call by call).
 Each cache gets the threshold, by bisection, that makes most calls of at most the given number.
 "tryon": the demo's trained try-on network in ComfyUI, euler, cfg 2.5, for held-out figures. Each
 way is swept over thresholds (or steps), which gives rows of threshold, model calls and the peak
@@ -34,7 +34,7 @@ def enter(tree: str) -> None:
 def flows() -> dict:
     """Calls -> way -> relative error of each of eight flows."""
     from frugal.kernels.sampling.step_cache import StepCache, StepCacheSettings
-    from frugal.tests import flow_bed as bed
+    from frugal.tests.helpers import flows as bed
 
     steps = FLOW_STEPS
     start, end = bed.percent(0.15), bed.percent(0.95)
@@ -151,7 +151,7 @@ def tryon(figures: int, steps: int) -> list[dict]:
     import comfy.utils
 
     from frugal.demo.layout import MODELS
-    from frugal.nodes.tryon.loading import load_catvton
+    from frugal.nodes.tryon.load_run import load_catvton
 
     base = MODELS / "diffusion_models" / "frugal_demo_tryon_base.safetensors"
     attention = MODELS / "CatVTON" / "frugal_demo_tryon_attention.safetensors"

@@ -86,14 +86,14 @@ def model_of(size: tuple[int, ...], device):
 
 
 def prepared(model: Any, way: str, reports: list) -> Any:
-    from frugal.nodes.sampling import attention, compile_run
+    from frugal.nodes.sampling import attention_run, compile_run
 
     if way == "core":
         from comfy_extras.nodes_torch_compile import TorchCompileModel
 
         return TorchCompileModel.execute(model, "inductor").args[0]
     if "attention" in way:
-        model = attention.apply(model)
+        model = attention_run.apply(model)
     if "compiled" in way:
         model = compile_run.apply(model, reports.append)
     return model.clone()

@@ -58,22 +58,23 @@ def measure(tree: Path, out: Path) -> None:
 def row(config, folder: Path) -> dict:
     import torch
 
-    from frugal.nodes.wan import context_cache, glue
-    from frugal.tests import context_bed as runs
-    from frugal.tests import wan_bed as bed
+    from frugal.nodes.memory import cross_kv_run
+    from frugal.nodes.wan import load_run
+    from frugal.tests.helpers import cross_kv as runs
+    from frugal.tests.helpers import wan as bed
 
     runs.ROWS = ROWS
     path = bed.write(folder / "wan.safetensors", bed.base(bed.weights(config), torch.float32)[0])
     with torch.inference_mode():
-        stock = glue.load_wan(path, "fp32")[0]
+        stock = load_run.load_wan(path, "fp32")[0]
     prompts = [
         [[runs.text(seed, WORDS), dict(runs.image() if config.image else {})]] for seed in (5, 6)
     ]
     reports: dict[str, list] = {way: [] for way in WAYS[1:]}
     models = {"stock": stock}
     for way, fp8 in zip(WAYS[1:], (False, True), strict=True):
-        options = context_cache.Options(fp8=fp8)
-        models[way], plan = context_cache.apply(stock, options, reports[way].append)
+        options = cross_kv_run.Options(fp8=fp8)
+        models[way], plan = cross_kv_run.apply(stock, options, reports[way].append)
     latents = {way: runs.sample(model, prompts) for way, model in models.items()}
     found: dict = {
         "share of block weights": plan.share,
@@ -108,7 +109,7 @@ def row(config, folder: Path) -> dict:
 
 def steps(model, prompts) -> list[float]:
     """Seconds of every step but the first."""
-    from frugal.tests import context_bed as runs
+    from frugal.tests.helpers import cross_kv as runs
 
     marks: list[float] = []
     runs.sample(model, prompts, lambda *_: marks.append(time.perf_counter()))

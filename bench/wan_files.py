@@ -22,9 +22,9 @@ def measure(tree: Path, out: Path) -> None:
     import comfy.sd
     import torch
 
-    from frugal.nodes.wan import glue
-    from frugal.tests import wan_bed as bed
-    from frugal.tests.native_bed import tolerance
+    from frugal.nodes.wan import load_run
+    from frugal.tests.helpers import wan as bed
+    from frugal.tests.helpers.native_formats import tolerance
 
     logging.disable(logging.CRITICAL)
     given = bed.inputs()
@@ -53,7 +53,7 @@ def measure(tree: Path, out: Path) -> None:
             expected = reference(meant)
             rows[label] = {
                 "native": outcome(lambda p=path: comfy.sd.load_diffusion_model(str(p)), expected),
-                "pack": outcome(lambda p=path: glue.load_wan(p)[0], expected),
+                "pack": outcome(lambda p=path: load_run.load_wan(p)[0], expected),
                 "tolerance": tolerance(label),
             }
     result = {"tree": tree.name, "torch": torch.__version__, "device": "cpu", "rows": rows}

@@ -47,7 +47,7 @@ def write_all(folder: Path) -> dict[str, list[str]]:
     import torch
 
     from frugal.kernels.checkpoints.wan_shapes import WanConfig, parameters
-    from frugal.tests import wan_bed as bed
+    from frugal.tests.helpers import wan as bed
 
     config = WanConfig(dim=5120, ffn_dim=13824, layers=BLOCKS, in_dim=16, out_dim=16)
     table = parameters(config)
@@ -133,7 +133,7 @@ def load_once(tree: str, who: str, path: str, quantize: str, weight_dtype: str) 
     import comfy.sd
     import torch
 
-    from frugal.nodes.wan import glue
+    from frugal.nodes.wan import load_run
 
     comfy.model_management.should_use_fp16 = lambda *_, **__: True
     logging.disable(logging.CRITICAL)
@@ -151,7 +151,7 @@ def load_once(tree: str, who: str, path: str, quantize: str, weight_dtype: str) 
             if who == "native":
                 patcher = comfy.sd.load_diffusion_model(path)
             else:
-                patcher = glue.load_wan(Path(path), weight_dtype, quantize)[0]
+                patcher = load_run.load_wan(Path(path), weight_dtype, quantize)[0]
             seconds, after = time.perf_counter() - started, own_memory()
         finally:
             # A refusal must end the process: it waits for its threads.

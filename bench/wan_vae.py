@@ -57,14 +57,14 @@ def equal(tree: str, kind: str) -> dict:
     harness.enter(tree)
     import torch
 
-    from frugal.nodes.wan import vae_decode
+    from frugal.nodes.vae import decode_run
 
     vae = tiny_vae(getattr(torch, kind))
     same = []
     with torch.inference_mode():
         for frames in EQUAL[kind]:
             given = latent(frames, 1)
-            images, _ = vae_decode.to_images(vae, given, 0, 0)
+            images, _ = decode_run.to_images(vae, given, 0, 0)
             same.append(torch.equal(images, vae.decode(given["samples"])[0]))
     return {"dtype": kind, "clips": len(same), "equal": sum(same)}
 
@@ -81,7 +81,7 @@ def decode(tree: str, who: str, frames: str) -> dict:
     import folder_paths
     import torch
 
-    from frugal.nodes.wan import vae_decode
+    from frugal.nodes.vae import decode_run
 
     vae = tiny_vae(torch.float32)
     highest, done = [0], threading.Event()
@@ -93,8 +93,8 @@ def decode(tree: str, who: str, frames: str) -> dict:
             if who == "core":
                 return vae.decode(given["samples"])
             if who == "images":
-                return vae_decode.to_images(vae, given, 0, 0)
-            return vae_decode.to_files(vae, given, "a", 16.0, "MP4 (H.264)", "good", 0, 0, {})
+                return decode_run.to_images(vae, given, 0, 0)
+            return decode_run.to_files(vae, given, "a", 16.0, "MP4 (H.264)", "good", 0, 0, {})
 
         def watch() -> None:
             while not done.wait(0.005):

@@ -23,12 +23,12 @@ CAUSAL_KEY = "frugal.causal"
 # Entries of transformer_options: what a causal run will need, and the run itself while it lasts.
 CAUSAL_NEEDS_KEY, CAUSAL_RUN_KEY = f"{CAUSAL_KEY}.needs", f"{CAUSAL_KEY}.run"
 # Wrapper of a MODEL whose cross-attention is computed once per prompt, and its attachment with what
-# that keeps (kernels.wan.context_report.ContextPlan).
+# that keeps (kernels.memory.cross_kv_report.ContextPlan).
 CONTEXT_KEY = "frugal.constant_context"
 # OUTER_SAMPLE wrapper of a MODEL that is two experts; has attributes `high` and `low`, MODELs, and
 # a method `changed`, see `for_each_expert`.
 EXPERTS_KEY = "frugal.two_experts"
-# Attachment of a planned MODEL (kernels.plan.in_force.PlanInForce), and key of its wrappers.
+# Attachment of a planned MODEL (kernels.memory.active_plan.PlanInForce), and key of its wrappers.
 PLAN_KEY = "frugal.memory_plan"
 # Entry of transformer_options through which ComfyUI lets its attention be replaced.
 ATTENTION_OVERRIDE = "optimized_attention_override"

@@ -7,7 +7,7 @@ from typing import Any
 
 import comfy.quant_ops
 
-from ..kernels.plan.doctor import Backend
+from ..kernels.memory.doctor import Backend
 
 
 def kitchen_backends() -> dict[str, Backend]:

@@ -6,7 +6,7 @@ import sys
 
 import comfy.model_management
 
-from ..kernels.plan import retry
+from ..kernels import retry
 
 WINDOWS = sys.platform == "win32"
 

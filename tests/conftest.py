@@ -79,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rounding-by-shape",
         type=int,
         metavar="SEED",
-        help="matrix products of other shapes round otherwise; see tests/rounding_by_shape.py",
+        help="matrix products of other shapes round otherwise; see tests/helpers/rounding_by_shape.py",
     )
 
 
@@ -87,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if (seed := config.getoption("--rounding-by-shape")) is not None:
         # Servers that tests start read it too.
         os.environ["FRUGAL_ROUNDING_BY_SHAPE"] = str(seed)
-        importlib.import_module("frugal.tests.rounding_by_shape")
+        importlib.import_module("frugal.tests.helpers.rounding_by_shape")
 
 
 register_pack()
@@ -130,7 +130,7 @@ def comfy_tree() -> Path:
 @pytest.fixture(scope="session")
 def sockets(tmp_path_factory: pytest.TempPathFactory):
     """The socket calls of the shared server from its start on."""
-    from frugal.tests.bed.sockets import SocketLog
+    from frugal.tests.helpers.sockets import SocketLog
 
     return SocketLog(tmp_path_factory.mktemp("sockets"))
 

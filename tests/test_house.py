@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.tests.bed.tracked import tracked_or_skip
+from frugal.tests.helpers.tracked import tracked_or_skip
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {

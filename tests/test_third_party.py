@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from frugal.tests.bed.patience import HANG
-from frugal.tests.bed.tracked import tracked_or_skip
+from frugal.tests.helpers.patience import HANG
+from frugal.tests.helpers.tracked import tracked_or_skip
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {

@@ -1,5 +1,5 @@
 """Attention: one public function, backends with declared constraints, a choice by measurement."""
 
-from .choose import AUTO, Chooser, attention
+from .selector import AUTO, Chooser, attention
 
 __all__ = ["AUTO", "Chooser", "attention"]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant.gguf_blocks import TYPES
+from ..formats.gguf_blocks import TYPES
 from .header import DOWNLOAD, MAX_TENSORS, TensorInfo
 
 SUFFIX = ".gguf"

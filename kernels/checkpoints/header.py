@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant.gguf_blocks import TYPES
+from ..formats.gguf_blocks import TYPES
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 8

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant import scale_grid
-from ..quant.packed_int import W4A16, PackedSpec
+from ..formats import block_scales
+from ..formats.packed_int import W4A16, PackedSpec
 from .header import TensorInfo
 
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
@@ -349,14 +349,14 @@ def _check_grid(
         "tensorwise": one,
         "rowwise": grid == ROW or (one and shape[0] == 1),
         "block3d": grid == BLOCK,
-        "blockwise": scale.shape == scale_grid.squares(shape)
-        and options.get("group_size", scale_grid.SQUARE) == scale_grid.SQUARE,
+        "blockwise": scale.shape == block_scales.squares(shape)
+        and options.get("group_size", block_scales.SQUARE) == block_scales.SQUARE,
     }
     if not fits[kind]:
         raise FrugalError(
             f"{where} declares fp8 {kind} and has scales of shape {list(scale.shape)}",
             f"one scale, {[shape[0], 1]} for rowwise, {[shape[0], 'groups']} for block3d, or "
-            f"{list(scale_grid.squares(shape))} for blockwise with squares of {scale_grid.SQUARE}",
+            f"{list(block_scales.squares(shape))} for blockwise with squares of {block_scales.SQUARE}",
             "convert the model again with one scale per row",
         )
 
@@ -364,13 +364,13 @@ def _check_grid(
 def _float8_grid(where: str, scale: TensorInfo, shape: tuple[int, int]) -> str:
     """What one scale of fp8 weights serves; refuses shapes of no known grid."""
     flat = scale.shape[:-1] if len(scale.shape) == 3 and scale.shape[-1] == 1 else scale.shape
-    if scale.dtype in FLOATS and scale_grid.is_grid(flat, shape):
+    if scale.dtype in FLOATS and block_scales.is_grid(flat, shape):
         return BLOCK
     if len(scale.shape) == 2 and scale.numel > 1 and scale.shape[1] > 1:
         raise FrugalError(
             f"{where} has fp8 scales of shape {list(scale.shape)}",
             f"a scalar, one per row, [{shape[0]}, groups that divide {shape[1]}] or "
-            f"{list(scale_grid.squares(shape))} for squares of 128",
+            f"{list(block_scales.squares(shape))} for squares of 128",
             "use a file with one scale per tensor, row or block",
         )
     return ROW if _rows(where, scale, shape) else ONE

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant.packed_int import W4A16, PackedWeight
+from ..formats.packed_int import W4A16, PackedWeight
 from .layouts import BLOCK, FLOAT8, MXFP8, NVFP4, W4A4, LayerLayout
 from .packed import check_packed, from_lightx2v
-from .plan import Plan
+from .resolve import Plan
 
 E5M2, E4M3 = "float8_e5m2", "float8_e4m3fn"
 Quantise = Callable[[torch.Tensor, LayerLayout], Mapping[str, torch.Tensor]]

@@ -16,16 +16,8 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant.gguf_blocks import TYPES, largest
-from ..quant.packed_int import (
-    AWQ,
-    GGUF,
-    GPTQ,
-    PackedSpec,
-    PackedWeight,
-    dequantise,
-    stored_zero_points,
-)
+from ..formats.gguf_blocks import TYPES, largest
+from ..formats.packed_int import AWQ, GGUF, GPTQ, PackedSpec, PackedWeight, dequantise, stored_zero_points
 from .header import TensorInfo
 from .layouts import FLOATS, NVFP4, LayerLayout, check_block_scales, check_only, check_scalar
 

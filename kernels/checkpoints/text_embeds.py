@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import FrugalError
-from ..whole_file import replacing
+from ..atomic_write import replacing
 from .header import read_header
 
 MARK = "frugal_text_embeds"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import FrugalError
-from . import driver
+from . import dispatch
 from .labels import ATR, DENSEPOSE, LIP
 from .pool import Progress
 
@@ -173,7 +173,7 @@ def agnostic_mask(
     shape = next(iter(shapes))
     none = np.zeros((1, *shape[1:]), np.uint8)
     dense, first, second = (none if m is None else np.ascontiguousarray(m) for m in given.values())
-    return driver.run_agnostic(
+    return dispatch.run_agnostic(
         (dense, first, second), tables(settings.part, lip is not None), settings, shape, progress,
         threads, use_numba,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import FrugalError
-from . import driver, pages
+from . import dispatch, pages
 from .pool import Progress
 from .refine import boxes, frames_of
 
@@ -80,7 +80,7 @@ def composite(
     count = _common(
         destination=len(under), source=len(over), mask=len(weight), places=max(len(xs), len(ys))
     )
-    return driver.run_composite(under, over, weight, xs, ys, count, progress, threads)
+    return dispatch.run_composite(under, over, weight, xs, ys, count, progress, threads)
 
 
 @dataclass(frozen=True)

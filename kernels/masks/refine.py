@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import FrugalError
-from . import driver, pages
+from . import dispatch, pages
 from .settings import RefineSettings
 
 __all__ = [
@@ -50,7 +50,7 @@ def frames_of(mask: np.ndarray) -> np.ndarray:
 def refine(
     mask: np.ndarray,
     settings: RefineSettings,
-    progress: driver.Progress | None = None,
+    progress: dispatch.Progress | None = None,
     threads: int | None = None,
 ) -> np.ndarray:
     """Refine a mask or a clip of masks; the steps and their order are those of `RefineSettings`.
@@ -64,13 +64,13 @@ def refine(
     frames = frames_of(mask)
     if not len(frames):
         return np.empty(frames.shape, np.float32)
-    return driver.run_chain(frames, settings, progress, threads)
+    return dispatch.run_chain(frames, settings, progress, threads)
 
 
 def refine_both(
     mask: np.ndarray,
     settings: RefineSettings,
-    progress: driver.Progress | None = None,
+    progress: dispatch.Progress | None = None,
     threads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`refine` and 1 minus its result, both new float32 [B, H, W], in one pass."""
@@ -78,7 +78,7 @@ def refine_both(
     inverse = pages.fresh(frames.shape)
     if not len(frames):
         return inverse, inverse.copy()
-    return driver.run_chain(frames, settings, progress, threads, inverse=inverse), inverse
+    return dispatch.run_chain(frames, settings, progress, threads, inverse=inverse), inverse
 
 
 def hull(
@@ -86,7 +86,7 @@ def hull(
     mode: str,
     radius: int = 16,
     threshold: float = 0.5,
-    progress: driver.Progress | None = None,
+    progress: dispatch.Progress | None = None,
     threads: int | None = None,
 ) -> np.ndarray:
     """Close the dents of a mask; what lies above `threshold` is inside. Returns float32 [B, H, W]
@@ -103,7 +103,7 @@ def hull(
     frames = frames_of(mask)
     if mode != "closing":
         RefineSettings(threshold=threshold)
-        return driver.run_hull(frames, threshold, mode == "whole", progress, threads)
+        return dispatch.run_hull(frames, threshold, mode == "whole", progress, threads)
     if radius < 1:
         raise FrugalError(f"radius {radius} px", "1 to 512 px", "set radius inside that range")
     out = refine(frames, RefineSettings(threshold=threshold, grow=radius), None, threads)
@@ -117,7 +117,7 @@ def boxes(mask: np.ndarray) -> np.ndarray:
     frames = frames_of(mask)
     found = np.zeros((len(frames), 4), np.int64)
     for n in range(len(frames)):
-        columns, rows = (np.flatnonzero(seen) for seen in driver.bounds(frames[n : n + 1]))
+        columns, rows = (np.flatnonzero(seen) for seen in dispatch.bounds(frames[n : n + 1]))
         if len(columns):
             x, y = columns[0], rows[0]
             found[n] = x, y, columns[-1] - x + 1, rows[-1] - y + 1
@@ -128,7 +128,7 @@ def regions(mask: np.ndarray) -> np.ndarray:
     """Number of regions in every frame, int64 [B]: what lies above empty by half an 8-bit step and
     hangs together, corners included. Errors as of `refine`.
     """
-    return driver.run_count(frames_of(mask), float(RefineSettings.SOFT_EMPTY))
+    return dispatch.run_count(frames_of(mask), float(RefineSettings.SOFT_EMPTY))
 
 
 def invert(mask: np.ndarray) -> np.ndarray:
@@ -145,7 +145,7 @@ def bbox(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     frames = frames_of(mask)
     if not len(frames):
         return None
-    columns, rows = (np.flatnonzero(seen) for seen in driver.bounds(frames))
+    columns, rows = (np.flatnonzero(seen) for seen in dispatch.bounds(frames))
     if not len(columns):
         return None
     x, y = int(columns[0]), int(rows[0])

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import agnostic, driver, pictures, refine
+from . import agnostic, dispatch, pictures, refine
 
 Rehearsal = Callable[[], object]
 
@@ -81,7 +81,7 @@ def start() -> threading.Thread:
     stop = threading.Event()
 
     def work() -> None:
-        if driver.numba_chain() is not None:
+        if dispatch.numba_chain() is not None:
             run(rehearsals(), stop)
 
     thread = threading.Thread(target=work, name="frugal-masks-warm-up", daemon=True)

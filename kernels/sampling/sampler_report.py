@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from ..attention.table import Table
+from ..attention.call_report import Table
 from ..compile.report import CompileReport
-from ..plan.in_force import PlanOutcome
+from ..memory.active_plan import PlanOutcome
 from .step_report import StepCacheReport
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import FrugalError
-from ..plan.retry import NothingLeftError, retry
+from ..retry import NothingLeftError, retry
 
 PAIRS, ALL = "pairs", "all combinations"
 Result = TypeVar("Result")

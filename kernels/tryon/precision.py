@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ..errors import FrugalError
-from ..quant import per_channel
-from ..quant.per_channel import FP8, INT8, TYPES
+from ..formats import per_channel
+from ..formats.per_channel import FP8, INT8, TYPES
 
 AS_STORED = "as stored"
 CHOICES = (AS_STORED, INT8, FP8)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..whole_file import replacing
+from ..atomic_write import replacing
 
 LATENT = "latent_tensor"
 # Its presence says that values are not scaled by 1 / 0.18215.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FrugalError
-from ..whole_file import replacing
+from ..atomic_write import replacing
 
 QUALITIES = ("high", "good", "small")
 # ITU-T H.273 codes of BT.709; 1 is also 'limited range' in FFmpeg's numbering.

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.masks.refine import HULLS, hull, refine
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
 from .._comfy import known, show_text
-from . import glue, ports
+from . import glue, common_inputs
 
 
 def edited(node, mask, work, with_inverse: bool = False) -> io.NodeOutput:
@@ -16,7 +16,7 @@ def edited(node, mask, work, with_inverse: bool = False) -> io.NodeOutput:
     made, line = glue.edit_mask(mask, work)
     show_text(node.hidden.unique_id, line)
     results = (made, glue.inverted(made)) if with_inverse else (made,)
-    return io.NodeOutput(*results, ui=ports.preview(made))
+    return io.NodeOutput(*results, ui=common_inputs.preview(made))
 
 
 class FrugalMaskGrow(io.ComfyNode):
@@ -25,12 +25,12 @@ class FrugalMaskGrow(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskGrow",
             display_name="Grow Mask (px)",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Grows or shrinks a mask by an exact number of pixels; round, diamond or "
             "square. Soft masks stay soft.",
             inputs=[
-                io.Mask.Input("mask", tooltip=ports.MASK),
-                *ports.growth(
+                io.Mask.Input("mask", tooltip=common_inputs.MASK),
+                *common_inputs.growth(
                     8,
                     "disk: round, exact distance. diamond: as core's Grow Mask with tapered "
                     "corners. square: as Grow Mask without.",
@@ -50,7 +50,7 @@ class FrugalMaskGrow(io.ComfyNode):
             ),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, mask, grow, grow_shape) -> io.NodeOutput:
@@ -64,17 +64,17 @@ class FrugalMaskFeather(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskFeather",
             display_name="Feather Mask Edge",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Gives a mask a soft edge: a ramp of exact length in px, or a blur.",
             inputs=[
-                io.Mask.Input("mask", tooltip=ports.MASK),
-                *ports.soft_edge(
+                io.Mask.Input("mask", tooltip=common_inputs.MASK),
+                *common_inputs.soft_edge(
                     12.0,
                     "Length of the ramp in pixels, or sigma of gaussian in pixels.",
                     "ramp_out: the mask stays full and fades outside. ramp_in: fades inside. "
                     "ramp_center: half on either side. gaussian: blur.",
                 ),
-                ports.threshold(
+                common_inputs.threshold(
                     "The edge lies where the value passes this. 0 keeps grey values, for gaussian "
                     "only."
                 ),
@@ -85,7 +85,7 @@ class FrugalMaskFeather(io.ComfyNode):
             **known(io.Schema, search_aliases=["blur mask", "soft edge", "mask blur"]),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, mask, feather, feather_mode, threshold) -> io.NodeOutput:
@@ -99,12 +99,12 @@ class FrugalMaskClean(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskClean",
             display_name="Clean Mask",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Fills holes and removes specks, by area in px. Soft masks keep their "
             "soft edge.",
             inputs=[
-                io.Mask.Input("mask", tooltip=ports.MASK),
-                *ports.regions(fill_holes=-1, drop_islands=64),
+                io.Mask.Input("mask", tooltip=common_inputs.MASK),
+                *common_inputs.regions(fill_holes=-1, drop_islands=64),
             ],
             outputs=[
                 io.Mask.Output("cleaned", display_name="mask", tooltip="The clean mask."),
@@ -122,14 +122,14 @@ class FrugalMaskClean(io.ComfyNode):
             ),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, mask, **changes) -> io.NodeOutput:
         show_text(cls.hidden.unique_id, glue.PREPARING)
         made, count, text = glue.clean_mask(mask, RefineSettings(threshold=0, **changes))
         show_text(cls.hidden.unique_id, text)
-        return io.NodeOutput(made, count, ui=ports.preview(made))
+        return io.NodeOutput(made, count, ui=common_inputs.preview(made))
 
 
 class FrugalMaskHull(io.ComfyNode):
@@ -138,11 +138,11 @@ class FrugalMaskHull(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskHull",
             display_name="Mask Hull",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Closes dents: the convex hull of each region or of all, or a closing that "
             "fills narrow gaps only.",
             inputs=[
-                io.Mask.Input("mask", tooltip=ports.MASK),
+                io.Mask.Input("mask", tooltip=common_inputs.MASK),
                 io.Combo.Input(
                     "mode",
                     options=list(HULLS),
@@ -151,7 +151,7 @@ class FrugalMaskHull(io.ComfyNode):
                     "everything in the frame. closing: only gaps narrower than twice the radius, "
                     "so the space between arm and body can stay open.",
                 ),
-                ports.closing_radius(),
+                common_inputs.closing_radius(),
                 io.Float.Input(
                     "threshold",
                     default=0.5,
@@ -167,7 +167,7 @@ class FrugalMaskHull(io.ComfyNode):
             **known(io.Schema, search_aliases=["convex hull", "close mask", "closing"]),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, mask, mode, radius, threshold) -> io.NodeOutput:
@@ -182,7 +182,7 @@ class FrugalMaskTemporal(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskTemporal",
             display_name="Smooth Mask over Time",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Calms a flickering clip of masks, pixel by pixel over the frames.",
             inputs=[
                 io.Mask.Input("mask", tooltip="A clip of masks; it is not changed."),
@@ -195,7 +195,7 @@ class FrugalMaskTemporal(io.ComfyNode):
                     "edges lag. ema_both: ema forwards and backwards, without lag. union: every "
                     "frame gets the union of all frames.",
                 ),
-                ports.share(
+                common_inputs.share(
                     "strength", "For ema and ema_both: share of the neighbouring frame that stays."
                 ),
             ],
@@ -205,7 +205,7 @@ class FrugalMaskTemporal(io.ComfyNode):
             **known(io.Schema, search_aliases=["mask flicker", "stabilize mask", "temporal"]),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, mask, mode, strength) -> io.NodeOutput:

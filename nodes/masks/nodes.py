@@ -6,14 +6,8 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
 from .._comfy import known, show_text
-from . import glue, ports
-from .edit import (
-    FrugalMaskClean,
-    FrugalMaskFeather,
-    FrugalMaskGrow,
-    FrugalMaskHull,
-    FrugalMaskTemporal,
-)
+from . import glue, common_inputs
+from .edit import FrugalMaskClean, FrugalMaskFeather, FrugalMaskGrow, FrugalMaskHull, FrugalMaskTemporal
 from .people import FrugalClothMask, FrugalMaskFromLabels
 from .pictures import FrugalMaskBBoxCrop, FrugalMaskBBoxUncrop, FrugalMaskComposite
 
@@ -24,23 +18,23 @@ class FrugalMaskRefine(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskRefine",
             display_name="Refine Mask",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description=(
                 "Cleans, grows and feathers a mask or a clip of masks in one pass, in exact px. "
                 "Order: smoothing over time, threshold, fill holes, drop islands, grow, feather."
             ),
             inputs=[
-                io.Mask.Input("mask", tooltip=ports.MASK),
-                ports.threshold(
+                io.Mask.Input("mask", tooltip=common_inputs.MASK),
+                common_inputs.threshold(
                     "A pixel is inside where its value is above this. 0 keeps grey values."
                 ),
-                *ports.regions(fill_holes=0, drop_islands=0),
-                *ports.growth(
+                *common_inputs.regions(fill_holes=0, drop_islands=0),
+                *common_inputs.growth(
                     0,
                     "disk: round, exact distance. diamond: as Grow Mask with tapered corners. "
                     "square: as Grow Mask without.",
                 ),
-                *ports.soft_edge(
+                *common_inputs.soft_edge(
                     0.0,
                     "Soft edge in px: length of the ramp, or sigma of gaussian. 0: off.",
                     "ramp_out: the mask stays full and fades outside. ramp_in: fades inside. "
@@ -58,7 +52,7 @@ class FrugalMaskRefine(io.ComfyNode):
                         "all frames."
                     ),
                 ),
-                ports.share(
+                common_inputs.share(
                     "temporal_strength",
                     "For ema and ema_both: share of the previous frame that stays.",
                 ),
@@ -103,7 +97,7 @@ class FrugalMaskRefine(io.ComfyNode):
             ),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, mask, **settings) -> io.NodeOutput:
@@ -111,7 +105,7 @@ class FrugalMaskRefine(io.ComfyNode):
         show_text(cls.hidden.unique_id, glue.PREPARING)
         refined, inverted, box, text = glue.refine_mask(mask, chosen)
         show_text(cls.hidden.unique_id, text)
-        return io.NodeOutput(refined, inverted, *box, ui=ports.preview(refined))
+        return io.NodeOutput(refined, inverted, *box, ui=common_inputs.preview(refined))
 
 
 NODES = [

@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.masks import agnostic, labels
 from .._comfy import known, show_text
-from . import glue, ports
+from . import glue, common_inputs
 
 ENCODING = (
     "How the picture holds the labels. auto finds out and refuses what it does not know. grey "
@@ -21,7 +21,7 @@ class FrugalMaskFromLabels(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskFromLabels",
             display_name="Mask from Label Map",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Picks parts of a label map (ATR, LIP, DensePose, plain numbers) or "
             "colours of a colour map as a mask.",
             inputs=[
@@ -65,7 +65,7 @@ class FrugalMaskFromLabels(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         made, line = glue.mask_of_labels(**inputs)
         show_text(cls.hidden.unique_id, line)
-        return io.NodeOutput(made, ui=ports.preview(made))
+        return io.NodeOutput(made, ui=common_inputs.preview(made))
 
 
 class FrugalClothMask(io.ComfyNode):
@@ -74,7 +74,7 @@ class FrugalClothMask(io.ComfyNode):
         return io.Schema(
             node_id="FrugalClothMask",
             display_name="Cloth Mask (agnostic)",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="CatVTON's mask of what to repaint, from label maps of a person: the old "
             "garment and what could betray it, with face, hair, hands and other clothes protected.",
             inputs=[
@@ -103,7 +103,7 @@ class FrugalClothMask(io.ComfyNode):
                     "closes gaps narrower than twice the radius, so the space between arm and body "
                     "can stay. off: neither.",
                 ),
-                ports.closing_radius(),
+                common_inputs.closing_radius(),
                 io.Int.Input(
                     "dilate",
                     default=0,
@@ -130,7 +130,7 @@ class FrugalClothMask(io.ComfyNode):
             ),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(
@@ -140,4 +140,4 @@ class FrugalClothMask(io.ComfyNode):
         show_text(cls.hidden.unique_id, glue.PREPARING)
         made, line = glue.agnostic_mask(densepose, lip, atr, chosen)
         show_text(cls.hidden.unique_id, line)
-        return io.NodeOutput(made, ui=ports.preview(made))
+        return io.NodeOutput(made, ui=common_inputs.preview(made))

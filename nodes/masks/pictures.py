@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.masks import pictures
 from ...kernels.tryon.pictures import resize_picture
 from .._comfy import known, show_text
-from . import glue, ports
+from . import glue, common_inputs
 
 Window = io.Custom("FRUGAL_MASK_WINDOW")
 PLACE = 16384
@@ -29,7 +29,7 @@ class FrugalMaskComposite(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskComposite",
             display_name="Composite through Mask",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Lays one picture or clip into another through a mask. Outside the mask "
             "the destination keeps its exact values.",
             inputs=[
@@ -59,7 +59,7 @@ class FrugalMaskComposite(io.ComfyNode):
             **known(io.Schema, search_aliases=["blend", "paste", "overlay", "image composite"]),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, destination, source, mask, x, y) -> io.NodeOutput:
@@ -78,7 +78,7 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskBBoxCrop",
             display_name="Crop around Mask",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Cuts a window of one size around the mask of every frame of a clip, to "
             "work at full resolution where it matters. Uncrop puts the result back.",
             inputs=[
@@ -139,7 +139,7 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
             **known(io.Schema, search_aliases=["crop and stitch", "bbox crop", "inpaint crop"]),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, image, mask, context, multiple_of, mode, smoothing) -> io.NodeOutput:
@@ -160,7 +160,7 @@ class FrugalMaskBBoxUncrop(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMaskBBoxUncrop",
             display_name="Uncrop",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Puts cropped frames back where Crop around Mask took them from. Outside "
             "the window, and where the mask is 0, the picture keeps its exact values.",
             inputs=[
@@ -183,7 +183,7 @@ class FrugalMaskBBoxUncrop(io.ComfyNode):
             **known(io.Schema, search_aliases=["stitch", "paste back", "bbox uncrop"]),
         )
 
-    validate_inputs = classmethod(ports.warmed)
+    validate_inputs = classmethod(common_inputs.warmed)
 
     @classmethod
     def execute(cls, destination, cropped, window, mask=None) -> io.NodeOutput:

@@ -9,8 +9,8 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.errors import FrugalError
 from .._comfy import CATEGORY, known, show_text
-from . import glue
-from .capture import Settings, wrap
+from . import convert_run
+from .calibrate_run import Settings, wrap
 
 ADD, REPLACE = "add to it", "replace it"
 
@@ -129,12 +129,12 @@ def calibration_path(name: str) -> Path:
     """Where a calibration called `name` is written. Raises FrugalError for a name that is empty or
     leads out of the folder.
     """
-    folder = Path(folder_paths.get_folder_paths(glue.CALIBRATION)[0]).resolve()
-    path = (folder / f"{name.strip().removesuffix(glue.SUFFIX)}{glue.SUFFIX}").resolve()
-    if not path.name.removesuffix(glue.SUFFIX) or folder not in path.parents:
+    folder = Path(folder_paths.get_folder_paths(convert_run.CALIBRATION)[0]).resolve()
+    path = (folder / f"{name.strip().removesuffix(convert_run.SUFFIX)}{convert_run.SUFFIX}").resolve()
+    if not path.name.removesuffix(convert_run.SUFFIX) or folder not in path.parents:
         raise FrugalError(
             f"the name {ascii(name)[:60]}",
-            f"a file name inside models/{glue.CALIBRATION}",
+            f"a file name inside models/{convert_run.CALIBRATION}",
             "type a plain name",
         )
     return path

@@ -6,30 +6,30 @@ import comfy.model_management
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ...kernels.quant import formats
-from ...kernels.quant.job import Job, budget_bytes
-from ...kernels.quant.quality_picture import picture
+from ...kernels.formats import table
+from ...kernels.quantize.request import Job, budget_bytes
+from ...kernels.quantize.quality_picture import picture
 from .._comfy import CATEGORY, known, show_text
 from .._models import model_names, model_offered, model_path
-from . import glue
-from .ports import calibration_input, calibration_path, lora_inputs, loras, state
+from . import convert_run
+from .common_inputs import calibration_input, calibration_path, lora_inputs, loras, state
 
 BUDGET = "a size"
 ENDINGS = {
-    formats.BF16: "bf16",
-    formats.FP8: "fp8",
-    formats.INT8: "int8_convrot",
-    formats.W4A8: "w4a8",
-    formats.W4A8_G64: "w4a8_g64",
-    formats.AWQ: "awq_w4a16",
+    table.BF16: "bf16",
+    table.FP8: "fp8",
+    table.INT8: "int8_convrot",
+    table.W4A8: "w4a8",
+    table.W4A8_G64: "w4a8_g64",
+    table.AWQ: "awq_w4a16",
 }
 # Formats that a budget may choose besides bf16, and where their products are fast.
 ALLOW = {
-    "allow_int8": (formats.INT8, True, "1 byte per weight. Fast from RTX 20 on."),
-    "allow_fp8": (formats.FP8, False, "1 byte per weight, less exact than int8. Any card."),
-    "allow_w4a8": (formats.W4A8, True, "0.57 byte per weight. Fast from RTX 30 on."),
-    "allow_w4a8_g64": (formats.W4A8_G64, False, "0.52 byte per weight. Fast from RTX 30 on."),
-    "allow_awq": (formats.AWQ, False, "0.56 byte per weight; in ComfyUI itself from 0.38 on."),
+    "allow_int8": (table.INT8, True, "1 byte per weight. Fast from RTX 20 on."),
+    "allow_fp8": (table.FP8, False, "1 byte per weight, less exact than int8. Any card."),
+    "allow_w4a8": (table.W4A8, True, "0.57 byte per weight. Fast from RTX 30 on."),
+    "allow_w4a8_g64": (table.W4A8_G64, False, "0.52 byte per weight. Fast from RTX 30 on."),
+    "allow_awq": (table.AWQ, False, "0.56 byte per weight; in ComfyUI itself from 0.38 on."),
 }
 
 
@@ -54,8 +54,8 @@ class FrugalQuantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "to",
-                    options=[*formats.TARGETS, BUDGET],
-                    default=formats.INT8,
+                    options=[*table.TARGETS, BUDGET],
+                    default=table.INT8,
                     tooltip=(
                         "Format of the large layers. With 'a size', every layer gets one of the "
                         "allowed formats so that the whole fits and errs as little as possible."
@@ -139,23 +139,23 @@ class FrugalQuantize(io.ComfyNode):
         **allowed,
     ) -> io.NodeOutput:
         ending = f"{size_gb:g}GB" if to == BUDGET else ENDINGS[to]
-        path = glue.output_path(filename_prefix, ending)
+        path = convert_run.output_path(filename_prefix, ending)
         job = Job(
             model_path(model_name),
             path,
             None if to == BUDGET else to,
             budget_bytes(size_gb),
-            (formats.BF16, *(label for name, (label, *_) in ALLOW.items() if allowed[name])),
+            (table.BF16, *(label for name, (label, *_) in ALLOW.items() if allowed[name])),
             calibration_path(calibration),
             comfy.model_management.get_torch_device(),
             overwrite,
             measure,
         )
         merged = loras(lora_name, lora_strength)
-        outcome = glue.convert(job, merged, lambda text: show_text(cls.hidden.unique_id, text))
+        outcome = convert_run.convert(job, merged, lambda text: show_text(cls.hidden.unique_id, text))
         text = outcome.text()
         show_text(cls.hidden.unique_id, text)
         chart = torch.zeros(1, 64, 64, 3)
         if outcome.quality is not None:
             chart = torch.from_numpy(picture(outcome.quality).copy()).float()[None] / 255
-        return io.NodeOutput(glue.listed(path), text, chart, ui=ui.PreviewText(text))
+        return io.NodeOutput(convert_run.listed(path), text, chart, ui=ui.PreviewText(text))

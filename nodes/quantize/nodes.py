@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .calibrate import FrugalCalibrate
-from .check import FrugalQualityCheck
+from .quality_check import FrugalQualityCheck
 from .convert import FrugalQuantize
-from .lora_side import FrugalLoraSide
-from .server_export import FrugalServerExport
+from ..lora.unmerged import FrugalLoraSide
+from .export import FrugalServerExport
 
 NODES: list = [
     FrugalQuantize,

@@ -1,244 +1,87 @@
-"""Our attention behind a MODEL: ComfyUI's override of it, and the state of each sampling run.
-
-The override itself holds no state, because clones of a model share it; what a run learns lives in
-the options of that run and goes with it. Choices that were measured are kept in the user's folder.
-"""
+"""The node that chooses the attention kernel."""
 
 from __future__ import annotations
 
-import functools
-import logging
-import uuid
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from comfy_api.v0_0_2 import io
 
-import comfy.ldm.modules.attention
-import folder_paths
-import torch
-from comfy.patcher_extension import WrappersMP
-
-from ...kernels.attention import AUTO, Chooser, attention, remember
-from ...kernels.attention.backends import BACKENDS
-from ...kernels.attention.call import belong, device_kind
-from ...kernels.attention.choose import absences, check_choice
-from ...kernels.attention.table import Table, table
-from ...kernels.errors import FrugalError
-from .._comfy import ATTENTION_KEY, ATTENTION_OVERRIDE, for_each_expert, show_text
-
-KEY = ATTENTION_KEY
-CHOICES = (AUTO, *(each.name for each in BACKENDS))
+from .._comfy import CATEGORY, known, show_text
+from . import attention_run
+from .common_inputs import model_input, percent_input
 
 
-class LastRun:
-    """Hands the table of the latest run to whoever has the model; None before the first."""
-
-    def __init__(self) -> None:
-        self.table: Table | None = None
-
-
-class Run:
-    """One sampling run: its chooser, and whether 8-bit kernels may be used at the present step."""
-
-    def __init__(self, chooser: Chooser, allowed: list[bool]):
-        self.chooser, self.allowed = chooser, allowed
-        self.lossy = allowed[0] if allowed else False
-
-    def step_done(self, step: int) -> None:
-        if step + 1 < len(self.allowed):
-            self.lossy = self.allowed[step + 1]
-
-
-@for_each_expert
-def apply(
-    model: Any,
-    choice: str = AUTO,
-    allow_8bit: bool = False,
-    start: float = 0.0,
-    end: float = 1.0,
-    node_id: str | None = None,
-) -> Any:
-    """A clone of a ModelPatcher whose attention is computed by the chosen kernel.
-
-    choice: "auto" measures on the first call of a shape, or the name of a backend. allow_8bit: let
-    8-bit kernels take part in long self-attention, from `start` to `end` of the schedule (0..1).
-    node_id: where the table is shown after a run. Raises FrugalError if there is no such kernel on
-    this machine, or if it computes in 8 bits and that is not allowed.
-
-    An override already on the model stays: it gets what a named kernel declines, and with "auto"
-    every call, each time with our attention in the place of ComfyUI's own.
-    """
-    kind = device_kind(torch.device(model.load_device))
-    if choice != AUTO:
-        named = {each.name: each for each in BACKENDS}
-        check_choice(choice, named, absences(BACKENDS, kind))
-        if not (allow_8bit or named[choice].exact):
-            raise FrugalError(
-                f"attention kernel {choice} computes in 8 bits and allow_8bit is off",
-                "an exact kernel, or 8 bits allowed",
-                "turn allow_8bit on, or choose another kernel",
-            )
-    clone = model.clone()
-    options = clone.model_options.setdefault("transformer_options", {})
-    token = uuid.uuid4().hex
-    options[ATTENTION_OVERRIDE] = make_override(token, options.get(ATTENTION_OVERRIDE))
-    last = LastRun()
-    clone.set_attachments(KEY, last)
-    clone.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE,
-        KEY,
-        run_wrapper(token, choice, allow_8bit, (start, end), last, node_id),
-    )
-    return clone
-
-
-def survey(model: Any) -> str:
-    """Which kernels could be used on the model's device, and why not the others, as text."""
-    kind = device_kind(torch.device(model.load_device))
-    absent = absences(BACKENDS, kind)
-    here = ", ".join(each.name for each in BACKENDS if each.name not in absent)
-    reasons: dict[str, list[str]] = {}
-    for name, why in absent.items():
-        reasons.setdefault(why, []).append(name)
-    lines = [f"kernels for {kind}: {here}"]
-    return "\n".join([*lines, *(f"{', '.join(n)}: {why}" for why, n in reasons.items())])
-
-
-def choices_file() -> Path:
-    """Where measured choices are kept between runs and restarts."""
-    return Path(folder_paths.get_user_directory()) / "frugal" / "attention.json"
-
-
-def run_wrapper(
-    token: str,
-    choice: str,
-    allow_8bit: bool,
-    span: tuple[float, float],
-    last: LastRun,
-    node_id: str | None,
-) -> Callable[..., Any]:
-    """An OUTER_SAMPLE wrapper that makes a `Run`, takes it away again, and shows its table."""
-
-    def wrapper(
-        executor, noise, latent, sampler, sigmas, mask=None, callback=None,
-        disable_pbar=False, seed=None, **more,
-    ):  # fmt: skip
-        guider = executor.class_obj
-        patcher = guider.model_patcher
-        chooser = Chooser(
-            torch.device(patcher.load_device),
-            choice,
-            allow_8bit,
-            decisions=remember.load(choices_file()),
-            default_name=getattr(comfy.ldm.modules.attention.optimized_attention, "__name__", ""),
+class FrugalAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalAttention",
+            display_name="Attention (Frugal)",
+            category=f"{CATEGORY}/sampling",
+            description=(
+                "Computes the model's attention with the fastest kernel on this machine. Each "
+                "shape is measured once, on the first call, and every kernel is checked before it "
+                "is trusted. After a run the node shows which kernel took what, and how long."
+            ),
+            inputs=[
+                model_input(),
+                io.Combo.Input(
+                    "kernel",
+                    options=list(attention_run.CHOICES),
+                    default=attention_run.AUTO,
+                    tooltip=(
+                        "auto: the fastest one that is right, by measurement. A named kernel "
+                        "computes what it can, the fastest exact one the rest. An attention node "
+                        "before this one stays in force, see the help page."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "allow_8bit",
+                    default=False,
+                    tooltip=(
+                        "Let kernels that compute in 8 bits (sage, kitchen-int8) take part: in "
+                        "self-attention over 1024 tokens or more. Faster, a little less exact."
+                    ),
+                ),
+                percent_input(
+                    "start_percent",
+                    0.0,
+                    "8-bit kernels only after this part of the schedule, 0 to 1.",
+                ),
+                percent_input(
+                    "end_percent",
+                    1.0,
+                    "8-bit kernels only before this part of the schedule, 0 to 1.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The model with this attention."
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="The kernels of this machine, and why others are not there.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            **known(
+                io.Schema,
+                search_aliases=[
+                    "flash attention",
+                    "sage attention",
+                    "sdpa",
+                    "cudnn",
+                    "xformers",
+                    "attention backend",
+                ],
+            ),
         )
-        run = Run(chooser, allowed_steps(patcher, sigmas, span) if allow_8bit else [])
 
-        def count(step, x0, x, total):
-            run.step_done(step)
-            if callback is not None:
-                callback(step, x0, x, total)
-
-        runs = guider.model_options["transformer_options"].setdefault(KEY, {})
-        runs[token] = run
-        try:
-            return executor(noise, latent, sampler, sigmas, mask, count, disable_pbar, seed, **more)
-        finally:
-            del runs[token]
-            last.table = table(chooser)
-            keep(chooser)
-            show_text(node_id, last.table.text())
-            logging.info("[Frugal] %s", last.table.text().replace("\n", "; "))
-
-    return wrapper
-
-
-def keep(chooser: Chooser) -> None:
-    """Write down what was measured; a folder that cannot be written costs only the next time."""
-    if not chooser.fresh:
-        return
-    try:
-        remember.save(choices_file(), chooser.fresh)
-    except OSError as error:
-        logging.warning("[Frugal] attention: the measured choices were not kept: %s", error)
-
-
-def allowed_steps(patcher: Any, sigmas: torch.Tensor, span: tuple[float, float]) -> list[bool]:
-    """Per step whether its noise level lies in the span of the schedule (0..1, start to end)."""
-    levels = patcher.get_model_object("model_sampling")
-    first, final = (levels.percent_to_sigma(each) for each in span)
-    return [final <= level <= first for level in sigmas[:-1].tolist()]
-
-
-def make_override(token: str, earlier: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The override of one node; `earlier` is the one that was there before it."""
-
-    def ours(
-        func, q, k, v, heads, mask=None, attn_precision=None,
-        skip_reshape=False, skip_output_reshape=False, chained=False, **more,
-    ):  # fmt: skip
-        out = None
-        split = (q, k, v) if skip_reshape else split_heads(q, k, v, heads, more)
-        if split is not None and belong(*split):
-            exact = attn_precision == torch.float32 or not more.get("low_precision_attention", True)
-            options = more.get("transformer_options") or {}
-            run = options.get(KEY, {}).get(token)
-            if run is not None:
-                same = split[0].shape[2] == split[1].shape[2]
-                out = run.chooser.attend(
-                    *split,
-                    mask,
-                    more.get("scale"),
-                    lossy=run.lossy and same and not exact,
-                    default=as_run(func, attn_precision, skip_reshape, more),
-                    chained=chained,
-                )
-            elif not chained:
-                # Called outside a sampling run: nothing is measured, nothing is kept.
-                out = attention(*split, mask, more.get("scale"))
-        if out is not None:
-            return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-        given = {
-            "mask": mask,
-            "attn_precision": attn_precision,
-            "skip_reshape": skip_reshape,
-            "skip_output_reshape": skip_output_reshape,
-        }
-        if chained:
-            return earlier(functools.partial(ours, func), q, k, v, heads, **given, **more)
-        return func(q, k, v, heads, **given, **more)
-
-    return ours if earlier is None else functools.partial(ours, chained=True)
-
-
-def split_heads(q, k, v, heads: int, more: dict[str, Any]):
-    """(B, L, H * D) -> (B, H, L, D) as views, fewer key heads where the call says so, or None where
-    the widths do not divide.
-    """
-    width, rest = divmod(q.shape[-1], heads)
-    kv_heads = k.shape[-1] // max(width, 1) if more.get("enable_gqa") else heads
-    if rest or not kv_heads or k.shape[-1] != kv_heads * width or v.shape[-1] % kv_heads:
-        return None
-    return tuple(
-        each.unflatten(2, (count, each.shape[2] // count)).transpose(1, 2)
-        for each, count in ((q, heads), (k, kv_heads), (v, kv_heads))
-    )
-
-
-def as_run(
-    func: Callable[..., Any], attn_precision: Any, skip_reshape: bool, more: dict[str, Any]
-) -> Callable[..., Any]:
-    """ComfyUI's own attention function in the form in which kernels are measured; it is called in
-    the layout of the real call, since its speed depends on that.
-    """
-
-    def run(q, k, v, mask, scale):
-        heads = q.shape[1]
-        if not skip_reshape:
-            q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
-        return func(
-            q, k, v, heads, mask=mask, attn_precision=attn_precision,
-            skip_reshape=skip_reshape, skip_output_reshape=True, **more,
-        )  # fmt: skip
-
-    return run
+    @classmethod
+    def execute(cls, base_model, kernel, allow_8bit, start_percent, end_percent) -> io.NodeOutput:
+        node_id = cls.hidden.unique_id
+        model = attention_run.apply(
+            base_model, kernel, allow_8bit, start_percent, end_percent, node_id=node_id
+        )
+        text = attention_run.survey(base_model)
+        show_text(node_id, text)
+        return io.NodeOutput(model, text)

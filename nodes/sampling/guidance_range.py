@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known
-from . import guidance_run
-from .ports import model_input, percent_input
+from . import guidance_range_run
+from .common_inputs import model_input, percent_input
 
 
 class FrugalGuidanceRange(io.ComfyNode):
@@ -42,4 +42,4 @@ class FrugalGuidanceRange(io.ComfyNode):
 
     @classmethod
     def execute(cls, base_model, start_percent, end_percent) -> io.NodeOutput:
-        return io.NodeOutput(guidance_run.apply(base_model, start_percent, end_percent))
+        return io.NodeOutput(guidance_range_run.apply(base_model, start_percent, end_percent))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .attention_node import FrugalAttention
-from .compile_node import FrugalCompile
+from .attention import FrugalAttention
+from .compile import FrugalCompile
 from .guidance_range import FrugalGuidanceRange
 from .sampler import FrugalSampler
 from .step_cache import FrugalStepCache

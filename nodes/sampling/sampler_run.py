@@ -13,8 +13,8 @@ from ...kernels.sampling.presets import PRESETS
 from ...kernels.sampling.sampler_report import SamplerReport
 from ...kernels.sampling.step_report import FEW_STEPS, StepCacheReport
 from .._comfy import PLAN_KEY
-from .._offers import PLAN, offered
-from . import attention, compile_run, guidance_run, preview, step_cache_run
+from .._services import PLAN, offered
+from . import attention_run, compile_run, guidance_range_run, preview, step_cache_run
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
     if planned is not None:
         model = planned.model
         planned.start()
-    kernels = model.get_attachment(attention.KEY)
+    kernels = model.get_attachment(attention_run.KEY)
     by_hand = model.get_attachment(step_cache_run.KEY)
     earlier = None if by_hand is None else by_hand.report
     compiled = model.get_attachment(compile_run.KEY)
@@ -79,17 +79,17 @@ def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any,
         model = preview.apply(model)
     if job.compile_blocks and not compile_run.present(model):
         model = compile_run.apply(model)
-    if preset.attention and model.get_attachment(attention.KEY) is None:
-        model = attention.apply(model)
+    if preset.attention and model.get_attachment(attention_run.KEY) is None:
+        model = attention_run.apply(model)
     if preset.cfg is not None and preset.cfg != cfg:
         notes.append(f"cfg {cfg:g} became {preset.cfg:g}: the preset is for distilled models")
         cfg = preset.cfg
     if preset.cfg is not None and job.steps > FEW_STEPS:
         notes.append(f"{job.steps} steps: distilled models are made for 4 to {FEW_STEPS}")
-    if preset.guidance_end < 1 and guidance_run.present(model):
+    if preset.guidance_end < 1 and guidance_range_run.present(model):
         notes.append("the guidance range that is on the model stays as it was set there")
     elif preset.guidance_end < 1 and cfg != 1:
-        model = guidance_run.apply(model, 0.0, preset.guidance_end)
+        model = guidance_range_run.apply(model, 0.0, preset.guidance_end)
         notes.append(f"guidance ends after {preset.guidance_end:.0%} of the schedule")
     if preset.threshold and step_cache_run.present(model):
         notes.append("the step cache that is on the model stays as it was set there")

@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known, show_text
 from . import step_cache_run
-from .ports import model_input, percent_input
+from .common_inputs import model_input, percent_input
 
 
 class FrugalStepCache(io.ComfyNode):

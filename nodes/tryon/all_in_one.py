@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from .._comfy import known
-from . import ports
+from . import common_inputs
 
 # Wires are passed on to the inner nodes as wires and not as what they carry, so that ComfyUI keeps
 # each inner node's result: another seed encodes nothing anew, another blur samples nothing anew.
@@ -21,7 +21,7 @@ class FrugalTryOn(io.ComfyNode):
         return io.Schema(
             node_id="FrugalTryOn",
             display_name="Try-On",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Dresses a person: prepare, condition, sample as CatVTON was published, "
             "and stitch, in one node. It expands into those nodes and gives what they give.",
             inputs=[
@@ -30,7 +30,7 @@ class FrugalTryOn(io.ComfyNode):
                 ),
                 io.Vae.Input(
                     "vae",
-                    tooltip=ports.VAE,
+                    tooltip=common_inputs.VAE,
                     extra_dict=WIRE,
                 ),
                 io.Image.Input(
@@ -48,23 +48,23 @@ class FrugalTryOn(io.ComfyNode):
                     tooltip="Where to repaint: 1 on the old garment and around it.",
                     extra_dict=WIRE,
                 ),
-                *ports.canvas_size(
+                *common_inputs.canvas_size(
                     "Canvas width in px, a multiple of 8; CatVTON knows 768 and 384.",
                     "Canvas height in px, a multiple of 8; CatVTON knows 1024 and 512.",
                 ),
-                ports.fit(ports.FIT_WITH_CONTEXT),
-                ports.steps("Number of steps; CatVTON takes 50."),
-                ports.cfg(),
-                ports.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
-                ports.seed("Seed of the noise."),
-                ports.mask_blur(ports.SHORT_BLUR),
-                ports.color_match(ports.SHORT_MATCH),
+                common_inputs.fit(common_inputs.FIT_WITH_CONTEXT),
+                common_inputs.steps("Number of steps; CatVTON takes 50."),
+                common_inputs.cfg(),
+                common_inputs.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
+                common_inputs.seed("Seed of the noise."),
+                common_inputs.mask_blur(common_inputs.SHORT_BLUR),
+                common_inputs.color_match(common_inputs.SHORT_MATCH),
             ],
-            outputs=ports.pictures(),
+            outputs=common_inputs.pictures(),
             enable_expand=True,
             **known(
                 io.Schema,
-                search_aliases=ports.WORDS,
+                search_aliases=common_inputs.WORDS,
             ),
         )
 

@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.tryon import batching
 from .._comfy import known, show_text
-from . import batch_run, ports
+from . import batch_run, common_inputs
 
 
 class FrugalTryOnBatch(io.ComfyNode):
@@ -17,13 +17,13 @@ class FrugalTryOnBatch(io.ComfyNode):
         return io.Schema(
             node_id="FrugalTryOnBatch",
             display_name="Try-On Batch",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Dresses many persons in many garments: each picture is encoded once, "
             "sampled in groups that fit into memory. When memory runs out the group is halved and "
             "the work goes on.",
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL of 'Load CatVTON' (with mask)."),
-                io.Vae.Input("vae", tooltip=ports.VAE),
+                io.Vae.Input("vae", tooltip=common_inputs.VAE),
                 io.Image.Input(
                     "persons", tooltip="Photos: a batch, or a list of pictures of any sizes."
                 ),
@@ -40,19 +40,19 @@ class FrugalTryOnBatch(io.ComfyNode):
                     tooltip="all combinations: every garment on the first person, then on the "
                     "second. pairs: first with first; a single one serves all.",
                 ),
-                *ports.canvas_size(
+                *common_inputs.canvas_size(
                     "Canvas width in px, a multiple of 8; a list gives one per person.",
                     "Canvas height in px, a multiple of 8; a list gives one per person.",
                 ),
-                ports.fit(ports.FIT_WITH_CONTEXT),
-                ports.steps("Number of steps; unused with sigmas of your own."),
-                ports.cfg(),
-                ports.eta(
+                common_inputs.fit(common_inputs.FIT_WITH_CONTEXT),
+                common_inputs.steps("Number of steps; unused with sigmas of your own."),
+                common_inputs.cfg(),
+                common_inputs.eta(
                     "Fresh noise per step: 1 as published, 0 for none. Unused with a sampler of "
                     "your own."
                 ),
-                ports.seed("Seed of the first picture; each next one takes one more."),
-                ports.mask_blur(ports.SHORT_BLUR),
+                common_inputs.seed("Seed of the first picture; each next one takes one more."),
+                common_inputs.mask_blur(common_inputs.SHORT_BLUR),
                 io.Float.Input(
                     "memory_budget",
                     default=0.0,
@@ -69,7 +69,7 @@ class FrugalTryOnBatch(io.ComfyNode):
                     max=64,
                     tooltip="Most pictures per forward, whatever the memory.",
                 ),
-                ports.color_match(ports.SHORT_MATCH),
+                common_inputs.color_match(common_inputs.SHORT_MATCH),
                 io.Sampler.Input(
                     "sampler",
                     optional=True,

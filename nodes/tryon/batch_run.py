@@ -20,7 +20,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.tryon import batching, canvas, latents, pictures, plan
 from .._comfy import compute_dtype
 from .._memory import is_out_of_memory
-from . import glue, item_noise, rescue, sampling
+from . import glue, item_noise, save_partial, sigmas as sampling
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Batch:
         except Exception as error:
             if isinstance(error, comfy.model_management.InterruptProcessingException):
                 raise
-            kept = rescue.save(self._finish_others(finished))
+            kept = save_partial.save(self._finish_others(finished))
             if isinstance(error, FrugalError):
                 raise FrugalError(error.found, error.expected, f"{error.do}; {kept}") from error
             logging.warning("[Frugal] the batch stopped at '%s'; %s.", error, kept)

@@ -17,7 +17,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from .sampling import DDIMSampler
+from .sigmas import DDIMSampler
 
 SEEDS = 1 << 64
 # Names that a sampler function uses if it draws noise without asking a noise sampler.

@@ -11,7 +11,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.tryon import latents, pictures
 from .._comfy import known
-from . import glue, ports
+from . import glue, common_inputs
 
 
 def conditioning(
@@ -52,14 +52,14 @@ class FrugalTryOnMaskFree(io.ComfyNode):
         return io.Schema(
             node_id="FrugalTryOnMaskFree",
             display_name="Try-On Conditioning, Mask-Free",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Encodes the person beside the garment for the mask-free CatVTON (8 input "
             "channels, base instruct-pix2pix). The model itself finds what to change.",
             inputs=[
-                *ports.canvases(),
-                io.Vae.Input("vae", tooltip=ports.VAE),
+                *common_inputs.canvases(),
+                io.Vae.Input("vae", tooltip=common_inputs.VAE),
             ],
-            outputs=ports.sides("Empty, person beside garment: twice the canvas's width."),
+            outputs=common_inputs.sides("Empty, person beside garment: twice the canvas's width."),
             **known(io.Schema, search_aliases=["catvton", "virtual try-on", "no mask", "pix2pix"]),
         )
 

@@ -9,8 +9,8 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.tryon import canvas, precision
 from .._comfy import REPORT_KEY, known, show_text
 from .._models import offered
-from . import all_in_one, batch, glue, loading, mask_free, parse, ports, sampling, saving
-from .ports import FAMILY, WORDS
+from . import all_in_one, batch, glue, load_run, mask_free, parse, common_inputs, sigmas, saving
+from .common_inputs import FAMILY, WORDS
 
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
 
@@ -44,7 +44,7 @@ class FrugalLoadCatVTON(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=["auto", *loading.DTYPES],
+                    options=["auto", *load_run.DTYPES],
                     default="auto",
                     tooltip="Number format of the weights in memory. auto: what ComfyUI chooses "
                     "for this device. fp32 takes 3.3 GB, fp16 and bf16 1.6 GB for the full "
@@ -80,7 +80,7 @@ class FrugalLoadCatVTON(io.ComfyNode):
 
     @classmethod
     def execute(cls, base, attention, weight_dtype, quantize=precision.AS_STORED):
-        patcher = loading.load_catvton(
+        patcher = load_run.load_catvton(
             glue.base_path(base), glue.attention_path(attention), weight_dtype, quantize
         )
         text = patcher.attachments[REPORT_KEY].text()
@@ -109,12 +109,12 @@ class FrugalTryOnPrepare(io.ComfyNode):
                 io.Mask.Input(
                     "mask", tooltip="Where to repaint: 1 on the old garment and around it."
                 ),
-                *ports.canvas_size(
+                *common_inputs.canvas_size(
                     "Canvas width in px, a multiple of 8 (64 is best); CatVTON knows 768 and 384.",
                     "Canvas height in px, a multiple of 8 (64 is best); CatVTON knows 1024 and "
                     "512.",
                 ),
-                ports.fit(
+                common_inputs.fit(
                     "crop around mask: a window of the canvas's shape around the mask. letterbox: "
                     "the whole photo with bars."
                 ),
@@ -178,11 +178,11 @@ class FrugalTryOnConditioning(io.ComfyNode):
             description="Encodes the masked person over the garment as inpainting conditioning. "
             "The negative side has an empty garment half, so that cfg strengthens the garment.",
             inputs=[
-                *ports.canvases(),
+                *common_inputs.canvases(),
                 io.Mask.Input("mask_canvas", tooltip="Mask from 'Prepare Try-On'."),
-                io.Vae.Input("vae", tooltip=ports.VAE),
+                io.Vae.Input("vae", tooltip=common_inputs.VAE),
             ],
-            outputs=ports.sides("Empty, person over garment: twice the canvas's height."),
+            outputs=common_inputs.sides("Empty, person over garment: twice the canvas's height."),
             **known(io.Schema, search_aliases=[*WORDS, "inpaint", "conditioning"]),
         )
 
@@ -206,16 +206,16 @@ class FrugalTryOnStitch(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="Sampled latent of 'Try-On Conditioning'."),
                 io.Vae.Input("vae", tooltip="The VAE used for the conditioning."),
                 Frame.Input("frame", tooltip="Frame from 'Prepare Try-On'."),
-                ports.mask_blur(
+                common_inputs.mask_blur(
                     "Softness of the mask's edge: standard deviation of a Gaussian in photo px; "
                     "less where the window's edge is nearer than three of them."
                 ),
-                ports.color_match(
+                common_inputs.color_match(
                     "Shift the painted colours so that mean and contrast agree with the photo in a "
                     "ring around the mask. Outside the mask nothing changes."
                 ),
             ],
-            outputs=ports.pictures(),
+            outputs=common_inputs.pictures(),
             **known(io.Schema, search_aliases=[*WORDS, "composite", "paste back"]),
         )
 
@@ -238,8 +238,8 @@ class FrugalTryOnSigmas(io.ComfyNode):
             "1), for SamplerCustom. KSampler with euler_ancestral and ddim_uniform comes close.",
             inputs=[
                 io.Model.Input("model", tooltip="The try-on MODEL."),
-                ports.steps("Number of steps; CatVTON takes 50."),
-                ports.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
+                common_inputs.steps("Number of steps; CatVTON takes 50."),
+                common_inputs.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
             ],
             outputs=[
                 io.Sigmas.Output(
@@ -252,7 +252,7 @@ class FrugalTryOnSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, eta):
-        return io.NodeOutput(*sampling.reference_schedule(model, steps, eta))
+        return io.NodeOutput(*sigmas.reference_schedule(model, steps, eta))
 
 
 NODES = [

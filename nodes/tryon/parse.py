@@ -10,9 +10,9 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.tryon import parsing
 from .._comfy import known, show_text
 from .._models import offered
-from . import parser_glue, ports
+from . import parse_run, common_inputs
 
-parser_glue.register_folder()
+parse_run.register_folder()
 
 
 class FrugalHumanParse(io.ComfyNode):
@@ -23,14 +23,14 @@ class FrugalHumanParse(io.ComfyNode):
         return io.Schema(
             node_id="FrugalHumanParse",
             display_name="Human Parse",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Tells clothes, skin, hair and background of a photo apart with a "
             "Segformer parser from models/human_parsing. Nothing is downloaded.",
             inputs=[
                 io.Image.Input("image", tooltip="Photos of persons, any size."),
                 io.Combo.Input(
                     "parser",
-                    options=parser_glue.choices(),
+                    options=parse_run.choices(),
                     tooltip="Folder under models/human_parsing with config.json and "
                     "model.safetensors, such as segformer_b2_clothes or fashn-human-parser.",
                 ),
@@ -67,14 +67,14 @@ class FrugalHumanParse(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, parser=None):
         return offered(
-            parser, parser_glue.choices(), f"models/{parser_glue.KIND}", parser_glue.PAGE
+            parser, parse_run.choices(), f"models/{parse_run.KIND}", parse_run.PAGE
         )
 
     @classmethod
     def execute(cls, image, parser):
-        labels, body, name, how = parser_glue.parse(parser_glue.folder_of(parser), image)
+        labels, body, name, how = parse_run.parse(parse_run.folder_of(parser), image)
         show_text(cls.hidden.unique_id, how)
-        shown = parser_glue.overlay(image, labels)
+        shown = parse_run.overlay(image, labels)
         pictures = (parsing.as_picture(labels), parsing.as_picture(body), shown)
         return io.NodeOutput(*pictures, name, ui=ui.PreviewImage(shown[:4]))
 

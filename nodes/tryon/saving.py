@@ -20,9 +20,9 @@ from ...kernels.checkpoints import catvton
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.tryon import precision
-from ...kernels.whole_file import replacing
+from ...kernels.atomic_write import replacing
 from .._comfy import REPORT_KEY, known, show_text
-from . import ports
+from . import common_inputs
 from .unet import CatVTONConfig
 
 PREFIX = "diffusion_model."
@@ -70,15 +70,15 @@ def tensors_of(patcher: Any) -> dict[str, torch.Tensor]:
 def _quantised_layer(weight: torch.Tensor, module: Any) -> precision.Layer | None:
     if not hasattr(weight, "_qdata"):
         return None
-    from . import quantised  # some ComfyUI versions have no quantised tensors
+    from . import quantized_layers  # some ComfyUI versions have no quantised tensors
 
-    return quantised.layer_of(module)
+    return quantized_layers.layer_of(module)
 
 
 def _leaves(path: str, weight: Any, layer: precision.Layer) -> dict[str, torch.Tensor]:
-    from . import quantised
+    from . import quantized_layers
 
-    own = quantised.leaves(weight) | {precision.DECLARATION: layer.declaration()}
+    own = quantized_layers.leaves(weight) | {precision.DECLARATION: layer.declaration()}
     return {f"{path}.{leaf}": tensor for leaf, tensor in own.items()}
 
 
@@ -143,7 +143,7 @@ class FrugalSaveCatVTON(io.ComfyNode):
         return io.Schema(
             node_id="FrugalSaveCatVTON",
             display_name="Save CatVTON",
-            category=ports.FAMILY,
+            category=common_inputs.FAMILY,
             description="Writes a try-on MODEL, its attention merged and quantised or not, as one "
             "file for 'Load CatVTON'. LoRAs on it are merged. Loads faster and takes less disk.",
             inputs=[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from .._comfy import CATEGORY, known, show_text
-from . import expert_switch
+from . import experts_run
 
 
 class FrugalWanTwoExperts(io.ComfyNode):
@@ -64,6 +64,6 @@ class FrugalWanTwoExperts(io.ComfyNode):
 
     @classmethod
     def execute(cls, high_noise, low_noise, boundary, cfg_low_noise=0.0) -> io.NodeOutput:
-        model, text = expert_switch.join(high_noise, low_noise, boundary, cfg_low_noise)
+        model, text = experts_run.join(high_noise, low_noise, boundary, cfg_low_noise)
         show_text(cls.hidden.unique_id, text)
         return io.NodeOutput(model, text)

@@ -20,9 +20,9 @@ import torch
 
 from ...kernels.attention.call import capability_of
 from ...kernels.device_types import why_no_int8_product
-from ...kernels.plan.doctor import INTEGER, integer_backend, why_compiled_off, why_plain
-from ...kernels.quant.fp8_linear import Product, choose, fits, fp8_linear
-from ...kernels.quant.matmul import INTEGERS, Matmul, plan_matmul
+from ...kernels.memory.doctor import INTEGER, integer_backend, why_compiled_off, why_plain
+from ...kernels.formats.fp8_linear import Product, choose, fits, fp8_linear
+from ...kernels.checkpoints.matmul_precision import INTEGERS, Matmul, plan_matmul
 from .._comfy import known
 from .._kitchen import kitchen_backends
 from .relayout import relayout

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
-from ...kernels.quant.matmul import AUTO
-from ...kernels.quant.matmul import CHOICES as PRODUCTS
-from ...kernels.quant.on_load import AS_STORED, CHOICES
+from ...kernels.checkpoints.matmul_precision import AUTO
+from ...kernels.checkpoints.matmul_precision import CHOICES as PRODUCTS
+from ...kernels.quantize.on_load import AS_STORED, CHOICES
 from .._comfy import CATEGORY, known, show_text
 from .._models import fingerprint, model_names, model_offered, model_path, offered
-from . import causal, embeds, glue
-from .causal_to_file import FrugalCausalVideoFile
-from .constant_context import FrugalWanConstantContext
-from .decode import FrugalWanDecode, FrugalWanDecodeToFile
-from .encode import FrugalWanEncode
-from .encode_cache import FrugalCachedTextEncode
+from ..causal import nodes
+from ..text import embed_files
+from . import load_run
+from ..causal.video_file import FrugalCausalVideoFile
+from ..memory.cross_kv import FrugalWanConstantContext
+from ..vae.decode import FrugalWanDecode, FrugalWanDecodeToFile
+from ..vae.encode import FrugalWanEncode
+from ..text.cached_encode import FrugalCachedTextEncode
 from .experts import FrugalWanTwoExperts
 
 
@@ -40,8 +42,8 @@ class FrugalLoadWan(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(glue.WEIGHT_DTYPES),
-                    default=glue.DEFAULT,
+                    options=list(load_run.WEIGHT_DTYPES),
+                    default=load_run.DEFAULT,
                     tooltip=(
                         "Type in which an unquantised model is kept. default: what "
                         "ComfyUI picks for this "
@@ -106,7 +108,7 @@ class FrugalLoadWan(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, weight_dtype, quantize=AS_STORED, matmul=AUTO) -> io.NodeOutput:
         path = model_path(model_name)
-        patcher, report = glue.load_wan(path, weight_dtype, quantize, matmul)
+        patcher, report = load_run.load_wan(path, weight_dtype, quantize, matmul)
         show_text(cls.hidden.unique_id, report.text())
         return io.NodeOutput(patcher, report.text())
 
@@ -138,7 +140,7 @@ class FrugalSaveTextEmbeds(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning, filename_prefix) -> io.NodeOutput:
-        path = embeds.save(conditioning, filename_prefix)
+        path = embed_files.save(conditioning, filename_prefix)
         return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB"))
 
 
@@ -153,7 +155,7 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "embeds_name",
-                    options=embeds.names(),
+                    options=embed_files.names(),
                     tooltip="A file in models/text_embeds, or in output/text_embeds [output].",
                 ),
             ],
@@ -169,15 +171,15 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, embeds_name=None):
-        return offered(embeds_name, embeds.names(), embeds.PLACES)
+        return offered(embeds_name, embed_files.names(), embed_files.PLACES)
 
     @classmethod
     def fingerprint_inputs(cls, embeds_name):
-        return embeds.fingerprint(embeds_name)
+        return embed_files.fingerprint(embeds_name)
 
     @classmethod
     def execute(cls, embeds_name) -> io.NodeOutput:
-        return io.NodeOutput(embeds.load(embeds_name))
+        return io.NodeOutput(embed_files.load(embeds_name))
 
 
 NODES = [
@@ -190,6 +192,6 @@ NODES = [
     FrugalWanDecode,
     FrugalWanDecodeToFile,
     FrugalWanEncode,
-    *causal.NODES,
+    *nodes.NODES,
     FrugalCausalVideoFile,
 ]

@@ -1,7 +1,7 @@
 """GPTQ, AWQ, W4A16 and GGUF weights in the two shapes of ComfyUI's quantised tensors.
 
 The packed words, scales and zero points of the file are kept as they are; a layer is unpacked to
-the compute dtype when it runs (see kernels/quant/packed_int.py), so products are in full precision.
+the compute dtype when it runs (see kernels/formats/packed_int.py), so products are in full precision.
 LoRAs change what was unpacked (patched_on_use.py).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import comfy.quant_ops
 import torch
 
-from ...kernels.quant.packed_int import W4A16, PackedSpec, PackedWeight, dequantise, requantise
+from ...kernels.formats.packed_int import W4A16, PackedSpec, PackedWeight, dequantise, requantise
 from .relayout import relayout
 
 NAME = "FrugalPackedInt"

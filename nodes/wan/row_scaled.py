@@ -3,7 +3,7 @@
 ComfyUI's own fp8 layout is made for one scale per tensor: its compiled kernels refuse others, and
 a transposed weight would be scaled along the wrong axis. This layout always dequantises to the
 compute dtype: w = q * scale, q float8 [out, in], scale float32 in a shape of
-kernels/quant/scale_grid.py.
+kernels/formats/block_scales.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import comfy.float
 import comfy.quant_ops
 import torch
 
-from ...kernels.quant import scale_grid
+from ...kernels.formats import block_scales
 
 NAME = "FrugalRowScaledFP8"
 
 
 def dequantise(qdata: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Weights [out, in] in `dtype`, rounded once."""
-    return scale_grid.dequantise(qdata, scale, dtype)
+    return block_scales.dequantise(qdata, scale, dtype)
 
 
 def quantise(
@@ -33,8 +33,8 @@ def quantise(
     """
     if like is None:
         like = weight.new_empty(weight.shape[0], 1)
-    scale = scale_grid.scale_like(weight, like, torch.finfo(dtype).max)
-    scaled = scale_grid.divide(weight, scale, dtype)
+    scale = block_scales.scale_like(weight, like, torch.finfo(dtype).max)
+    scaled = block_scales.divide(weight, scale, dtype)
     rounded = (
         comfy.float.stochastic_rounding(scaled, dtype, seed=seed) if seed else scaled.to(dtype)
     )

@@ -11,7 +11,7 @@ from frugal.demo import batch_graph, mask_graph, web_page
 from frugal.demo import run as demo
 from frugal.demo.layout import MODELS
 from frugal.demo.tiny_wan import build_demo_wan
-from frugal.tests.bed import canvas
+from frugal.tests.helpers import canvas
 
 MODES = {"classic": False, "nodes2": True}
 

@@ -15,9 +15,9 @@ import comfy.sd
 import pytest
 import torch
 
-from frugal.nodes.wan import glue
-from frugal.tests import sampling_bed
-from frugal.tests import wan_bed as bed
+from frugal.nodes.wan import load_run
+from frugal.tests.helpers import sampling
+from frugal.tests.helpers import wan as bed
 from frugal.tests.card import modes
 from frugal.tests.card.bounds import EXACT
 
@@ -31,7 +31,7 @@ class Bench:
 
     def __init__(self, folder: Path):
         self.folder, self.source = folder, bed.weights()
-        self.prompts = sampling_bed.two_prompts()
+        self.prompts = sampling.two_prompts()
 
     def write(self, file, name="model"):
         tensors, metadata = file[:2]
@@ -43,10 +43,10 @@ class Bench:
             if form and form not in getattr(comfy.quant_ops, "QUANT_ALGOS", {}):
                 pytest.skip(f"this ComfyUI does not know {form}")
         with torch.inference_mode():
-            return glue.load_wan(self.write(file, name), *choices)[0]
+            return load_run.load_wan(self.write(file, name), *choices)[0]
 
     def sample(self, model, steps=2, cfg=3.0, latent=None):
-        return sampling_bed.sample(model, self.prompts, steps, cfg=cfg, latent=latent)
+        return sampling.sample(model, self.prompts, steps, cfg=cfg, latent=latent)
 
     def stock_lora(self, model):
         lora, _ = bed.lora_of(self.source)

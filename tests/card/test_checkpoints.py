@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.nodes.wan import glue
-from frugal.tests import causal_bed, gguf_bed, lora_bed
-from frugal.tests import wan_bed as bed
-from frugal.tests.card.bounds import (
-    EIGHT,
-    EXACT,
-    HALF,
-    MERGED_FP8,
-    MERGED_INT4,
-)  # fmt: skip
+from frugal.nodes.wan import load_run
+from frugal.tests.helpers import causal, gguf, lora
+from frugal.tests.helpers import wan as bed
+from frugal.tests.card.bounds import EIGHT, EXACT, HALF, MERGED_FP8, MERGED_INT4  # fmt: skip
 
 LAYOUTS = (
     "fp16", "bf16", "fp32", "e4m3 cast", "e4m3 scale_weight, no marker",
@@ -35,9 +29,9 @@ def packed(bench, label):
     if label not in GGUF:
         return bench.load(bed.gptq_or_awq(bench.source, **bed.PACKED_LAYOUTS[label]))
     path = bench.folder / "model.gguf"
-    gguf_bed.write(path, bench.source, label.removeprefix("GGUF "))
+    gguf.write(path, bench.source, label.removeprefix("GGUF "))
     with torch.inference_mode():
-        return glue.load_wan(path)[0]
+        return load_run.load_wan(path)[0]
 
 
 @pytest.mark.parametrize("label", LAYOUTS)
@@ -77,7 +71,7 @@ def test_merged_lora_is_the_same_in_both_runs(bench, layouts, same_as_cpu, form)
     plain = bench.sample(model)
     made = bench.stock_lora(model)
     runs = [bench.sample(made), bench.sample(made)]
-    assert torch.equal(*runs), f"run 2 is off by {causal_bed.far(runs[1], runs[0])}"
+    assert torch.equal(*runs), f"run 2 is off by {causal.far(runs[1], runs[0])}"
     assert not torch.equal(runs[0], plain)
     same_as_cpu([plain, *runs], MERGED.get(form, HALF))
 
@@ -85,22 +79,22 @@ def test_merged_lora_is_the_same_in_both_runs(bench, layouts, same_as_cpu, form)
 @pytest.mark.parametrize("form", ["bf16", ROWS])
 def test_lora_beside(bench, layouts, same_as_cpu, form):
     model = bench.load(layouts[form]())
-    tensors, _ = lora_bed.lora(lora_bed.linears(), alpha=2)
+    tensors, _ = lora.lora(lora.linears(), alpha=2)
     with torch.inference_mode():
-        made, _ = lora_bed.put(model, bench.folder, tensors, 0.8)
+        made, _ = lora.put(model, bench.folder, tensors, 0.8)
     same_as_cpu([bench.sample(made), bench.sample(made)], HALF)
 
 
 def test_a_lora_leaves_the_model_alone(bench, layouts, same_as_cpu):
     """A model, its clone with a LoRA that changes modulation too, and the model again."""
     plain = bench.load(layouts["fp32"](), "fp32")
-    tensors, _ = lora_bed.lora(lora_bed.linears()[:4])
+    tensors, _ = lora.lora(lora.linears()[:4])
     for block in range(2):
         name = f"diffusion_model.blocks.{block}.modulation.diff"
         tensors[name] = torch.full((1, 6, 256), 0.3)
     first = bench.sample(plain)
     with torch.inference_mode():
-        changed, _ = lora_bed.put(plain, bench.folder, tensors, 0.8)
+        changed, _ = lora.put(plain, bench.folder, tensors, 0.8)
     with_it, again, with_it_again = map(bench.sample, (changed, plain, changed))
     assert torch.equal(first, again) and torch.equal(with_it, with_it_again)
     assert not torch.equal(first, with_it)

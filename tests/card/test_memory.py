@@ -10,8 +10,8 @@ from comfy.patcher_extension import WrappersMP
 
 from frugal.demo.tiny_wan import fill, save, vae_shapes
 from frugal.kernels.errors import FrugalError
-from frugal.nodes.plan import meta, planning
-from frugal.nodes.wan import vae_decode
+from frugal.nodes.memory import meta_models, memory_plan_run
+from frugal.nodes.vae import decode_run
 from frugal.tests.card import modes
 from frugal.tests.card.bounds import BRAIN, HALF
 
@@ -21,9 +21,9 @@ card_only = pytest.mark.skipif(not modes.ON_CARD, reason="the CPU's memory is no
 
 def planned(model, shape=(1, 16, 2, 8, 8), budget=0.0, limit=False):
     """(model with a plan in force, plan, peaks, job)."""
-    job = planning.job_of({"samples": torch.zeros(shape)}, 0, 0, 0, 1, True)
-    plan, peaks = planning.plan_of(model, job, budget)
-    return planning.apply(model, plan, peaks, limit, None), plan, peaks, job
+    job = memory_plan_run.job_of({"samples": torch.zeros(shape)}, 0, 0, 0, 1, True)
+    plan, peaks = memory_plan_run.plan_of(model, job, budget)
+    return memory_plan_run.apply(model, plan, peaks, limit, None), plan, peaks, job
 
 
 @pytest.fixture
@@ -114,9 +114,9 @@ def test_plan_of_a_vae_that_has_run(vae, same_as_cpu):
     latent = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         before = vae.decode(latent)
-        meta.decoded(vae, (2, 8, 8))
+        meta_models.decoded(vae, (2, 8, 8))
         after = vae.decode(latent)
-        meta.decoded(vae, (2, 8, 8))
+        meta_models.decoded(vae, (2, 8, 8))
         again = vae.decode(latent)
     assert torch.equal(before, after) and torch.equal(before, again)
     same_as_cpu([before], BRAIN)
@@ -125,6 +125,6 @@ def test_plan_of_a_vae_that_has_run(vae, same_as_cpu):
 def test_decode_in_pieces(vae, same_as_cpu):
     latent = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
-        whole = vae_decode.to_images(vae, {"samples": latent}, 0, 0)[0]
-        tiled = vae_decode.to_images(vae, {"samples": latent}, 64, 16)[0]
+        whole = decode_run.to_images(vae, {"samples": latent}, 0, 0)[0]
+        tiled = decode_run.to_images(vae, {"samples": latent}, 64, 16)[0]
     same_as_cpu([whole, tiled], BRAIN)

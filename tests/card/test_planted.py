@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from frugal.nodes.plan import policy
+from frugal.nodes.memory import policy
 from frugal.nodes.wan import row_scaled
 from frugal.tests.card import modes
 from frugal.tests.card.test_memory import bounded, planned

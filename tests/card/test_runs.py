@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.kernels.kv import session_file
-from frugal.nodes.sampling import attention, compile_run, step_cache_run
-from frugal.nodes.wan import causal_video, context_cache, expert_switch
-from frugal.tests import causal_bed, sampling_bed
-from frugal.tests import wan_bed as bed
+from frugal.kernels.causal import session_file
+from frugal.nodes.sampling import attention_run, compile_run, step_cache_run
+from frugal.nodes.causal import video_run
+from frugal.nodes.memory import cross_kv_run
+from frugal.nodes.wan import experts_run
+from frugal.tests.helpers import causal as causal_bed, sampling
+from frugal.tests.helpers import wan as bed
 from frugal.tests.card.bounds import EIGHT, EXACT, HALF
 
 WAYS = [
@@ -41,13 +43,13 @@ def test_causal(plain, same_as_cpu, way, kind, on_host):
 def test_causal_video_and_session(bench, plain, same_as_cpu):
     positive, negative = bench.prompts
     latent = {"samples": torch.zeros(1, 16, 4, 8, 8)}
-    settings = causal_video.Settings(3, 3, 2.0, "simple", 2, keep=True)
+    settings = video_run.Settings(3, 3, 2.0, "simple", 2, keep=True)
     with torch.inference_mode():
         bench.sample(plain)
         made = causal_bed.causal(plain, window=6, sink=1, relative=True)
 
         def video(*more):
-            return causal_video.make_video(made, positive, negative, latent, settings, *more)
+            return video_run.make_video(made, positive, negative, latent, settings, *more)
 
         first, session, _ = video()
         path = bench.folder / "session.safetensors"
@@ -78,25 +80,25 @@ def test_causal_and_plain_keep_their_schedules(bench, plain, same_as_cpu):
 @pytest.mark.parametrize("fp8", [False, True], ids=["as computed", "fp8"])
 def test_constant_context(bench, layouts, same_as_cpu, fp8):
     model = bench.load(layouts["bf16"]())
-    made, _ = context_cache.apply(model, context_cache.Options(fp8=fp8), silent)
+    made, _ = cross_kv_run.apply(model, cross_kv_run.Options(fp8=fp8), silent)
     same_as_cpu([bench.sample(made, 4), bench.sample(model, 4)], EIGHT if fp8 else HALF)
 
 
 def test_step_cache(bench, plain, same_as_cpu):
-    smooth = sampling_bed.smooth(plain)
+    smooth = sampling.smooth(plain)
     made = step_cache_run.apply(smooth, step_cache_run.Options(0.3), silent)
     same_as_cpu([bench.sample(made, 10)])
 
 
 def test_attention(bench, layouts, same_as_cpu):
-    made = attention.apply(bench.load(layouts["bf16"]()))
+    made = attention_run.apply(bench.load(layouts["bf16"]()))
     same_as_cpu([bench.sample(made, 3), bench.sample(made, 3)], HALF)
 
 
 def test_two_experts(bench, layouts, same_as_cpu):
     high = bench.load(layouts["bf16"](), name="high")
     low = bench.load((bed.base(bed.weights(seed=2))[0], {}), name="low")
-    pair, _ = expert_switch.join(high, low, 0.875, 2.0)
+    pair, _ = experts_run.join(high, low, 0.875, 2.0)
     first = bench.sample(pair, 4)
     changed = bench.sample(bench.stock_lora(pair), 4)
     again = bench.sample(pair, 4)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from frugal.nodes._comfy import compute_dtype
-from frugal.nodes.tryon import loading
-from frugal.tests import tryon_bed as bed
+from frugal.nodes.tryon import load_run
+from frugal.tests.helpers import tryon as bed
 
 PATCHED = (
     "diffusion_model.input_blocks.5.1.transformer_blocks.0.attn1.to_q.weight",
@@ -38,7 +38,7 @@ def run(patcher) -> torch.Tensor:
 def test_forward(unet, tmp_path, same_as_cpu, kind):
     held = {n: t.half() for n, t in bed.state(unet).items() if ".attn2." not in n}
     save_file(held, tmp_path / "model.safetensors", bed.META)
-    plain = loading.load_catvton(str(tmp_path / "model.safetensors"), None, "auto", kind)
+    plain = load_run.load_catvton(str(tmp_path / "model.safetensors"), None, "auto", kind)
     first, again = run(plain), run(plain)
     assert torch.equal(first, again)
     make = torch.Generator().manual_seed(4)

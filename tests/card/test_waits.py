@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig
-from frugal.nodes.sampling import attention, guidance_run, step_cache_run
-from frugal.nodes.wan import context_cache, glue
-from frugal.tests import causal_bed, gguf_bed, lora_bed
-from frugal.tests import wan_bed as bed
+from frugal.nodes.sampling import attention_run, guidance_range_run, step_cache_run
+from frugal.nodes.memory import cross_kv_run
+from frugal.nodes.wan import load_run
+from frugal.tests.helpers import causal as causal_bed, gguf as gguf_bed, lora
+from frugal.tests.helpers import wan as bed
 from frugal.tests.card import modes
 
 if not modes.ON_CARD:
@@ -46,13 +47,13 @@ def gguf(kind):
         path = bench.folder / "model.gguf"
         gguf_bed.write(path, source, kind, config)
         with torch.inference_mode():
-            return glue.load_wan(path)[0]
+            return load_run.load_wan(path)[0]
 
     return make
 
 
 def constant_context(bench, model):
-    return context_cache.apply(model, context_cache.Options(), lambda report: None)[0]
+    return cross_kv_run.apply(model, cross_kv_run.Options(), lambda report: None)[0]
 
 
 def step_cache(bench, model):
@@ -63,9 +64,9 @@ def step_cache(bench, model):
 
 def lora_beside(bench, model):
     layers = [f"blocks.{i}.ffn.0" for i in range(len(model.model.diffusion_model.blocks))]
-    tensors, _ = lora_bed.lora(layers)
+    tensors, _ = lora.lora(layers)
     with torch.inference_mode():
-        return lora_bed.put(model, bench.folder, tensors)[0]
+        return lora.put(model, bench.folder, tensors)[0]
 
 
 def causal(**options):
@@ -90,11 +91,11 @@ SCENARIOS = {
     "GGUF Q4_K": (gguf("Q4_K"), 0, 0),
     "GGUF IQ4_XS": (gguf("IQ4_XS"), 0, 0),
     "LoRA beside": (layout(ROWS, apply=lora_beside), 0, 0),
-    "attention chosen": (layout("bf16", apply=lambda bench, m: attention.apply(m)), 0, 0),
+    "attention chosen": (layout("bf16", apply=lambda bench, m: attention_run.apply(m)), 0, 0),
     "constant context": (layout("bf16", apply=constant_context), 1, 0),
     "step cache": (layout("bf16", apply=step_cache), 2, 0),
     "guided for a part": (
-        layout("bf16", apply=lambda bench, m: guidance_run.apply(m, 0.0, 0.9)), 1, 0,
+        layout("bf16", apply=lambda bench, m: guidance_range_run.apply(m, 0.0, 0.9)), 1, 0,
     ),
     "causal, pages as computed": (causal(way="gather", kind="model"), 0, 0),
     "causal, int8 pages": (causal(way="gather", kind="int8"), 0, 0),

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from frugal.tests import engine_bed as bed
+from frugal.tests.helpers import engines as bed
 
 pytestmark = pytest.mark.skipif(not bed.PYTHON, reason=bed.NEEDED)
 ASKED = "a cat walks through snow"

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from frugal.demo.comfy_server import ComfyServer
-from frugal.kernels.quant.server_folder import ServerJob, export
-from frugal.tests import engine_bed as bed
-from frugal.tests.bed.patience import until
+from frugal.kernels.quantize.vllm_folder import ServerJob, export
+from frugal.tests.helpers import engines as bed
+from frugal.tests.helpers.patience import until
 
 pytestmark = pytest.mark.skipif(not bed.PYTHON, reason=bed.NEEDED)
 TREES = bed.TREES

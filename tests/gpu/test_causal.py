@@ -9,12 +9,12 @@ import gc
 import pytest
 import torch
 
-from frugal.kernels.kv import attend, paged
-from frugal.kernels.kv.attend import EFFICIENT, FLASH, GATHER, MERGE, with_lse
-from frugal.kernels.kv.cache import VideoCache
-from frugal.kernels.kv.options import CacheOptions
-from frugal.kernels.kv.paged_kernels import KERNELS
-from frugal.kernels.kv.storage import KINDS, PageFormat
+from frugal.kernels.causal import strategies, paged_attention
+from frugal.kernels.causal.strategies import EFFICIENT, FLASH, GATHER, MERGE, with_lse
+from frugal.kernels.causal.cache import VideoCache
+from frugal.kernels.causal.options import CacheOptions
+from frugal.kernels.causal.paged_kernels import KERNELS
+from frugal.kernels.causal.storage import KINDS, PageFormat
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,7 +88,7 @@ def test_the_fused_kernels_and_their_lse(monkeypatch, kernel):
     make = torch.Generator("cuda").manual_seed(3)
     q, k, v = torch.randn(3, 2, 12, 1570, 128, generator=make, device="cuda").half().unbind(0)
     scores = (q.double() @ k.double().mT) * 128**-0.5
-    monkeypatch.setattr(attend, "cuda_kernel", lambda *_: kernel)
+    monkeypatch.setattr(strategies, "cuda_kernel", lambda *_: kernel)
     out, lse = with_lse(q, k, v)
     assert (lse - scores.logsumexp(-1)).abs().max() < 0.01
     wanted = scores.softmax(-1) @ v.double()
@@ -103,7 +103,7 @@ def test_kernels_that_read_pages_in_place(kernel, tokens):
     reason = kernel.why_not(fmt, cuda, 9)
     if reason:
         pytest.skip(reason)
-    slab, make = paged.Slab(fmt, 9, cuda, kernel.rows), torch.Generator("cuda").manual_seed(2)
+    slab, make = paged_attention.Slab(fmt, 9, cuda, kernel.rows), torch.Generator("cuda").manual_seed(2)
     pages = [slab.page() for _ in range(9)]
     for page in pages:
         k, v = torch.randn(2, *fmt.shape, generator=make, device=cuda).bfloat16().unbind(0)

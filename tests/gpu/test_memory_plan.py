@@ -37,7 +37,7 @@ def comfy(comfy_tree):
 def wan(comfy, config, dtype=torch.bfloat16, form=None):
     """A MODEL of random weights on the card's host, in a quantised format if `form` names one."""
     from frugal.kernels.checkpoints.wan_shapes import parameters
-    from frugal.tests.wan_bed import fake_native
+    from frugal.tests.helpers.wan import fake_native
 
     state = {}
     for name, parameter in parameters(config).items():
@@ -50,7 +50,7 @@ def wan(comfy, config, dtype=torch.bfloat16, form=None):
 
 
 def configuration(size: str, image: bool):
-    from frugal.kernels.plan.fit import WAN
+    from frugal.kernels.memory.fit import WAN
 
     return WAN[f"Wan {size} {'I2V' if image else 'T2V'}"]
 
@@ -60,16 +60,16 @@ def configuration(size: str, image: bool):
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_forward_peak_within_ten_percent(comfy, size, picture, pieces, record_property):
     """Two layers on the card show the peak of all: what one needs is needed once."""
-    from frugal.kernels.plan.memory import Job, Switches
-    from frugal.nodes.plan import meta
-    from frugal.nodes.plan.chunking import InForce, forwards
+    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.nodes.memory import meta_models
+    from frugal.nodes.memory.chunked_blocks import InForce, forwards
 
     device = torch.device("cuda")
     job = Job(*SIZES[picture], 81)
     switches = Switches(True, pieces, pieces)
     config = replace(configuration(size, size == "14B"), layers=2)
     patcher = wan(comfy, config)
-    predicted = meta.ForwardPeaks(patcher.model, device).of(1, job.latent, switches)
+    predicted = meta_models.ForwardPeaks(patcher.model, device).of(1, job.latent, switches)
     model = patcher.model.diffusion_model.to(device)
     for path, forward in list(
         forwards(
@@ -79,7 +79,7 @@ def test_forward_peak_within_ten_percent(comfy, size, picture, pieces, record_pr
         )
     ):
         model.get_submodule(path.rpartition(".")[0]).forward = forward
-    given = meta.inputs(model, 1, job.latent, meta.compute_dtype(patcher.model), device)
+    given = meta_models.inputs(model, 1, job.latent, meta_models.compute_dtype(patcher.model), device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
@@ -95,7 +95,7 @@ def test_forward_peak_within_ten_percent(comfy, size, picture, pieces, record_pr
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_pieces_on_this_card_stay_within_rounding(rows, record_property):
     """Whether the last bit agrees is up to cuBLAS, which may take another kernel for fewer rows."""
-    from frugal.kernels.plan.pieces import in_pieces
+    from frugal.kernels.memory.chunks import in_pieces
 
     with torch.device("cuda"):
         layer = torch.nn.Linear(5120, 13824, dtype=torch.bfloat16)
@@ -109,8 +109,8 @@ def test_pieces_on_this_card_stay_within_rounding(rows, record_property):
 @pytest.mark.parametrize("form", ["asym_w4a8_int8", "int8_tensorwise"])
 def test_14b_i2v_under_twelve_gigabytes(comfy, form, record_property):
     """Two guided steps at 832 x 480, 81 frames, with the allocator capped: no error."""
-    from frugal.kernels.plan.memory import Job
-    from frugal.nodes.plan import planning
+    from frugal.kernels.memory.plan import Job
+    from frugal.nodes.memory import memory_plan_run
 
     if form not in getattr(comfy.quant_ops, "QUANT_ALGOS", {}):
         pytest.skip(f"this ComfyUI does not know {form}")
@@ -121,9 +121,9 @@ def test_14b_i2v_under_twelve_gigabytes(comfy, form, record_property):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:
-        plan, peaks = planning.plan_of(patcher, job, limit / 10**9 - 0.5)
+        plan, peaks = memory_plan_run.plan_of(patcher, job, limit / 10**9 - 0.5)
         assert plan.fits
-        model = planning.apply(patcher, plan, peaks, True, None)
+        model = memory_plan_run.apply(patcher, plan, peaks, True, None)
         latent = torch.zeros(1, 16, *job.latent)
         text = [[torch.zeros(1, 512, 4096), {}]]
         torch.cuda.reset_peak_memory_stats()

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal.kernels import device_types
-from frugal.kernels.kv.rotate import shifted
-from frugal.kernels.quant import curves, gptq, importance, moments, shrink
+from frugal.kernels.causal.rotate import shifted
+from frugal.kernels.quantize import curves, gptq, sensitivity, moments, shrinkage
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -63,13 +63,13 @@ def test_sums_without_float64_are_those_of_float32(monkeypatch):
         gatherer = moments.Gatherer(48, 48)
         gatherer.add(rows)
         hessian = rows.t() @ rows / 64
-        shares = importance.probe(
+        shares = sensitivity.probe(
             [("a", lambda: weight)], lambda change: rows @ (weight + change.get("a", 0)).t()
         )
         return [
             float(gatherer._squares.sum()),
             gptq.output_error(weight, held, hessian),
-            shrink.shrinkage(hessian, 64),
+            shrinkage.shrinkage(hessian, 64),
             curves._dot(weight, held),
             shares["a"],
         ]

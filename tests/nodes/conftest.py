@@ -6,8 +6,8 @@ import comfy.model_management
 import pytest
 import torch
 
-from frugal.nodes.wan import glue
-from frugal.tests import sampling_bed, wan_bed
+from frugal.nodes.wan import load_run
+from frugal.tests.helpers import sampling, wan as wan_bed
 
 
 @pytest.fixture
@@ -20,19 +20,19 @@ def inference():
 @pytest.fixture
 def fp32(tmp_path):
     """A model of wan_bed's weights, loaded from tmp_path/fp32.safetensors."""
-    return glue.load_wan(wan_bed.write(tmp_path / "fp32.safetensors", wan_bed.weights()))[0]
+    return load_run.load_wan(wan_bed.write(tmp_path / "fp32.safetensors", wan_bed.weights()))[0]
 
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    return sampling_bed.tiny_wan(tmp_path_factory.mktemp("wan"))
+    return sampling.tiny_wan(tmp_path_factory.mktemp("wan"))
 
 
 @pytest.fixture(scope="module")
 def smooth_wan(wan):
-    return sampling_bed.smooth(wan)
+    return sampling.smooth(wan)
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    return sampling_bed.two_prompts()
+    return sampling.two_prompts()

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from frugal.tests.bed.absent import closure, plain, read_requirements
-from frugal.tests.bed.patience import HANG
+from frugal.tests.helpers.absent import closure, plain, read_requirements
+from frugal.tests.helpers.patience import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -63,7 +63,7 @@ def test_a_missing_module_costs_one_family_and_one_line(comfy_tree, tmp_path):
 import builtins
 real = builtins.__import__
 def fake(name, globals=None, *rest, **more):
-    if (globals or {}).get("__name__") == "frugal.nodes.remote.nodes":
+    if (globals or {}).get("__name__") == "frugal.nodes.servers.nodes":
         raise ModuleNotFoundError("No module named 'absent'", name="absent")
     return real(name, globals, *rest, **more)
 builtins.__import__ = fake

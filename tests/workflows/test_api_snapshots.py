@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from frugal.demo.layout import WORKFLOWS
-from frugal.tests.bed.canvas import without_titles
-from frugal.tests.bed.graphs import FILE_SUFFIXES
+from frugal.tests.helpers.canvas import without_titles
+from frugal.tests.helpers.graphs import FILE_SUFFIXES
 
 pytestmark = pytest.mark.comfy
 SNAPSHOTS = Path(__file__).with_name("api")

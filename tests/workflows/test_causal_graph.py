@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
-from frugal.tests.bed.pictures import saved
+from frugal.tests.helpers.pictures import saved
 
 pytestmark = pytest.mark.comfy
 SIZE = {"width": 64, "height": 64, "batch_size": 1}

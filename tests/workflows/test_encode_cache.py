@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from frugal.kernels.checkpoints.text_embeds import read_text_embeds, write_text_embeds
-from frugal.nodes.wan import embeds_cache
+from frugal.nodes.text import cached_encode_run
 
 pytestmark = pytest.mark.comfy
 NAME = "hollow_umt5.safetensors"
@@ -21,14 +21,14 @@ def hollow_encoder(path) -> None:
     shapes = dict.fromkeys(
         (
             f"encoder.block.{layer}.{part}.weight"
-            for layer in range(embeds_cache.LAYERS)
-            for part in embeds_cache.LAYER_PARTS
+            for layer in range(cached_encode_run.LAYERS)
+            for part in cached_encode_run.LAYER_PARTS
         ),
         (1, 1),
     )
-    shapes |= {embeds_cache.FINAL_NORM: (1,), embeds_cache.TOKENIZER: (1,)}
-    shapes |= {embeds_cache.TELLING: (embeds_cache.TELLING_ROWS, 1)}
-    shapes[embeds_cache.EMBEDDING] = embeds_cache.VOCABULARY
+    shapes |= {cached_encode_run.FINAL_NORM: (1,), cached_encode_run.TOKENIZER: (1,)}
+    shapes |= {cached_encode_run.TELLING: (cached_encode_run.TELLING_ROWS, 1)}
+    shapes[cached_encode_run.EMBEDDING] = cached_encode_run.VOCABULARY
     header, end = {}, 0
     for name, shape in shapes.items():
         size = math.prod(shape)
@@ -46,15 +46,15 @@ def kept(server, monkeypatch):
     path = server.models / "text_encoders" / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     hollow_encoder(path)
-    folder = server.base / "user" / embeds_cache.CACHE
+    folder = server.base / "user" / cached_encode_run.CACHE
     folder.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(embeds_cache, "cache_folder", lambda: folder)
-    maker = embeds_cache.identity(path) | embeds_cache.computation("default")
+    monkeypatch.setattr(cached_encode_run, "cache_folder", lambda: folder)
+    maker = cached_encode_run.identity(path) | cached_encode_run.computation("default")
     made = {}
     for seed, text in enumerate(("red", "blue")):
         tensor = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(seed))
         made[text] = [[tensor, {"pooled_output": None}]]
-        write_text_embeds(made[text], embeds_cache._entry_path(maker, text))
+        write_text_embeds(made[text], cached_encode_run._entry_path(maker, text))
     yield made
     path.unlink()
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 pytest.importorskip("ray")
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.remote.fleet.client import FleetClient
-from frugal.tests.bed.patience import HANG, comes, until
-from frugal.tests.fleet_bed import picture_graph
-from frugal.tests.fleet_process import fleet_process
+from frugal.servers.fleet.client import FleetClient
+from frugal.tests.helpers.patience import HANG, comes, until
+from frugal.tests.helpers.fleet import picture_graph
+from frugal.tests.helpers.fleet_process import fleet_process
 
 JOBS, QUEUE = 12, 16
 

@@ -15,12 +15,12 @@ from PIL import Image
 
 pytest.importorskip("filelock")
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.remote.fleet.comfy import Comfy, LostError, Recipe
-from frugal.kernels.remote.fleet.orders import order
-from frugal.tests.bed.installed import installed
-from frugal.tests.bed.patience import HANG, comes
-from frugal.tests.fleet_bed import picture_graph
-from frugal.tests.fleet_process import comfy_arguments
+from frugal.servers.fleet.worker_process import Comfy, LostError, Recipe
+from frugal.servers.fleet.job_request import order
+from frugal.tests.helpers.installed import installed
+from frugal.tests.helpers.patience import HANG, comes
+from frugal.tests.helpers.fleet import picture_graph
+from frugal.tests.helpers.fleet_process import comfy_arguments
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from frugal.kernels.masks.labels import ATR
-from frugal.tests.bed.parsers import save_parser
+from frugal.tests.helpers.parsers import save_parser
 
 pytestmark = pytest.mark.comfy
 

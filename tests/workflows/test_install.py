@@ -13,8 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from frugal.demo.comfy_server import ComfyServer, pack_node_ids
-from frugal.tests.bed.absent import closure, environment, modules_outside, read_requirements
-from frugal.tests.bed.tracked import tracked
+from frugal.tests.helpers.absent import closure, environment, modules_outside, read_requirements
+from frugal.tests.helpers.tracked import tracked
 
 pytestmark = pytest.mark.comfy
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from frugal.demo.tiny_wan import build_demo_wan, save
-from frugal.tests import wan_bed as bed
-from frugal.tests.bed.pictures import saved
+from frugal.tests.helpers import wan as bed
+from frugal.tests.helpers.pictures import saved
 
 pytestmark = pytest.mark.comfy
 

@@ -12,7 +12,7 @@ from frugal.demo.layout import MODELS
 from frugal.demo.tiny_wan import WanSize, build_demo_wan, fill, save, wan_shapes
 from frugal.kernels.masks.labels import ATR
 from frugal.kernels.tryon.precision import INT8
-from frugal.tests.bed.parsers import save_parser
+from frugal.tests.helpers.parsers import save_parser
 
 pytestmark = pytest.mark.comfy
 DEEP = "cancel_deep"

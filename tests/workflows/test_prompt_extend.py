@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from frugal.tests.bed.patience import HANG
-from frugal.tests.remote_bed import transformers_serve, write_tiny_qwen
+from frugal.tests.helpers.patience import HANG
+from frugal.tests.helpers.servers import transformers_serve, write_tiny_qwen
 
 pytestmark = pytest.mark.comfy
 

@@ -9,7 +9,7 @@ import pytest
 
 from frugal.demo.layout import WORKFLOWS
 from frugal.demo.tiny_wan import WanSize, build_demo_wan, fill, save, wan_shapes
-from frugal.tests.bed.graphs import faults
+from frugal.tests.helpers.graphs import faults
 
 pytestmark = pytest.mark.comfy
 pytest.importorskip("comfy_kitchen")

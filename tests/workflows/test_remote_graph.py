@@ -10,10 +10,10 @@ from PIL import Image
 
 from frugal.demo.layout import WORKFLOWS
 from frugal.demo.remote_graph import PROMPT
-from frugal.kernels.remote.dialects import VLLM
-from frugal.tests.bed.graphs import faults
-from frugal.tests.remote_bed import completion, scripted
-from frugal.tests.video_bed import Videos
+from frugal.servers.dialects import VLLM
+from frugal.tests.helpers.graphs import faults
+from frugal.tests.helpers.servers import completion, scripted
+from frugal.tests.helpers.video_server import Videos
 
 pytestmark = pytest.mark.comfy
 LONGER = "a red fox walks slowly through fresh snow, soft morning light, the camera follows"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from frugal.kernels.remote.dialects import DIALECTS, TRTLLM, VLLM
-from frugal.tests.remote_bed import scripted
-from frugal.tests.video_bed import Videos
+from frugal.servers.dialects import DIALECTS, TRTLLM, VLLM
+from frugal.tests.helpers.servers import scripted
+from frugal.tests.helpers.video_server import Videos
 
 pytestmark = pytest.mark.comfy
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from frugal.demo.comfy_server import ServerError, pack_node_ids
-from frugal.tests.bed.graphs import faults
+from frugal.tests.helpers.graphs import faults
 
 pytestmark = pytest.mark.comfy
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))

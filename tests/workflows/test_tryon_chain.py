@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from frugal.tests.bed.builders import tryon_model, tryon_vae
+from frugal.tests.helpers.builders import tryon_model, tryon_vae
 
 pytestmark = pytest.mark.comfy
 # Odd on purpose: the stitch has to find its way back from a canvas of another size.

@@ -14,7 +14,7 @@ from frugal.demo import run as demo
 from frugal.demo.layout import MODELS, WORKFLOWS
 from frugal.demo.sheet import psnr
 from frugal.demo.tryon_graph import DEMO
-from frugal.tests.bed.pictures import saved
+from frugal.tests.helpers.pictures import saved
 
 pytestmark = pytest.mark.comfy
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from frugal.demo.tiny_wan import save
-from frugal.tests.bed.builders import tryon_unet, tryon_vae
+from frugal.tests.helpers.builders import tryon_unet, tryon_vae
 
 pytestmark = pytest.mark.comfy
 SIZES = ((70, 60), (96, 64))  # of the two persons, (H, W)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
-from frugal.tests.bed.pictures import saved
+from frugal.tests.helpers.pictures import saved
 
 pytestmark = pytest.mark.comfy
 STEPS = 2

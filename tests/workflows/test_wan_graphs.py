@@ -11,7 +11,7 @@ from PIL import Image
 
 from frugal.demo.layout import WORKFLOWS
 from frugal.demo.tiny_wan import build_demo_wan
-from frugal.tests.bed.graphs import faults
+from frugal.tests.helpers.graphs import faults
 
 pytestmark = pytest.mark.comfy
 WIDTH, HEIGHT, FRAMES = 64, 96, 9

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from frugal.demo.tiny_wan import build_demo_wan
-from frugal.tests.bed.graphs import faults
+from frugal.tests.helpers.graphs import faults
 
 pytestmark = pytest.mark.comfy
 FRAMES, WIDTH, HEIGHT = 9, 64, 48

@@ -1,0 +1,46 @@
+"""What the user chooses of a video's cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import FrugalError
+from .strategies import GATHER, IN_PLACE
+from .paged_kernels import widest_page
+from .storage import MODEL, PageFormat
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """window, sink: latent frames. kind: of storage.KINDS. relative: kept frames close ranks in
+    time, so positions never exceed window + sink; else each stays at its own number. on_host: pages
+    lie in main memory. way: attend.GATHER, MERGE or IN_PLACE. budget: bytes of pages, 0 for none.
+    """
+
+    window: int = 0
+    sink: int = 0
+    kind: str = MODEL
+    relative: bool = False
+    on_host: bool = False
+    way: str = GATHER
+    budget: int = 0
+
+    def __post_init__(self):
+        if self.window < 0 or self.sink < 0:
+            raise FrugalError(
+                f"a window of {self.window} and a sink of {self.sink} frames",
+                "none below 0",
+                "set window and sink to 0 or more",
+            )
+        if self.window == 0 and self.sink:
+            raise FrugalError(
+                f"a sink of {self.sink} frames without a window",
+                "a window, for without one every frame is kept",
+                "set the window, or the sink to 0",
+            )
+
+    def page_bytes(self, fmt: PageFormat) -> int:
+        """Bytes that a page takes at the most."""
+        if self.way == IN_PLACE and not self.on_host:
+            return widest_page(fmt, self.relative)
+        return fmt.page_bytes

@@ -1,0 +1,99 @@
+"""A video's cache as a safetensors file: pages as they are, to the bit, and clean latents."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import FrugalError
+from ..atomic_write import replacing
+from .cache import Kept, VideoCache
+from .offload import HOST, to_device
+from .options import CacheOptions
+from .storage import Page, PageFormat
+
+FORMAT = "frugal causal session 1"
+
+
+def save(cache: VideoCache, path: Path) -> None:
+    """Write under a temporary name, then rename. Raises FrugalError for a cache without frames."""
+    if not cache.kept:
+        raise FrugalError(
+            "a session without frames",
+            "one that a sampler kept",
+            "turn keep_session on in the sampler and run it again",
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for number, stream in cache.streams.items():
+        for frame, pages in stream.items():
+            for layer, page in enumerate(pages):
+                held = to_device(cache.pool.read(page), HOST)
+                for name, tensor in held.tensors().items():
+                    tensors[f"{number}.{frame}.{layer}.{name}"] = tensor
+    for frame, latent in cache.clean.items():
+        tensors[f"clean.{frame}"] = latent.to(HOST).contiguous()
+    facts = {
+        "shape": cache.fmt.shape,
+        "dtype": str(cache.fmt.dtype).removeprefix("torch."),
+        "layers": cache.layers,
+        "options": asdict(cache.options),
+        "kept": [asdict(each) for each in cache.kept],
+        "streams": sorted(cache.streams),
+        "next_frame": cache.next_frame,
+        "blocks_made": cache.blocks_made,
+        "error": cache.error,
+        "prompt": cache.prompt,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, {"format": FORMAT, "session": json.dumps(facts)})
+
+
+def load(path: Path, device: torch.device) -> VideoCache:
+    """The video's cache, its pages in main memory until a run fetches them. device: where attention
+    will run. Raises FrugalError for another file, or one with parts missing.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise FrugalError(
+                    f"{path.name} is no session of this version", FORMAT, "choose another file"
+                )
+            return _restored(json.loads(metadata["session"]), file, device)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise FrugalError(
+            f"{path.name} cannot be read ({error})",
+            "a whole session file",
+            "save the session again",
+        ) from error
+
+
+def _restored(facts: dict, file, device: torch.device) -> VideoCache:
+    options = CacheOptions(**facts["options"])
+    shape = tuple(facts["shape"])
+    fmt = PageFormat(shape, getattr(torch, facts["dtype"]), options.kind)
+    cache = VideoCache(fmt, facts["layers"], device, options)
+    wanted = fmt.empty(torch.device("meta")).tensors()
+    cache.kept = [Kept(**each) for each in facts["kept"]]
+    for number in facts["streams"]:
+        for each in cache.kept:
+            contents = []
+            for layer in range(cache.layers):
+                prefix = f"{number}.{each.frame}.{layer}."
+                held = {name: file.get_tensor(prefix + name) for name in wanted}
+                for name, tensor in held.items():
+                    if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+                        raise KeyError(f"{prefix}{name} is {tuple(tensor.shape)} {tensor.dtype}")
+                contents.append(Page(**held))
+            pages = cache.pool.adopt(contents, away=not options.on_host)
+            cache.streams.setdefault(number, {})[each.frame] = pages
+    cache.clean = {each.frame: file.get_tensor(f"clean.{each.frame}") for each in cache.kept}
+    cache.next_frame, cache.blocks_made = facts["next_frame"], facts["blocks_made"]
+    cache.error, cache.prompt = facts["error"], facts["prompt"]
+    return cache

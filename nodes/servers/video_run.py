@@ -1,0 +1,108 @@
+"""A video made by a server: ordered, watched, put into the output folder, read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+
+from ...kernels.errors import FrugalError
+from ...servers.dialects import DIALECTS, VideoWish, checked
+from ...servers.address import server
+from ...servers.videos import RemoteVideo, order
+from ...kernels.video.reader import frames, pixels
+from ...kernels.atomic_write import replacing
+from . import glue
+
+FOLDER = "frugal_videos"
+AVI, WEBM = b"RIFF", b"\x1aE\xdf\xa3"
+
+
+@dataclass(frozen=True)
+class Received:
+    """images float32 [frames, H, W, 3]; path: in the output folder; subfolder: of that folder."""
+
+    images: torch.Tensor
+    path: Path
+    subfolder: str
+    report: str
+
+
+def make(
+    wish: VideoWish,
+    servers: str,
+    dialect: str,
+    key_variable: str,
+    minutes: float,
+    prefix: str,
+) -> Received:
+    """Raises FrugalError for a wish that the server would change, and if no server makes it."""
+    spoken = DIALECTS[dialect]
+    wish = checked(wish, spoken)
+    addresses = [server(line, key_variable) for line in servers.splitlines() if line.strip()]
+    # The cancel button is asked for in between, so only the last value has to be there.
+    bar, told = comfy.utils.ProgressBar(100), [0.0]
+    folder = Path(folder_paths.get_user_directory()) / FOLDER
+    work = order(
+        addresses, spoken, wish, folder, 60 * minutes, lambda share: told.__setitem__(0, share)
+    )
+    video = glue.wait_for(work, lambda: bar.update_absolute(int(told[0]), 100))
+    path, subfolder = _written(video, prefix)
+    images = _read(path, wish)
+    seen = f"{len(images)} frames of {images.shape[2]}x{images.shape[1]}"
+    lines = [
+        f"made by {video.server} ({dialect}) in {video.seconds:.1f} s: {seen}",
+        f"job {video.job}, {len(video.data)} bytes, {path.name}",
+        *(f"note: {note}" for note in (*video.notes, *_differences(images, wish))),
+    ]
+    return Received(images, path, subfolder, "\n".join(lines))
+
+
+def _written(video: RemoteVideo, prefix: str) -> tuple[Path, str]:
+    output = folder_paths.get_output_directory()
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    suffix = ".avi" if video.data[:4] == AVI else ".webm" if video.data[:4] == WEBM else ".mp4"
+    path = Path(folder) / f"{name}_{number:05}_{suffix}"
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(video.data)
+    return path, subfolder
+
+
+def _read(path: Path, wish: VideoWish) -> torch.Tensor:
+    import av
+
+    images = None
+    count = 0
+    try:
+        for frame in frames(str(path)):
+            picture = pixels(frame)
+            if images is None:
+                images = np.empty((wish.frames, *picture.shape), np.float32)
+            if count == len(images):
+                images = np.concatenate([images, np.empty_like(images)])
+            images[count] = picture
+            count += 1
+            comfy.model_management.throw_exception_if_processing_interrupted()
+    except (av.error.FFmpegError, IndexError) as error:
+        raise FrugalError(
+            f"{path.name} cannot be read ({ascii(str(error))[1:-1][:100]})",
+            "a video",
+            "look into the server's log; the file is kept in the output folder",
+        ) from None
+    if images is None:
+        raise FrugalError(f"{path.name} has no frames", "a video", "look into the server's log")
+    return torch.from_numpy(images[:count])
+
+
+def _differences(images: torch.Tensor, wish: VideoWish) -> list[str]:
+    found = []
+    if len(images) != wish.frames:
+        found.append(f"{wish.frames} frames were asked for")
+    if (images.shape[2], images.shape[1]) != (wish.width, wish.height):
+        found.append(f"{wish.size} was asked for")
+    return found

@@ -1,0 +1,192 @@
+"""LATENT to pictures or to video files, a piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from PIL import Image
+
+from ...kernels.errors import FrugalError
+from ...kernels.report import megabytes
+from ...kernels.video.latent_file import SUFFIX, write_latent
+from ...kernels.video.writer import FORMATS, VideoWriter
+from .clip_decoder import ClipDecoder
+from .halves import decoder_of, wan_decoder
+
+KEPT = "frugal_undecoded"
+PREVIEW_SIDE = 512
+RETRY_TILE = 256
+
+
+class Decoding:
+    """One LATENT on its way through a VAE's decoder.
+
+    latent: samples [B, C, T, h, w]; other entries such as a noise mask do not matter here. tile,
+    overlap: pixels, tile 0 for whole frames. Raises FrugalError for another VAE or LATENT.
+    """
+
+    def __init__(self, vae: Any, latent: dict[str, Any], tile: int = 0, overlap: int = 64):
+        vae.throw_exception_if_invalid()
+        wan_decoder(vae)
+        self.vae, self.samples = vae, latent["samples"]
+        _check(vae, self.samples)
+        self.batch, _, self.latents, self.height, self.width = self.samples.shape
+        self.half = decoder_of(vae, self.latents, self.height, self.width)
+        self.tile, self.overlap = tile // self.half.scale, overlap // self.half.scale
+        self.frames = vae.upscale_ratio[0](self.latents)
+        self.size = self.width * self.half.scale, self.height * self.half.scale
+        self.done, self.notes, self.state = 0, [], 0
+        self.bar = comfy.utils.ProgressBar(self.batch * self.frames)
+
+    def pieces(self, item: int) -> Iterator[torch.Tensor]:
+        """Frames [t, H, W, 3] of one clip in order, on the VAE's output device, 0 to 1."""
+        clip = ClipDecoder(self.vae, self.half, self.height, self.width, self.tile, self.overlap)
+        for pixels in clip.feed(self.samples[item : item + 1]):
+            self.done += pixels.shape[0]
+            yield pixels
+            self.bar.update_absolute(self.done, None, preview_of(pixels))
+        self.state = clip.stream.state_bytes()
+        self.notes += clip.notes()
+
+    def images(self) -> torch.Tensor:
+        """All frames of all clips, [B * T, H, W, 3], in one tensor made once."""
+        out: torch.Tensor | None = None
+        place = 0
+        for item in range(self.batch):
+            for pixels in self.pieces(item):
+                if out is None:
+                    shape = (self.batch * self.frames, *pixels.shape[1:])
+                    out = torch.empty(shape, dtype=pixels.dtype, device=pixels.device)
+                out[place : place + pixels.shape[0]] = pixels
+                place += pixels.shape[0]
+        assert out is not None and place == out.shape[0]
+        return out
+
+    def report(self) -> str:
+        """What was done, as text."""
+        width, height = self.size
+        clips = f"{self.batch} clips of " if self.batch > 1 else ""
+        lines = [
+            f"decoded {clips}{self.frames} frames {width} x {height} from {self.latents} latents, "
+            f"in {len(self.half.cadence.calls)} pieces",
+            f"ComfyUI's estimate for a piece: {megabytes(self.half.memory)}; "
+            f"state kept between pieces: {megabytes(self.state)}",
+        ]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def to_images(vae: Any, latent: dict[str, Any], tile: int, overlap: int) -> tuple[Any, str]:
+    """(IMAGE, report). Raises FrugalError; the LATENT is on disk then."""
+    decoding = Decoding(vae, latent, tile, overlap)
+    images = _kept_safe(decoding, decoding.images)
+    return images, decoding.report()
+
+
+def to_files(
+    vae: Any,
+    latent: dict[str, Any],
+    prefix: str,
+    fps: float,
+    format: str,
+    quality: str,
+    tile: int,
+    overlap: int,
+    metadata: Mapping[str, str],
+) -> tuple[list[Path], str, str]:
+    """(one file per clip, their folder inside output, report); errors as `to_images`."""
+    decoding = Decoding(vae, latent, tile, overlap)
+    width, height = decoding.size
+    written: list[Path] = []
+    unfinished: list[Path] = []
+
+    def write() -> str:
+        subfolder = ""
+        for item in range(decoding.batch):
+            path, subfolder = video_path(prefix, format, width, height)
+            with VideoWriter(path, width, height, fps, format, quality, metadata) as writer:
+                unfinished.append(writer.partial)
+                try:
+                    for pixels in decoding.pieces(item):
+                        writer.write(bytes_of(pixels))
+                except comfy.model_management.InterruptProcessingException:
+                    writer.cancel()
+                    raise
+            written.append(path)
+        return subfolder
+
+    subfolder = _kept_safe(decoding, write, unfinished)
+    sizes = [f"{path.name}: {megabytes(path.stat().st_size)}" for path in written]
+    return written, subfolder, "\n".join([decoding.report(), *sizes])
+
+
+def _kept_safe(decoding: Decoding, work: Callable[[], Any], files: Sequence[Path] = ()) -> Any:
+    """Do the work with the LATENT on disk until it is done: hours of sampling may be in it. files:
+    unfinished ones that may be left when it fails.
+    """
+    path = kept_path()
+    write_latent(decoding.samples, path)
+    try:
+        made = work()
+    except comfy.model_management.InterruptProcessingException:
+        path.unlink(missing_ok=True)
+        raise
+    except Exception as error:
+        left = [f"the frames so far as {each.name}" for each in files if each.exists()]
+        kept = " and ".join([f"the LATENT is kept as input/{path.name}", *left])
+        raise FrugalError(
+            f"decoding stopped after frame {decoding.done} of {decoding.batch * decoding.frames} "
+            f"({ascii(str(error))[1:-1][:300].rstrip('.')}), {kept}",
+            "to reach the last frame",
+            f"choose {path.name} in 'Load Latent' and decode again, with tile_size {RETRY_TILE} if "
+            "memory ran out",
+        ) from error
+    path.unlink(missing_ok=True)
+    return made
+
+
+def kept_path() -> Path:
+    """Where a LATENT waits until it is decoded: 'Load Latent' lists it there."""
+    folder, name, number, _, _ = folder_paths.get_save_image_path(
+        KEPT, folder_paths.get_input_directory()
+    )
+    return Path(folder) / f"{name}_{number:05}_{SUFFIX}"
+
+
+def video_path(
+    prefix: str, format: str, width: int, height: int, after: int = 0
+) -> tuple[Path, str]:
+    """(file with the next free number, its folder inside output). after: numbers to leave for files
+    that are not there yet.
+    """
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory(), width, height
+    )
+    return Path(folder) / f"{name}_{number + after:05}_{FORMATS[format].suffix}", subfolder
+
+
+def _check(vae: Any, samples: Any) -> None:
+    channels = getattr(vae, "latent_channels", None)
+    shape = None if getattr(samples, "is_nested", False) else tuple(samples.shape)
+    if shape is None or len(shape) != 5 or shape[1] != channels or not all(shape):
+        raise FrugalError(
+            f"the LATENT has the shape {list(shape) if shape else 'of several parts'}",
+            f"[batch, {channels}, frames, height, width] for this VAE",
+            "connect the LATENT of a Wan sampler and the VAE of the same Wan version",
+        )
+
+
+def bytes_of(pixels: torch.Tensor) -> np.ndarray:
+    """uint8 [N, H, W, 3] of pixels 0 to 1, rounded to nearest."""
+    return pixels[..., :3].float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def preview_of(pixels: torch.Tensor) -> tuple[str, Image.Image, int]:
+    """The last of frames [N, H, W, 3] as ComfyUI's progress bars show pictures."""
+    return "JPEG", Image.fromarray(bytes_of(pixels[-1])), PREVIEW_SIDE

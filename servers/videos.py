@@ -1,0 +1,312 @@
+"""A video from a server's /v1/videos: created once, watched, fetched; given up properly.
+
+A job costs minutes of a graphics card, so it must not be paid for twice. A request that may have
+arrived is never simply sent again: the server's list is searched for the job first. And the job's
+name is kept, so that a run that was broken off finds its job again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from ..kernels.errors import FrugalError
+from . import response_cache
+from .dialects import SGLANG, Dialect, VideoWish, takes_images
+from .address import Server
+from .transport import LATER, Reply, exchange, refusal
+from .waiting import within
+
+VIDEO_LIMIT = 10**9
+POLL, PATIENCE = 2.0, 60.0
+ANSWER, GOODBYE = 60.0, 5.0
+DONE, FAILED = ("completed",), ("failed", "cancelled", "deleted")
+# A name that goes into an address.
+JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class RemoteVideo:
+    """data: the file as it came. kind: its media type. server, job: where it was made. notes: what
+    happened on the way.
+    """
+
+    data: bytes
+    kind: str
+    server: str
+    job: str
+    seconds: float
+    notes: tuple[str, ...]
+
+
+class LostServerError(FrugalError):
+    """This server cannot go on; another may."""
+
+    __module__ = FrugalError.__module__  # people see this one too
+
+    @classmethod
+    def of(cls, error: FrugalError) -> LostServerError:
+        """The same sentence as this kind of error."""
+        return cls(error.found, error.expected, error.do)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What all steps of one order share. progress: called with 0..100. folder: for the names of
+    jobs. patience: seconds for the whole job.
+    """
+
+    session: aiohttp.ClientSession
+    dialect: Dialect
+    wish: VideoWish
+    folder: Path
+    progress: Callable[[float], None]
+    patience: float
+    notes: list[str]
+
+
+async def order(
+    servers: Sequence[Server],
+    dialect: Dialect,
+    wish: VideoWish,
+    folder: Path,
+    patience: float,
+    progress: Callable[[float], None] = lambda share: None,
+) -> RemoteVideo:
+    """The video from the first of `servers` that makes it. Raises FrugalError if none does. When
+    cancelled, the job is taken off its server.
+    """
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+        desk = Desk(session, dialect, wish, folder, progress, patience, [])
+        for place, server in enumerate(servers):
+            try:
+                return await _from(desk, server)
+            except LostServerError as error:
+                if place + 1 == len(servers):
+                    raise
+                desk.notes.append(f"{server.name} was left: {error}")
+    raise FrugalError("no server", "at least one address", "type the address of a server")
+
+
+async def _from(desk: Desk, server: Server) -> RemoteVideo:
+    began = time.monotonic()
+    name = response_cache.key([desk.dialect.name, server.base, _words(desk.wish)], desk.wish.image)
+    job = await _known(desk, server, name)
+    if job is None:
+        await _check_image(desk, server)
+        job = await _create(desk, server)
+        with contextlib.suppress(OSError):
+            response_cache.write(desk.folder, name, {"job": job})
+    try:
+        async with within(desk.patience):
+            await _watch(desk, server, job)
+        reply = await _fetch(desk, server, job)
+    except asyncio.CancelledError:
+        await asyncio.shield(_remove(desk, server, job))
+        raise
+    except asyncio.TimeoutError:
+        raise FrugalError(
+            f"job {job} on {server.name} is not done after {desk.patience:g} s",
+            "a video by then",
+            "run it again to go on waiting for the same job, with a longer timeout if need be",
+        ) from None
+    seconds = time.monotonic() - began
+    return RemoteVideo(reply.body, reply.kind, server.name, job, seconds, tuple(desk.notes))
+
+
+def _words(wish: VideoWish) -> dict[str, Any]:
+    fields = asdict(wish)
+    del fields["image"]
+    return fields
+
+
+async def _known(desk: Desk, server: Server, name: str) -> str | None:
+    """A job of an earlier run for the same wish that the server still has and did not fail."""
+    job = (response_cache.read(desk.folder, name) or {}).get("job")
+    if not isinstance(job, str) or not JOB.fullmatch(job):
+        return None
+    reply = await _ask(desk, server, f"/videos/{job}")
+    if reply.status >= 400 or _status(reply, server) in FAILED:
+        return None
+    desk.notes.append(f"found the job of an earlier run again: {job}")
+    return job
+
+
+async def _check_image(desk: Desk, server: Server) -> None:
+    wanted, takes = bool(desk.wish.image), None
+    # SGLang tells the kind of its model beside the API, not in it.
+    for each in (server, replace(server, base=server.base.removesuffix("/v1"))):
+        reply = await _ask(desk, each, "/models")
+        if reply.status in (401, 403):
+            raise refusal(server, reply)
+        if reply.status < 400 and "json" in reply.kind:
+            takes = takes_images(reply.json(server.name))
+        if takes is not None or desk.dialect.name != SGLANG:
+            break
+    if takes is None:
+        desk.notes.append("the server does not say whether its model takes a start image")
+    elif takes != wanted:
+        raise FrugalError(
+            f"{server.name} has a model for {'image' if takes else 'text'} to video",
+            "a start image" if takes else "no image, which it would ignore without a word",
+            "connect an image" if takes else "take the image off, or ask another server",
+        )
+
+
+async def _create(desk: Desk, server: Server) -> str:
+    before = await _listed(desk, server)
+    try:
+        reply = await exchange(
+            desk.session,
+            server,
+            "POST",
+            "/videos",
+            timeout=ANSWER,
+            repeat=False,
+            body=lambda: desk.dialect.body(desk.wish),
+        )
+    except asyncio.CancelledError:
+        await asyncio.shield(_take_off(desk, server, before))
+        raise
+    except FrugalError as error:
+        # It may have arrived all the same.
+        job = await _arrived(desk, server, before)
+        if job is None:
+            raise LostServerError.of(error) from None
+        desk.notes.append(f"the answer to the order was lost; the job was found in the list: {job}")
+        return job
+    if reply.status in LATER:
+        raise LostServerError.of(refusal(server, reply))
+    if reply.status >= 400:
+        raise refusal(server, reply)
+    said = reply.json(server.name)
+    job = said.get("id") if isinstance(said, Mapping) else None
+    if not isinstance(job, str) or not JOB.fullmatch(job):
+        raise FrugalError(
+            f"{server.name} took the order without a usable id: {reply.text()}",
+            "a job with an id",
+            "check that the address is that of the API, which often ends in /v1",
+        )
+    return job
+
+
+async def _listed(desk: Desk, server: Server) -> dict[str, Mapping[str, Any]] | None:
+    """The server's newest jobs, newest first; None where it does not tell."""
+    try:
+        reply = await exchange(
+            desk.session, server, "GET", "/videos?limit=20&order=desc", timeout=ANSWER
+        )
+        return {
+            each["id"]: each
+            for each in reply.json(server.name)["data"]
+            if JOB.fullmatch(each["id"])
+        }
+    except (FrugalError, KeyError, TypeError):
+        return None
+
+
+async def _arrived(desk: Desk, server: Server, before: Mapping[str, Any] | None) -> str | None:
+    """The newest job in the server's list that is this wish and was not there `before`: one from
+    before may have another seed, which lists do not tell.
+    """
+    wanted = desk.wish.prompt, desk.wish.size
+    now = None if before is None else await _listed(desk, server)
+    for job, said in (now or {}).items():
+        if job not in (before or {}) and (said.get("prompt"), said.get("size")) == wanted:
+            return job
+    return None
+
+
+async def _watch(desk: Desk, server: Server, job: str) -> None:
+    """Until the job is done. Raises FrugalError if it failed, LostServerError if nobody answers."""
+    heard = time.monotonic()
+    while True:
+        try:
+            reply = await _ask(desk, server, f"/videos/{job}")
+        except FrugalError as error:
+            if time.monotonic() - heard > PATIENCE:
+                raise LostServerError.of(error) from None
+            await asyncio.sleep(POLL)
+            continue
+        heard = time.monotonic()
+        if reply.status == 404:
+            raise LostServerError(
+                f"{server.name} does not know job {job} any more", "the job", "run it again"
+            )
+        status = _status(reply, server)
+        if status in FAILED:
+            raise FrugalError(
+                f"job {job} on {server.name} {status}: {reply.text()}",
+                "a video",
+                "change what it complains about, or look into the server's log",
+            )
+        if status in DONE:
+            desk.progress(100.0)
+            return
+        with contextlib.suppress(TypeError, ValueError):
+            desk.progress(float(reply.json(server.name).get("progress") or 0))
+        await asyncio.sleep(POLL)
+
+
+def _status(reply: Reply, server: Server) -> str:
+    said = reply.json(server.name)
+    status = said.get("status") if isinstance(said, Mapping) else None
+    # vLLM-Omni sends a failed job with an error status and the job as body.
+    if not isinstance(status, str):
+        raise refusal(server, reply)
+    return status
+
+
+async def _ask(desk: Desk, server: Server, path: str) -> Reply:
+    try:
+        reply = await exchange(desk.session, server, "GET", path, timeout=ANSWER)
+    except FrugalError as error:
+        raise LostServerError.of(error) from None
+    if reply.status in LATER:
+        raise LostServerError.of(refusal(server, reply))
+    return reply
+
+
+async def _fetch(desk: Desk, server: Server, job: str) -> Reply:
+    reply = await exchange(
+        desk.session,
+        server,
+        "GET",
+        f"/videos/{job}/content",
+        timeout=max(ANSWER, desk.patience),
+        limit=VIDEO_LIMIT,
+    )
+    if reply.status >= 400:
+        raise refusal(server, reply)
+    if not (reply.kind.startswith("video/") or reply.kind == "application/octet-stream"):
+        raise FrugalError(
+            f"{server.name} sent {reply.kind or 'no type'} for job {job}: {reply.text()}",
+            "a video",
+            "look into the server's log",
+        )
+    return reply
+
+
+async def _take_off(desk: Desk, server: Server, before: Mapping[str, Any] | None) -> None:
+    """Remove what an order that was cancelled on its way has become."""
+    job = None
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with within(GOODBYE):
+            job = await _arrived(desk, server, before)
+    if job is not None:
+        await _remove(desk, server, job)
+
+
+async def _remove(desk: Desk, server: Server, job: str) -> None:
+    with contextlib.suppress(FrugalError):
+        await exchange(
+            desk.session, server, "DELETE", f"/videos/{job}", timeout=GOODBYE, repeat=False
+        )

@@ -1,0 +1,235 @@
+"""The fleet's store: whatever happens in whatever order, a job ends once and its result stays."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from frugal.kernels.errors import FrugalError
+from frugal.servers.fleet import store as s
+from frugal.servers.fleet.job_request import order
+
+GRAPH = b'{"1": {"class_type": "EmptyImage", "inputs": {"color": %d}}}'
+LIMIT = 4
+
+
+def an_order(color: int = 0, **files: bytes):
+    return order(GRAPH % color, files)
+
+
+class Life(RuleBasedStateMachine):
+    """The model: what each job's client was told, which must stay true."""
+
+    jobs = Bundle("jobs")
+
+    def __init__(self):
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="frugal-store-"))
+        self.store = s.Store(self.folder, patience=0)
+        self.status: dict[str, str] = {}
+        self.result: dict[str, bytes] = {}
+        self.keys: dict[str, tuple[str, int]] = {}
+        self.attempts: dict[str, int] = {}
+
+    def teardown(self):
+        self.store.close()
+        shutil.rmtree(self.folder)
+
+    def is_open(self, job):
+        return self.status.get(job) in s.OPEN
+
+    @rule(target=jobs, key=st.sampled_from(["", "a", "b", "c"]), color=st.integers(0, 1))
+    def add(self, key, color):
+        opened = sum(self.is_open(job) for job in self.status)
+        try:
+            job, new = self.store.add(an_order(color, x=b"in"), key, LIMIT)
+        except s.KeyReusedError:
+            assert key and self.keys[key][1] != color
+            return "none"
+        except s.FullError:
+            assert opened == LIMIT and key not in self.keys
+            return "none"
+        assert new == (key not in self.keys)
+        if new:
+            assert opened < LIMIT
+            self.status[job.id], self.attempts[job.id] = s.QUEUED, 0
+            if key:
+                self.keys[key] = job.id, color
+        else:
+            assert self.keys[key] == (job.id, color)
+        return job.id
+
+    @rule(job=jobs)
+    def start(self, job):
+        if job in self.status:
+            number = self.store.start(job, "w")
+            if self.is_open(job):
+                self.status[job] = s.RUNNING
+                self.attempts[job] += 1
+            assert number == self.attempts[job]
+
+    @rule(job=jobs)
+    def requeue(self, job):
+        if job in self.status:
+            self.store.requeue(job, "lost")
+            if self.is_open(job):
+                self.status[job] = s.QUEUED
+
+    @rule(job=jobs, data=st.binary(max_size=3), whole=st.booleans())
+    def complete(self, job, data, whole):
+        if job not in self.status:
+            return
+        if not self.is_open(job):
+            # What a worker that was thought dead hands in late.
+            late = self.folder / "late"
+            late.mkdir()
+            (late / "out.png").write_bytes(b"late")
+            assert not self.store.complete(job, late, {})
+            return
+        place = self.store.attempt_folder(job)
+        (place / "sub").mkdir()
+        (place / "sub" / "out.png").write_bytes(data)
+        if whole:
+            assert self.store.complete(job, place, {"1": {"text": ["x"]}})
+            self.status[job], self.result[job] = s.COMPLETED, data
+
+    @rule(job=jobs, status=st.sampled_from([s.FAILED, s.CANCELLED]))
+    def fail(self, job, status):
+        if job in self.status:
+            assert self.store.fail(job, "why", status) == self.is_open(job)
+            if self.is_open(job):
+                self.status[job] = status
+
+    @rule(job=jobs)
+    def delete(self, job):
+        if job not in self.status:
+            with pytest.raises(KeyError):
+                self.store.delete(job)
+        elif self.is_open(job):
+            with pytest.raises(FrugalError, match="has not ended"):
+                self.store.delete(job)
+        else:
+            self.store.delete(job)
+            del self.status[job]
+            self.result.pop(job, None)
+            self.keys = {key: told for key, told in self.keys.items() if told[0] != job}
+
+    @rule()
+    def restart(self):
+        self.store.close()
+        self.store = s.Store(self.folder, patience=0)
+        running = [job for job, status in self.status.items() if status == s.RUNNING]
+        assert self.store.recover() == len(running)
+        self.status |= dict.fromkeys(running, s.QUEUED)
+
+    @invariant()
+    def all_is_as_told(self):
+        assert {job.id: job.status for job in self.store.list(limit=10**6)} == self.status
+        assert set(self.store.waiting()) == {j for j, t in self.status.items() if t == s.QUEUED}
+        assert self.store.open_jobs() == sum(map(self.is_open, self.status))
+        assert {path.name for path in self.store.jobs.iterdir()} == set(self.status)
+        for job, data in self.result.items():
+            assert self.store.file(job, "sub/out.png").read_bytes() == data
+        for job in filter(self.is_open, self.status):
+            assert self.store.order(job).files == {"x": b"in"}
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+
+
+def test_a_store_belongs_to_one_fleet(tmp_path):
+    first = s.Store(tmp_path)
+    with pytest.raises(FrugalError, match="another fleet uses the store"):
+        s.Store(tmp_path, patience=0)
+    first.close()
+    s.Store(tmp_path, patience=0).close()
+
+
+def test_half_an_order_is_swept_away(tmp_path):
+    s.Store(tmp_path).close()
+    (tmp_path / "jobs" / "half" / "input").mkdir(parents=True)
+    held = s.Store(tmp_path)
+    assert not list(held.jobs.iterdir()) and held.open_jobs() == 0
+    held.close()
+
+
+def test_results_are_found_by_listed_name_only(tmp_path):
+    held = s.Store(tmp_path)
+    job = held.add(an_order(), "", 1)[0].id
+    folder = held.attempt_folder(job)
+    (folder / "a.png").write_bytes(b"a")
+    held.complete(job, folder, {})
+    assert held.file(job, "a.png").read_bytes() == b"a"
+    for name in ("../workflow.json", "/etc/passwd", "b.png", ""):
+        with pytest.raises(KeyError):
+            held.file(job, name)
+    with pytest.raises(KeyError):
+        held.job("../" + job)
+    held.close()
+
+
+def test_old_results_expire(tmp_path, monkeypatch):
+    held = s.Store(tmp_path)
+    old, new = (held.add(an_order(color), "", 9)[0].id for color in (0, 1))
+    now = s.time.time()
+    monkeypatch.setattr(s.time, "time", lambda: now - 100)
+    held.fail(old, "why")
+    monkeypatch.undo()
+    held.fail(new, "why")
+    assert held.expire(200) == 0 and held.expire(50) == 1
+    assert [job.id for job in held.list()] == [new]
+    held.close()
+
+
+@pytest.mark.parametrize(
+    ("workflow", "told"),
+    [
+        (b"", "the workflow is no JSON"),
+        (b"[" * 10**5, "the workflow is no JSON"),
+        (b"NaN", "the workflow is no JSON"),
+        (b"{}", "a workflow without nodes"),
+        (b'{"nodes": [], "links": []}', r"as the web page saves it; expected the API form"),
+        (b'{"1": {"inputs": {}}}', "node '1' of the workflow"),
+        (b'{"1": {"class_type": "A"}}', "node '1' of the workflow"),
+    ],
+)
+def test_refused_workflows(workflow, told):
+    with pytest.raises(FrugalError, match=told):
+        order(workflow, {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../a.png", "a/b.png", "a\\b.png", ".hidden", "C:x", "a\0.png", "x" * 300],
+)
+def test_refused_file_names(name):
+    with pytest.raises(FrugalError, match="an input file called"):
+        order(GRAPH % 0, {name: b""})
+
+
+def test_two_names_that_are_one_on_some_systems():
+    with pytest.raises(FrugalError, match="two input files"):
+        order(GRAPH % 0, {"a.png": b"", "A.PNG": b""})
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [b"x", b"[]", *(b'{"totals": %b}' % t for t in (b"{}", b'{"a": 1.5}', b'{"a": -1}'))],
+)
+def test_refused_plans(plan):
+    with pytest.raises(FrugalError, match="plan"):
+        order(GRAPH % 0, {}, plan)
+
+
+def test_what_makes_orders_different():
+    one = an_order(0, a=b"1", b=b"2")
+    assert one.digest() == an_order(0, b=b"2", a=b"1").digest()
+    others = [an_order(1, a=b"1", b=b"2"), an_order(0, a=b"2", b=b"1"), an_order(0, a=b"12", b=b"")]
+    assert len({one.digest(), *(other.digest() for other in others)}) == 4
