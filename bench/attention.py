@@ -88,8 +88,8 @@ def one(shape: tuple[int, int, int, int], dtype, device, default) -> dict:
     from frugal.kernels.attention import Chooser
     from frugal.kernels.attention.backends import BACKENDS, launch
     from frugal.kernels.attention.call import describe, device_kind
-    from frugal.kernels.attention.selector import default_scale
     from frugal.kernels.attention.call_report import table
+    from frugal.kernels.attention.selector import default_scale
 
     heads, q_len, k_len, width = shape
     make = torch.Generator(device).manual_seed(0)

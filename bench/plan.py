@@ -157,11 +157,14 @@ def example(picture: str, tree: str) -> None:
     import torch
     from PIL import Image
 
-    from frugal.kernels.memory import fit, plan as memory, plan_picture
+    from frugal.kernels.memory import fit, plan_picture
+    from frugal.kernels.memory import plan as memory
     from frugal.nodes.memory import meta_models
 
     job = memory.Job(*SIZES["480p"], 81)
-    peaks = meta_models.ForwardPeaks(shape_of(*REAL["14B I2V"], torch.bfloat16), torch.device("cpu"))
+    peaks = meta_models.ForwardPeaks(
+        shape_of(*REAL["14B I2V"], torch.bfloat16), torch.device("cpu")
+    )
     with torch.device("meta"):
         model = comfy.ldm.wan.vae.WanVAE(
             dim=96, z_dim=16, temperal_downsample=[False, True, True]

@@ -40,7 +40,7 @@ def causal_runs() -> list[dict]:
 
     from frugal.kernels.memory.plan import CAUSAL_KV, LATENTS, WORK, Job
     from frugal.kernels.memory.trace import trace
-    from frugal.nodes.memory import meta_models, memory_plan_run
+    from frugal.nodes.memory import memory_plan_run, meta_models
     from frugal.tests.helpers import causal as videos
     from frugal.tests.helpers.memory import allocator_peak
 

@@ -3,7 +3,7 @@
     python bench/step_cache.py COMFYUI_FOLDER RESULT.json [--figures 2] [--steps 30]
 
 "flow": relative error against all 50 steps on eight flows whose velocity is known in closed form
-(tests/helpers/flows.py; EasyCache there is its rule, which a test compares with the node call by call).
+(tests/helpers/flows.py; EasyCache there is its rule, which a test compares with the node).
 Each cache gets the threshold, by bisection, that makes most calls of at most the given number.
 "tryon": the demo's trained try-on network in ComfyUI, euler, cfg 2.5, for held-out figures. Each
 way is swept over thresholds (or steps), which gives rows of threshold, model calls and the peak

@@ -20,11 +20,36 @@ from .layout import MODELS, WORKFLOWS
 from .mask_graph import GROUPS as MASK_GROUPS
 from .mask_graph import NOTE as MASK_NOTE
 from .mask_graph import masks_graph
-from .quantize_graph import CALIBRATE_GROUPS, CALIBRATE_NOTE, QUANTIZE_GROUPS, QUANTIZE_NOTE, calibrate_wan, quantize_wan
+from .quantize_graph import (
+    CALIBRATE_GROUPS,
+    CALIBRATE_NOTE,
+    QUANTIZE_GROUPS,
+    QUANTIZE_NOTE,
+    calibrate_wan,
+    quantize_wan,
+)
 from .remote_graph import REMOTE_GROUPS, REMOTE_NOTE, remote_video
 from .tiny_wan import build_demo_wan
-from .tryon_graph import DEMO, DEMO_NOTE, GROUPS, PHOTO_GROUPS, PHOTO_NOTE, REAL, REAL_NOTE, tryon_photo, tryon_to_video
-from .wan_graph import CAUSAL_GROUPS, CAUSAL_NOTE, I2V_NOTE, T2V_NOTE, causal_video, wan_i2v, wan_t2v
+from .tryon_graph import (
+    DEMO,
+    DEMO_NOTE,
+    GROUPS,
+    PHOTO_GROUPS,
+    PHOTO_NOTE,
+    REAL,
+    REAL_NOTE,
+    tryon_photo,
+    tryon_to_video,
+)
+from .wan_graph import (
+    CAUSAL_GROUPS,
+    CAUSAL_NOTE,
+    I2V_NOTE,
+    T2V_NOTE,
+    causal_video,
+    wan_i2v,
+    wan_t2v,
+)
 from .wan_graph import GROUPS as WAN_GROUPS
 
 

@@ -1,1 +1,1 @@
-"""Everything that can be said without ComfyUI: file formats, tensor maths, masks, geometry."""
+"""Tensors without ComfyUI: file formats, attention, caches, masks, memory plans."""

@@ -11,7 +11,10 @@ import logging
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-FAMILIES = ("wan", "tryon", "masks", "plan", "quantize", "sampling", "remote")
+FAMILIES = (
+    "wan", "text", "vae", "causal", "memory", "sampling", "lora", "quantize", "tryon", "masks",
+    "servers",
+)  # fmt: skip
 
 
 def _pack_name() -> str:

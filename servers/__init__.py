@@ -1,1 +1,1 @@
-"""Clients of servers that a person named: OpenAI-compatible chat. Nothing here runs unasked."""
+"""Other processes: chat and video servers that a person named, and the fleet."""

@@ -20,8 +20,8 @@ import aiohttp
 
 from ..kernels.errors import FrugalError
 from . import response_cache
-from .dialects import SGLANG, Dialect, VideoWish, takes_images
 from .address import Server
+from .dialects import SGLANG, Dialect, VideoWish, takes_images
 from .transport import LATER, Reply, exchange, refusal
 from .waiting import within
 

@@ -151,7 +151,7 @@ def server(comfy_tree: Path, sockets, tmp_path_factory: pytest.TempPathFactory):
         page = importlib.util.find_spec("comfyui_frontend_package") is not None
         running = ComfyServer(comfy_tree, base, frontend=page)
     (running.base / "custom_nodes").mkdir()
-    for name in ("bed/extra_nodes.py", "rounding_by_shape.py"):
+    for name in ("helpers/extra_nodes.py", "helpers/rounding_by_shape.py"):
         shutil.copy(ROOT / "tests" / name, running.base / "custom_nodes")
     with sockets.watching():
         running.start()

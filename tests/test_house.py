@@ -18,7 +18,7 @@ TOP_LEVEL = {
     ".ci", ".comfyignore", ".github", ".gitignore", ".pre-commit-config.yaml", "AGENTS.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md", "__init__.py",
     "bench", "demo", "dev.py", "docs", "kernels", "nodes", "pyproject.toml", "requirements.txt",
-    "tests", "workflows",
+    "servers", "tests", "workflows",
 }  # fmt: skip
 COMFYUI_MODULES = {
     "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",
@@ -151,15 +151,15 @@ def test_no_file_is_long():
 
 def test_pack_sources_are_ascii():
     """Consoles with another code page show anything else as garbage, or fail on it."""
-    for path in [ROOT / "__init__.py", *sources("nodes", "kernels")]:
+    for path in [ROOT / "__init__.py", *sources("nodes", "kernels", "servers")]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert line.isascii(), f"{name(path)}:{number} is not ASCII: {line!r}"
 
 
 def test_relative_imports_only():
     """Inside ComfyUI the pack's folder is not importable by name, and `nodes` is ComfyUI's."""
-    ours = {"frugal", "kernels"}
-    for path in sources("nodes", "kernels"):
+    ours = {"frugal", "kernels", "servers"}
+    for path in sources("nodes", "kernels", "servers"):
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 top = (node.module or "").split(".")[0]
@@ -215,7 +215,9 @@ def test_packaging_lists_every_package():
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = settings["tool"]["setuptools"]["packages"]
-    there = {path.parent for path in sources("kernels", "nodes") if path.name == "__init__.py"}
+    there = {
+        path.parent for path in sources("kernels", "nodes", "servers") if path.name == "__init__.py"
+    }
     # A folder may be installed under a shorter name, and then only under that one.
     renamed = {
         place: package for package, place in settings["tool"]["setuptools"]["package-dir"].items()
@@ -231,7 +233,15 @@ def test_the_registry_archive_keeps_the_pack():
     pathspec = pytest.importorskip("pathspec")
     lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     left_out = pathspec.PathSpec.from_lines("gitignore", lines)
-    needed = {"nodes", "kernels", "workflows", "__init__.py", "requirements.txt", "LICENSE"}
+    needed = {
+        "nodes",
+        "kernels",
+        "servers",
+        "workflows",
+        "__init__.py",
+        "requirements.txt",
+        "LICENSE",
+    }
     for path in tracked():
         if path.relative_to(ROOT).parts[0] in needed:
             assert not left_out.match_file(name(path)), name(path)
@@ -255,7 +265,7 @@ def test_workflows_are_saved_graphs_with_pictures():
 def test_errors_say_what_to_do():
     """ComfyUI shows one sentence: its last part has to lead somewhere, not just to "choose"."""
     seen = 0
-    for path in sources("nodes", "kernels"):
+    for path in sources("nodes", "kernels", "servers"):
         for call in ast.walk(tree_of(path)):
             if not isinstance(call, ast.Call) or last_part(call.func) != "FrugalError":
                 continue
@@ -281,8 +291,8 @@ def test_the_pack_changes_no_environment():
         r"sys\.path\b|hf_hub_download|snapshot_download|from_pretrained\(|subprocess|os\.system"
         r"|urllib\.request|import requests|\.cuda\(\)|logging\.basicConfig"
     )
-    for path in [ROOT / "__init__.py", *sources("nodes", "kernels")]:
-        if "remote" in path.parts:
+    for path in [ROOT / "__init__.py", *sources("nodes", "kernels", "servers")]:
+        if "servers" in path.parts:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert not forbidden.search(line), f"{name(path)}:{number}: {line.strip()}"

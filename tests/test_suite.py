@@ -71,7 +71,8 @@ def test_levels_are_those_that_the_cpu_has(monkeypatch):
     folders = {Path(path).parts[1] for path in shaped.paths}
     assert folders == {"kernels", "nodes", "workflows"}
     [only] = {
-        tuple(run.paths) for run in suite.level_runs(TREES, ["tests/kernels/formats/test_per_channel.py"])
+        tuple(run.paths)
+        for run in suite.level_runs(TREES, ["tests/kernels/formats/test_per_channel.py"])
     }
     assert only == ("tests/kernels/formats/test_per_channel.py",)
 

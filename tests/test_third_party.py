@@ -16,11 +16,16 @@ from frugal.tests.helpers.tracked import tracked_or_skip
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {
     ".comfyignore", "LICENSE", "README.md", "__init__.py", "kernels", "nodes", "pyproject.toml",
-    "requirements.txt", "workflows",
+    "requirements.txt", "servers", "workflows",
 }  # fmt: skip
 MAY_BE_PUBLISHED = {"CHANGELOG.md", "docs"}
 # Formats are fp16 and bf16 by definition there; no device is chosen.
-PRECISION_BY_FORMAT = ("kernels/checkpoints/", "kernels/quant/")
+PRECISION_BY_FORMAT = (
+    "kernels/checkpoints/",
+    "kernels/formats/",
+    "kernels/lora/",
+    "kernels/quantize/",
+)
 
 
 def comfy(folder: Path, *arguments: str) -> str:
@@ -65,7 +70,7 @@ def test_the_archive_holds_the_pack_and_nothing_else(archive):
     top = {path.name for path in archive.iterdir()}
     assert PUBLISHED <= top <= PUBLISHED | MAY_BE_PUBLISHED
     packed = {p.relative_to(archive).as_posix() for p in archive.rglob("*") if p.is_file()}
-    for folder in ("nodes/", "kernels/", "workflows/"):
+    for folder in ("nodes/", "kernels/", "servers/", "workflows/"):
         ours = {name for name in tracked_or_skip() if name.startswith(folder)}
         assert ours and {name for name in packed if name.startswith(folder)} == ours
 

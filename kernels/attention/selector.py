@@ -11,10 +11,20 @@ import torch
 from ..errors import FrugalError
 from ..retry import is_out_of_memory
 from .backends import BACKENDS, NAMED, TORCH, Backend, launch, versions
-from .call import ADDITIVE, BOOL, NONE, Call, belong, capability_of, describe, device_kind, four_axes
+from .call import (
+    ADDITIVE,
+    BOOL,
+    NONE,
+    Call,
+    belong,
+    capability_of,
+    describe,
+    device_kind,
+    four_axes,
+)
 from .measure import Decision, measure, reason_of
-from .tuning_cache import place_key
 from .torch_sdpa import Run
+from .tuning_cache import place_key
 
 AUTO = "auto"
 # The attention that the host program would have used.

@@ -16,14 +16,14 @@ import torch
 
 from ..device_types import need_float8
 from ..errors import FrugalError
-from .strategies import IN_PLACE
 from .offload import HOST, HostPages, settle, to_device, to_host
 from .options import CacheOptions
-from .paged_attention import InPlace
 from .page_pool import PagePool
+from .paged_attention import InPlace
 from .rotate import shifted
 from .staging import Staging
 from .storage import FP8, Page, PageFormat, check_finite, relative_error
+from .strategies import IN_PLACE
 
 Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import FrugalError
-from .strategies import GATHER, IN_PLACE
 from .paged_kernels import widest_page
 from .storage import MODEL, PageFormat
+from .strategies import GATHER, IN_PLACE
 
 
 @dataclass(frozen=True)

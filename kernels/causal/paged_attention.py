@@ -16,10 +16,10 @@ import torch
 from ..attention import check
 from ..report import megabytes
 from . import paged_kernels
-from .strategies import joined, with_lse
 from .offload import sent, to_device
 from .paged_kernels import Kernel
 from .storage import Page, PageFormat
+from .strategies import joined, with_lse
 
 TABLES = 128
 

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import FrugalError
 from ..atomic_write import replacing
+from ..errors import FrugalError
 from .cache import Kept, VideoCache
 from .offload import HOST, to_device
 from .options import CacheOptions

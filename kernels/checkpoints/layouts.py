@@ -356,7 +356,8 @@ def _check_grid(
         raise FrugalError(
             f"{where} declares fp8 {kind} and has scales of shape {list(scale.shape)}",
             f"one scale, {[shape[0], 1]} for rowwise, {[shape[0], 'groups']} for block3d, or "
-            f"{list(block_scales.squares(shape))} for blockwise with squares of {block_scales.SQUARE}",
+            f"{list(block_scales.squares(shape))} for blockwise with squares of "
+            f"{block_scales.SQUARE}",
             "convert the model again with one scale per row",
         )
 

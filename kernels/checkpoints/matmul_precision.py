@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..errors import FrugalError
+from ..formats.hardware import FORMATS, INTEGER, Capability
 from .layouts import BLOCK, FLOAT8, MXFP8, NVFP4
 from .resolve import Plan
-from ..errors import FrugalError
-from ..memory.doctor import FORMATS, INTEGER, Capability
 
 AUTO, FULL, LOW = "auto", "full precision", "low precision"
 CHOICES = (AUTO, FULL, LOW)

@@ -17,7 +17,15 @@ import torch
 
 from ..errors import FrugalError
 from ..formats.gguf_blocks import TYPES, largest
-from ..formats.packed_int import AWQ, GGUF, GPTQ, PackedSpec, PackedWeight, dequantise, stored_zero_points
+from ..formats.packed_int import (
+    AWQ,
+    GGUF,
+    GPTQ,
+    PackedSpec,
+    PackedWeight,
+    dequantise,
+    stored_zero_points,
+)
 from .header import TensorInfo
 from .layouts import FLOATS, NVFP4, LayerLayout, check_block_scales, check_only, check_scalar
 

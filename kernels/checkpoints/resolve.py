@@ -15,10 +15,19 @@ import torch
 from ..errors import FrugalError
 from .header import TensorInfo
 from .layouts import FLOAT8, FLOATS, FOREIGN, ONE, PLAIN, SIDE, LayerLayout, classify
-from .packed import LIGHTX2V, PACKED, WORDS, classify_blocks, classify_lightx2v, classify_packed, is_lightx2v, settings
+from .packed import (
+    LIGHTX2V,
+    PACKED,
+    WORDS,
+    classify_blocks,
+    classify_lightx2v,
+    classify_packed,
+    is_lightx2v,
+    settings,
+)
 from .packed import SIDE as PACKED_SIDE
-from .resolve_notes import format_name, label_notes, plan_notes
 from .relatives import refuse_relative
+from .resolve_notes import format_name, label_notes, plan_notes
 from .wan_keys import COMPANIONS, Naming, find_naming, is_label
 from .wan_shapes import TEXT_DIM, WanConfig, detect_config, parameters
 

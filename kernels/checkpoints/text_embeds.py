@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..errors import FrugalError
 from ..atomic_write import replacing
+from ..errors import FrugalError
 from .header import read_header
 
 MARK = "frugal_text_embeds"

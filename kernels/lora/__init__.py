@@ -1,0 +1,1 @@
+"""LoRA files: names of layers, low-rank products, reports."""

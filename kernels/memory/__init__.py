@@ -1,1 +1,1 @@
-"""What a run took: measured time and memory, and the cost that follows from a price."""
+"""What a run needs and took: traces, plans, reports, and what is computed once per prompt."""

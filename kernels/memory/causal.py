@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..causal.strategies import GATHER, MERGE
 from ..causal.cache import Kept, VideoCache
 from ..causal.options import CacheOptions
 from ..causal.staging import STAGED_LAYERS
 from ..causal.storage import FP8, INT8, MODEL, PageFormat
+from ..causal.strategies import GATHER, MERGE
 from ..report import megabytes
 
 META = torch.device("meta")

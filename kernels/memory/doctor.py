@@ -15,29 +15,12 @@ from typing import Any
 from ..attention.backends import NAMED, dotted
 from ..attention.backends import Backend as Kernel
 from ..checkpoints.layouts import WITH_FLOAT8
+from ..formats.hardware import FORMATS, INTEGER, Capability
 from ..report import megabytes
 from .fit import FRAMES, Fit, fit_lines, fits
 
 NATIVE, PLAIN, EMULATED, UNKNOWN = "native", "plain PyTorch", "emulated", "not known"
 IMPOSSIBLE = "not possible"
-Capability = tuple[int, int]
-# ComfyUI's name of a format -> (name people use, least compute capability).
-FORMATS: dict[str, tuple[str, Capability]] = {
-    "float8_e4m3fn": ("fp8 e4m3", (8, 9)),
-    "float8_e5m2": ("fp8 e5m2", (8, 9)),
-    "int8_tensorwise": ("int8", (7, 5)),
-    "convrot_w4a4": ("W4A4", (7, 5)),
-    "asym_w4a8_int8": ("W4A8", (8, 0)),
-    "nvfp4": ("NVFP4", (10, 0)),
-    "mxfp8": ("MXFP8", (10, 0)),
-}
-# These run as integers on any device, through PyTorch where comfy-kitchen's kernel of this name is
-# off; the others are expanded to the compute type where the device cannot multiply in them.
-INTEGER = {
-    "int8_tensorwise": "int8_linear",
-    "convrot_w4a4": "convrot_w4a4_linear",
-    "asym_w4a8_int8": "w4a8_int8_linear",
-}
 REFERENCE = "eager"
 # ComfyUI switches comfy-kitchen's compiled kernels off below this, and CUDA 13 left older cards.
 CUDA_13, CARD_OF_CUDA_13 = (13,), (7, 5)

@@ -1,0 +1,1 @@
+"""Converting a model: calibration, GPTQ, size budgets, the file writer, quality."""

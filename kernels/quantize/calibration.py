@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..atomic_write import replacing
 from ..checkpoints.header import read_header
 from ..errors import FrugalError
-from ..atomic_write import replacing
 from .moments import Moment
 from .reference_calls import ReferenceCall, checked, packed, unpacked
 

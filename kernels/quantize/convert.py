@@ -21,8 +21,8 @@ import torch
 from ..checkpoints.header import TensorInfo
 from ..checkpoints.layouts import FLOAT8, FLOATS, NATIVE, ONE
 from ..errors import FrugalError
-from ..report import megabytes
 from ..formats import codec, table
+from ..report import megabytes
 from .weights import Weights, label
 from .writer import Group, Writer, arranged
 

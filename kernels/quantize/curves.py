@@ -19,7 +19,8 @@ import torch
 
 from ..device_types import widened
 from ..errors import FrugalError
-from ..formats import codec, table as formats
+from ..formats import codec
+from ..formats import table as formats
 from .shrinkage import shrink_
 
 # Values turned to float32 at a time: bounds the working memory beside the weight and its H.

@@ -28,9 +28,10 @@ import torch
 
 from ..device_types import wide
 from ..errors import FrugalError
-from ..formats import codec, table as formats
-from .grids import AffineGrid, CodebookGrid, Grid
+from ..formats import codec
+from ..formats import table as formats
 from ..formats.rotation import rotate
+from .grids import AffineGrid, CodebookGrid, Grid
 from .shrinkage import shrink_
 
 if TYPE_CHECKING:

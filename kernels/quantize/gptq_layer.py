@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import FrugalError
-from ..formats import codec, table as formats
+from ..formats import codec
+from ..formats import table as formats
+from ..formats.packed_int import GPTQ, PackedSpec, PackedWeight, dequantise, pack_gptq
 from .gptq import curvature, solve_affine
 from .grids import SymmetricGrid
-from ..formats.packed_int import GPTQ, PackedSpec, PackedWeight, dequantise, pack_gptq
 
 if TYPE_CHECKING:
     from .calibration import LayerStatistics

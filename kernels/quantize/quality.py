@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from ..errors import FrugalError
 from ..atomic_write import replacing
+from ..errors import FrugalError
 from ..formats import table as formats
 from .budget import Allocation, gigabytes
 from .curves import FormatError, LayerCurve, Statistics, stored_error
-from .sensitivity import BLOCK
 from .model_error import ModelError, from_dict
+from .sensitivity import BLOCK
 
 SUFFIX = ".quality.json"
 ALONE = "errors are those of the weights alone: no inputs were recorded"

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..chart import INK, LEFT, RIGHT, WIDTH, Axis, bar_between, canvas
 from ..formats import table
 from .budget import gigabytes
-from ..chart import INK, LEFT, RIGHT, WIDTH, Axis, bar_between, canvas
 from .quality import OUTSIDE, QualityReport, Summary, summary
 
 HEIGHT = 640

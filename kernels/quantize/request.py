@@ -20,8 +20,8 @@ from .calibration import Calibration, read_calibration
 from .convert import VERSION, ConvertReport, Merge, convert, merged, payload, states, steps, uniform
 from .curve_cache import CurveFile
 from .curves import FormatError, LayerCurve, measure
-from .sensitivity import for_outputs, wiring
 from .quality import QualityReport, json_path, measured, plan_text, report_of, write_json
+from .sensitivity import for_outputs, wiring
 from .weights import Weights
 
 Progress = Callable[[str, float, float], None]

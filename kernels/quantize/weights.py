@@ -21,9 +21,10 @@ from ..checkpoints.packed import PACKED
 from ..checkpoints.resolve import Plan, plan_wan
 from ..checkpoints.source import Source, open_source
 from ..checkpoints.wan_shapes import parameters
-from ..formats import codec, table as formats, block_scales
-from .on_load import LARGE
+from ..formats import block_scales, codec
+from ..formats import table as formats
 from ..formats.packed_int import PackedWeight, dequantise
+from .on_load import LARGE
 
 KITCHEN = {
     W4A4: "TensorCoreConvRotW4A4Layout",

@@ -1,0 +1,1 @@
+"""CatVTON without ComfyUI: canvas, latents, masks, 8-bit layers."""

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FrugalError
 from ..atomic_write import replacing
+from ..errors import FrugalError
 
 QUALITIES = ("high", "good", "small")
 # ITU-T H.273 codes of BT.709; 1 is also 'limited range' in FFmpeg's numbering.

@@ -1,0 +1,1 @@
+"""Causal Wan: model, sampler, prompts, sessions."""

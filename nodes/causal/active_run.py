@@ -10,9 +10,9 @@ import comfy.sampler_helpers
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 
-from ...kernels.errors import FrugalError
-from ...kernels.causal.strategies import over_pages
 from ...kernels.causal.cache import VideoCache
+from ...kernels.causal.strategies import over_pages
+from ...kernels.errors import FrugalError
 from .model_run import NEEDS, OPTIONS, RUN
 
 # Up to this number every latent frame has a position of its own in that type.

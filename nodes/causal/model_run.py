@@ -17,12 +17,12 @@ import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...kernels.errors import FrugalError
-from ...kernels.causal.strategies import IN_PLACE, MERGE
 from ...kernels.causal.options import CacheOptions
 from ...kernels.causal.paged_attention import forecast
 from ...kernels.causal.staging import STAGED_LAYERS
 from ...kernels.causal.storage import PATCH_SIZE, PageFormat, wan_page
+from ...kernels.causal.strategies import IN_PLACE, MERGE
+from ...kernels.errors import FrugalError
 from ...kernels.memory.causal import Needs
 from ...kernels.report import megabytes
 from .._comfy import ATTENTION_OVERRIDE, CAUSAL_KEY, CAUSAL_NEEDS_KEY, CAUSAL_RUN_KEY

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
-from ...kernels.causal.strategies import GATHER, IN_PLACE, MERGE
 from ...kernels.causal.options import CacheOptions
-from ...kernels.causal.storage import FP8, INT8, MODEL
 from ...kernels.causal.presets import AS_SET
+from ...kernels.causal.storage import FP8, INT8, MODEL
+from ...kernels.causal.strategies import GATHER, IN_PLACE, MERGE
 from .._comfy import known, show_text
 from .._models import offered
-from . import session_files, model_run as causal_model, video_run
-from .common_inputs import ALIASES, HOME, Prompts, Session, block_input, latent_output, preset_input, sampler_inputs, session_output, video_inputs
+from . import model_run as causal_model
+from . import session_files, video_run
+from .common_inputs import (
+    ALIASES,
+    HOME,
+    Prompts,
+    Session,
+    block_input,
+    latent_output,
+    preset_input,
+    sampler_inputs,
+    session_output,
+    video_inputs,
+)
+from .video_file import FrugalCausalVideoFile
 
 PAGES = {"model type": MODEL, "fp8": FP8, "int8": INT8}
 RELATIVE, ABSOLUTE = "relative", "absolute"
@@ -290,4 +303,5 @@ NODES = [
     FrugalCausalPrompt,
     FrugalSaveCausalSession,
     FrugalLoadCausalSession,
+    FrugalCausalVideoFile,
 ]

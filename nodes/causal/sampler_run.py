@@ -15,14 +15,14 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ...kernels.errors import FrugalError
-from ...kernels.causal.strategies import IN_PLACE, MERGE, MERGED_FRAMES
 from ...kernels.causal.cache import VideoCache
 from ...kernels.causal.storage import MODEL
+from ...kernels.causal.strategies import IN_PLACE, MERGE, MERGED_FRAMES
+from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
+from .active_run import CausalRun, load_again
 from .live_decode import LiveVideo
 from .model_run import OPTIONS, compute_dtype, page_format
-from .active_run import CausalRun, load_again
 
 
 @dataclass

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import comfy.model_management
 
-from ...kernels.errors import FrugalError
 from ...kernels.causal import session_file
 from ...kernels.causal.cache import VideoCache
+from ...kernels.errors import FrugalError
 from .._models import state_of
 from .._output import check_within, folder_of, names_in, next_path
 

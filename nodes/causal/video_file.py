@@ -6,11 +6,19 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.causal.presets import AS_SET
 from .._comfy import known, show_text
-from . import video_run
-from .live_decode import LiveVideo, Target
-from .common_inputs import ALIASES, HOME, latent_output, preset_input, sampler_inputs, session_output, video_inputs
 from ..vae.common_inputs import tile_inputs, vae_input
 from ..vae.video_output import file_inputs, metadata, shown_videos, video_output
+from . import video_run
+from .common_inputs import (
+    ALIASES,
+    HOME,
+    latent_output,
+    preset_input,
+    sampler_inputs,
+    session_output,
+    video_inputs,
+)
+from .live_decode import LiveVideo, Target
 
 
 class FrugalCausalVideoFile(io.ComfyNode):

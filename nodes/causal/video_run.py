@@ -14,10 +14,11 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ...kernels.errors import FrugalError
 from ...kernels.causal.cache import VideoCache
 from ...kernels.causal.presets import AS_SET, CAUSAL_PRESETS, CausalPreset
-from . import model_run as causal_model, sampler_run as causal_sampler
+from ...kernels.errors import FrugalError
+from . import model_run as causal_model
+from . import sampler_run as causal_sampler
 from .live_decode import LiveVideo
 from .sampler_run import Job
 

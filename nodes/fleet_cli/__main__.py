@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..kernels.remote.fleet.command import main
+from ..servers.fleet.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

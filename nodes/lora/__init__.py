@@ -1,0 +1,1 @@
+"""LoRA beside the weights."""

@@ -13,8 +13,8 @@ from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 
 from ...kernels.errors import FrugalError
 from ...kernels.lora import low_rank
-from ...kernels.lora.report import LoraReport
 from ...kernels.lora.low_rank import Delta
+from ...kernels.lora.report import LoraReport
 from .._comfy import compute_dtype, for_each_expert
 from .file import Entry, LoraFile
 from .unmerged_run import SideLayer, Vectors, attach, dora_vectors, fuses, side_lora, stored

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.masks.refine import HULLS, hull, refine
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
 from .._comfy import known, show_text
-from . import glue, common_inputs
+from . import common_inputs, glue
 
 
 def edited(node, mask, work, with_inverse: bool = False) -> io.NodeOutput:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ...kernels.errors import FrugalError
-from ...kernels.masks import agnostic, dispatch as driver
+from ...kernels.masks import agnostic
+from ...kernels.masks import dispatch as driver
 from ...kernels.masks import labels as label_maps
 from ...kernels.masks.refine import RefineSettings, bbox, invert, refine, refine_both, regions
 

@@ -6,8 +6,14 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
 from .._comfy import known, show_text
-from . import glue, common_inputs
-from .edit import FrugalMaskClean, FrugalMaskFeather, FrugalMaskGrow, FrugalMaskHull, FrugalMaskTemporal
+from . import common_inputs, glue
+from .edit import (
+    FrugalMaskClean,
+    FrugalMaskFeather,
+    FrugalMaskGrow,
+    FrugalMaskHull,
+    FrugalMaskTemporal,
+)
 from .people import FrugalClothMask, FrugalMaskFromLabels
 from .pictures import FrugalMaskBBoxCrop, FrugalMaskBBoxUncrop, FrugalMaskComposite
 

@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.masks import agnostic, labels
 from .._comfy import known, show_text
-from . import glue, common_inputs
+from . import common_inputs, glue
 
 ENCODING = (
     "How the picture holds the labels. auto finds out and refuses what it does not know. grey "

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.masks import pictures
 from ...kernels.tryon.pictures import resize_picture
 from .._comfy import known, show_text
-from . import glue, common_inputs
+from . import common_inputs, glue
 
 Window = io.Custom("FRUGAL_MASK_WINDOW")
 PLACE = 16384

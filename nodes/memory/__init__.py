@@ -1,0 +1,1 @@
+"""Memory plan, cached cross-attention, Doctor, run report."""

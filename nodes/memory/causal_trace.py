@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ...kernels.causal.strategies import MERGE, cuda_kernel, over_pages
 from ...kernels.causal.cache import VideoCache
 from ...kernels.causal.options import CacheOptions
 from ...kernels.causal.storage import wan_page
+from ...kernels.causal.strategies import MERGE, cuda_kernel, over_pages
 from ...kernels.memory.causal import CausalMemory, Needs, remedies
 from ...kernels.memory.plan import CAUSAL_KV, SAMPLE, STREAMED, WORK, Job, MemoryPlan, Switches
 from ...kernels.report import megabytes

@@ -15,8 +15,8 @@ from typing import Any
 import comfy.ldm.wan.model
 import torch
 
-from ...kernels.memory.plan import Switches
 from ...kernels.memory.chunks import in_pieces
+from ...kernels.memory.plan import Switches
 from .._comfy import CAUSAL_RUN_KEY
 
 GROUPS = ("blocks", "vace_blocks")

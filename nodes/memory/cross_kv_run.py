@@ -25,8 +25,8 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.memory.cross_kv_report import ContextPlan, ContextReport
-from ...kernels.memory.prompt_table import Context, Contexts
 from ...kernels.memory.projected_rows import keep
+from ...kernels.memory.prompt_table import Context, Contexts
 from .._comfy import CONTEXT_KEY, compute_dtype, for_each_expert
 
 KEY = CONTEXT_KEY

@@ -13,13 +13,26 @@ from comfy.patcher_extension import WrappersMP
 from ...kernels.checkpoints.wan_shapes import detect_config
 from ...kernels.errors import FrugalError
 from ...kernels.memory import fit
-from ...kernels.memory.doctor import SLOW_ATTENTION
 from ...kernels.memory.active_plan import PlanInForce
-from ...kernels.memory.plan import BUFFERS, CAUSAL_KV, CROSS_KV, TEXT, WEIGHTS, WORK, Decoding, Job, MemoryPlan, Phase, Weights, make_plan
-from ...kernels.report import LoadReport, megabytes
 from ...kernels.memory.cross_kv_report import ContextPlan
+from ...kernels.memory.doctor import SLOW_ATTENTION
+from ...kernels.memory.plan import (
+    BUFFERS,
+    CAUSAL_KV,
+    CROSS_KV,
+    TEXT,
+    WEIGHTS,
+    WORK,
+    Decoding,
+    Job,
+    MemoryPlan,
+    Phase,
+    Weights,
+    make_plan,
+)
+from ...kernels.report import LoadReport, megabytes
 from .._comfy import CONTEXT_KEY, EXPERTS_KEY, PLAN_KEY, compute_dtype, experts_of, show_text
-from . import causal_trace, dynamic_vram, doctor_run, run_report_run
+from . import causal_trace, doctor_run, dynamic_vram, run_report_run
 from .chunked_blocks import InForce, forwards
 from .meta_models import ForwardPeaks, check, decoded
 from .policy import Policy

@@ -12,7 +12,16 @@ import torch
 from ...kernels.checkpoints.wan_shapes import IMAGE_DIM, IMAGE_TOKENS, TEXT_DIM, TEXT_TOKENS
 from ...kernels.errors import FrugalError
 from ...kernels.memory.plan import Job, Switches, latent_bytes
-from ...kernels.memory.trace import BLOCK, Decomposed, Fused, Trace, fused_attention, fused_norm, of_layers, trace
+from ...kernels.memory.trace import (
+    BLOCK,
+    Decomposed,
+    Fused,
+    Trace,
+    fused_attention,
+    fused_norm,
+    of_layers,
+    trace,
+)
 from .._comfy import ATTENTION_OVERRIDE, compute_dtype
 from . import doctor_run
 from .chunked_blocks import PARTS, InForce, forwards

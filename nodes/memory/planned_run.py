@@ -8,7 +8,7 @@ from typing import Any
 from ...kernels.errors import FrugalError
 from ...kernels.memory.active_plan import PlanInForce, PlanOutcome
 from .._comfy import PLAN_KEY
-from . import run_report_run, meta_models, memory_plan_run
+from . import memory_plan_run, meta_models, run_report_run
 
 
 class PlannedRun:

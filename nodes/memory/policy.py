@@ -18,8 +18,8 @@ import comfy.patcher_extension
 
 from ...kernels.errors import FrugalError
 from ...kernels.memory.plan import Switches, notches
-from ...kernels.retry import NothingLeftError, retry
 from ...kernels.report import megabytes
+from ...kernels.retry import NothingLeftError, retry
 from .._comfy import PLAN_KEY
 from .._memory import is_out_of_memory
 from . import dynamic_vram, run_report_run

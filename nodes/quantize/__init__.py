@@ -1,0 +1,1 @@
+"""Quantize, calibrate, check, export."""

@@ -130,7 +130,9 @@ def calibration_path(name: str) -> Path:
     leads out of the folder.
     """
     folder = Path(folder_paths.get_folder_paths(convert_run.CALIBRATION)[0]).resolve()
-    path = (folder / f"{name.strip().removesuffix(convert_run.SUFFIX)}{convert_run.SUFFIX}").resolve()
+    path = (
+        folder / f"{name.strip().removesuffix(convert_run.SUFFIX)}{convert_run.SUFFIX}"
+    ).resolve()
     if not path.name.removesuffix(convert_run.SUFFIX) or folder not in path.parents:
         raise FrugalError(
             f"the name {ascii(name)[:60]}",

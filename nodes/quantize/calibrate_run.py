@@ -31,12 +31,12 @@ from ...kernels.quantize.calibration import Calibration, Shares, read_calibratio
 from ...kernels.quantize.moments import Directions, Gatherer, Moment, columns_within, merged
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY
-from . import sensitivity as shares
-from .reference_calls import Keeper, joined
-from .token_sampler import Places, Seen, distinct, mark_of
 from ..lora.unmerged_run import KEY as SIDE_KEY
 from ..lora.unmerged_run import fuses
+from . import sensitivity as shares
 from .cropped_calls import options_of
+from .reference_calls import Keeper, joined
+from .token_sampler import Places, Seen, distinct, mark_of
 
 KEY = "frugal.calibrate"
 COMPILE_KEY = "torch.compile"

@@ -7,8 +7,8 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.formats import table
-from ...kernels.quantize.request import Job, budget_bytes
 from ...kernels.quantize.quality_picture import picture
+from ...kernels.quantize.request import Job, budget_bytes
 from .._comfy import CATEGORY, known, show_text
 from .._models import model_names, model_offered, model_path
 from . import convert_run
@@ -152,7 +152,9 @@ class FrugalQuantize(io.ComfyNode):
             measure,
         )
         merged = loras(lora_name, lora_strength)
-        outcome = convert_run.convert(job, merged, lambda text: show_text(cls.hidden.unique_id, text))
+        outcome = convert_run.convert(
+            job, merged, lambda text: show_text(cls.hidden.unique_id, text)
+        )
         text = outcome.text()
         show_text(cls.hidden.unique_id, text)
         chart = torch.zeros(1, 64, 64, 3)

@@ -14,8 +14,8 @@ import folder_paths
 from ...kernels.errors import FrugalError
 from ...kernels.quantize.convert import Merge
 from ...kernels.quantize.curve_cache import SUFFIX as CURVES
-from ...kernels.quantize.request import Job, Outcome, Progress, run
 from ...kernels.quantize.quality import SUFFIX as QUALITY
+from ...kernels.quantize.request import Job, Outcome, Progress, run
 from ...kernels.quantize.weights import Weights
 from .._models import FOLDER
 from ..lora.merge import LoraMerge

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from .calibrate import FrugalCalibrate
-from .quality_check import FrugalQualityCheck
 from .convert import FrugalQuantize
-from ..lora.unmerged import FrugalLoraSide
 from .export import FrugalServerExport
+from .quality_check import FrugalQualityCheck
 
 NODES: list = [
     FrugalQuantize,
     FrugalCalibrate,
     FrugalQualityCheck,
-    FrugalLoraSide,
     FrugalServerExport,
 ]

@@ -64,7 +64,9 @@ class FrugalQualityCheck(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, calibration, **_):
         return (
-            "" if calibration == convert_run.NONE else state_of(file_path(convert_run.CALIBRATION, calibration))
+            ""
+            if calibration == convert_run.NONE
+            else state_of(file_path(convert_run.CALIBRATION, calibration))
         )
 
     @classmethod
@@ -75,7 +77,9 @@ class FrugalQualityCheck(io.ComfyNode):
                 "one of the original model",
                 "record it with Calibrate Wan Model (Frugal), then choose it here",
             )
-        quality = None if quality_file == convert_run.NONE else convert_run.quality_path(quality_file)
+        quality = (
+            None if quality_file == convert_run.NONE else convert_run.quality_path(quality_file)
+        )
         error, report = check(model, file_path(convert_run.CALIBRATION, calibration), quality)
         text = error.text() if report is None else report.text()
         show_text(cls.hidden.unique_id, text)

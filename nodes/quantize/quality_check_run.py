@@ -23,8 +23,8 @@ from ...kernels.quantize.quality import QualityReport, read_json, write_json
 from ...kernels.quantize.reference_calls import ReferenceCall
 from ...kernels.report import LoadReport
 from .._comfy import REPORT_KEY, compute_dtype
-from .calibrate_run import linear_layers, side_loras
 from ..lora.unmerged_run import KEY as SIDE_KEY
+from .calibrate_run import linear_layers, side_loras
 from .cropped_calls import OPTIONS
 
 EXTRAS = ("wrappers", "callbacks")

@@ -6,9 +6,9 @@ import importlib
 import sys
 
 from ..kernels.errors import FrugalError
-from ..kernels.quant.command import main
+from ..kernels.quantize.command import main
 
-READER = "..nodes.quantize.lora_merge"
+READER = "..nodes.lora.merge"
 
 
 def read_loras(weights, loras):

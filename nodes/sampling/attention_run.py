@@ -21,8 +21,8 @@ from comfy.patcher_extension import WrappersMP
 from ...kernels.attention import AUTO, Chooser, attention, tuning_cache
 from ...kernels.attention.backends import BACKENDS
 from ...kernels.attention.call import belong, device_kind
-from ...kernels.attention.selector import absences, check_choice
 from ...kernels.attention.call_report import Table, table
+from ...kernels.attention.selector import absences, check_choice
 from ...kernels.errors import FrugalError
 from .._comfy import ATTENTION_KEY, ATTENTION_OVERRIDE, for_each_expert, show_text
 

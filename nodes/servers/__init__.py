@@ -1,0 +1,1 @@
+"""Nodes that speak with a server that the user typed in."""

@@ -122,7 +122,9 @@ class FrugalPromptExtend(io.ComfyNode):
         return prompt_run.failures(widgets)
 
     @classmethod
-    def execute(cls, image=None, clip=None, if_it_fails=prompt_run.KEEP, **widgets) -> io.NodeOutput:
+    def execute(
+        cls, image=None, clip=None, if_it_fails=prompt_run.KEEP, **widgets
+    ) -> io.NodeOutput:
         widgets["text"] = widgets["text"] or ""
         typed = glue.typed(cls.hidden, {**widgets, "if_it_fails": if_it_fails})
         result = prompt_run.rewrite(prompt_run.Wish(**widgets), image, clip, if_it_fails, typed)

@@ -11,9 +11,9 @@ from typing import Any
 
 from ...kernels.errors import FrugalError
 from ...servers import response_cache
+from ...servers.address import server
 from ...servers.chat import Question, ask
 from ...servers.prompt_rules import cleaned, instructions
-from ...servers.address import server
 from . import glue
 
 KEEP, STOP = "use the original prompt", "stop"

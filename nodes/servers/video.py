@@ -144,7 +144,9 @@ class FrugalRemoteVideo(io.ComfyNode):
             prompt, negative_prompt, model.strip(), width, height, frames, fps, steps, guidance,
             flow_shift, seed, first,
         )  # fmt: skip
-        made = video_run.make(wish, servers, dialect, key_variable, timeout_minutes, filename_prefix)
+        made = video_run.make(
+            wish, servers, dialect, key_variable, timeout_minutes, filename_prefix
+        )
         show_text(cls.hidden.unique_id, made.report)
         shown = ui.SavedResult(made.path.name, made.subfolder, io.FolderType.output)
         return io.NodeOutput(

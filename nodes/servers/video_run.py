@@ -11,12 +11,12 @@ import folder_paths
 import numpy as np
 import torch
 
-from ...kernels.errors import FrugalError
-from ...servers.dialects import DIALECTS, VideoWish, checked
-from ...servers.address import server
-from ...servers.videos import RemoteVideo, order
-from ...kernels.video.reader import frames, pixels
 from ...kernels.atomic_write import replacing
+from ...kernels.errors import FrugalError
+from ...kernels.video.reader import frames, pixels
+from ...servers.address import server
+from ...servers.dialects import DIALECTS, VideoWish, checked
+from ...servers.videos import RemoteVideo, order
 from . import glue
 
 FOLDER = "frugal_videos"

@@ -1,0 +1,1 @@
+"""Text embeddings: save, load, cached encode."""

@@ -1,0 +1,1 @@
+"""CatVTON try-on."""

@@ -20,7 +20,8 @@ from ...kernels.errors import FrugalError
 from ...kernels.tryon import batching, canvas, latents, pictures, plan
 from .._comfy import compute_dtype
 from .._memory import is_out_of_memory
-from . import glue, item_noise, save_partial, sigmas as sampling
+from . import glue, item_noise, save_partial
+from . import sigmas as sampling
 
 
 @dataclass(frozen=True)

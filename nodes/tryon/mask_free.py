@@ -11,7 +11,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.tryon import latents, pictures
 from .._comfy import known
-from . import glue, common_inputs
+from . import common_inputs, glue
 
 
 def conditioning(

@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.tryon import canvas, precision
 from .._comfy import REPORT_KEY, known, show_text
 from .._models import offered
-from . import all_in_one, batch, glue, load_run, mask_free, parse, common_inputs, sigmas, saving
+from . import all_in_one, batch, common_inputs, glue, load_run, mask_free, parse, saving, sigmas
 from .common_inputs import FAMILY, WORDS
 
 Frame = io.Custom("FRUGAL_TRYON_FRAME")

@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.tryon import parsing
 from .._comfy import known, show_text
 from .._models import offered
-from . import parse_run, common_inputs
+from . import common_inputs, parse_run
 
 parse_run.register_folder()
 
@@ -66,9 +66,7 @@ class FrugalHumanParse(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, parser=None):
-        return offered(
-            parser, parse_run.choices(), f"models/{parse_run.KIND}", parse_run.PAGE
-        )
+        return offered(parser, parse_run.choices(), f"models/{parse_run.KIND}", parse_run.PAGE)
 
     @classmethod
     def execute(cls, image, parser):

@@ -16,11 +16,11 @@ from comfy.model_base import ModelType
 from comfy_api.v0_0_2 import io, ui
 from safetensors.torch import save_file
 
+from ...kernels.atomic_write import replacing
 from ...kernels.checkpoints import catvton
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.tryon import precision
-from ...kernels.atomic_write import replacing
 from .._comfy import REPORT_KEY, known, show_text
 from . import common_inputs
 from .unet import CatVTONConfig

@@ -1,0 +1,1 @@
+"""Decode and encode videos in chunks, to and from files."""

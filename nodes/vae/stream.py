@@ -16,8 +16,8 @@ import comfy.model_management
 import torch
 
 from ...kernels.errors import FrugalError
-from ...kernels.retry import NothingLeftError, retry
 from ...kernels.report import megabytes
+from ...kernels.retry import NothingLeftError, retry
 from ...kernels.video.cadence import Call
 from ...kernels.video.tiles import Tile, cut, grid, join
 from .._memory import is_out_of_memory

@@ -1,0 +1,1 @@
+"""Load a Wan model, and join two experts."""

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from ...kernels.checkpoints.layouts import FLOAT8, ONE, WITH_FLOAT8
+from ...kernels.checkpoints.matmul_precision import AUTO, FULL
 from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
 from ...kernels.checkpoints.packed import check_blocks
 from ...kernels.checkpoints.resolve import Plan, plan_wan
@@ -28,9 +29,8 @@ from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.formats.gguf_blocks import TYPES
-from ...kernels.checkpoints.matmul_precision import AUTO, FULL
-from ...kernels.quantize.on_load import AS_STORED, quantised_plan, quantiser
 from ...kernels.formats.packed_int import W4A16, PackedWeight
+from ...kernels.quantize.on_load import AS_STORED, quantised_plan, quantiser
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY, round_patched
 from . import mapped, matmul, packed_int, patched_on_use, row_scaled

@@ -19,10 +19,11 @@ import comfy.quant_ops
 import torch
 
 from ...kernels.attention.call import capability_of
-from ...kernels.device_types import why_no_int8_product
-from ...kernels.memory.doctor import INTEGER, integer_backend, why_compiled_off, why_plain
-from ...kernels.formats.fp8_linear import Product, choose, fits, fp8_linear
 from ...kernels.checkpoints.matmul_precision import INTEGERS, Matmul, plan_matmul
+from ...kernels.device_types import why_no_int8_product
+from ...kernels.formats.fp8_linear import Product, choose, fits, fp8_linear
+from ...kernels.formats.hardware import INTEGER
+from ...kernels.memory.doctor import integer_backend, why_compiled_off, why_plain
 from .._comfy import known
 from .._kitchen import kitchen_backends
 from .relayout import relayout

@@ -1,7 +1,7 @@
 """GPTQ, AWQ, W4A16 and GGUF weights in the two shapes of ComfyUI's quantised tensors.
 
 The packed words, scales and zero points of the file are kept as they are; a layer is unpacked to
-the compute dtype when it runs (see kernels/formats/packed_int.py), so products are in full precision.
+the compute dtype when it runs (kernels/formats/packed_int.py), so products are in full precision.
 LoRAs change what was unpacked (patched_on_use.py).
 """
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import FrugalError
-from .scheduler import Desk, Event, Limits, Rules
 from .job_request import Order
+from .scheduler import Desk, Event, Limits, Rules
 from .store import Store
 
 # Requests that ask for a state while others hand in files.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...kernels.errors import FrugalError
 from ...kernels.atomic_write import replacing
+from ...kernels.errors import FrugalError
 from .client import FleetClient, settled
 from .csv_jobs import Row
 

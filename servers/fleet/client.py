@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 import aiohttp
 
-from ...kernels.errors import FrugalError
 from ...kernels.atomic_write import replacing
+from ...kernels.errors import FrugalError
 from ..address import Server, server
 from ..transport import Reply, exchange, refusal
 from .store import ENDED

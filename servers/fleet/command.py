@@ -16,8 +16,8 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from . import batch, csv_jobs, token
 from .client import FleetClient
-from .scheduler import Limits
 from .job_request import Order, order
+from .scheduler import Limits
 
 TOKEN = "FRUGAL_FLEET_TOKEN"
 URL = "http://127.0.0.1:8190"

@@ -31,8 +31,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from . import metrics
-from .scheduler import Desk, NotYetError, TooLargeError
 from .job_request import LARGEST_WORKFLOW, checked_key, order
+from .scheduler import Desk, NotYetError, TooLargeError
 from .store import ENDED, OPEN, FullError, Job, KeyReusedError
 
 MOST_FILES, LONGEST_LIST = 64, 1000

@@ -23,8 +23,8 @@ from typing import Any
 import aiohttp
 
 from ...kernels.errors import FrugalError
-from .scheduler import Event
 from .job_request import Order
+from .scheduler import Event
 from .worker_dir import Workplace
 
 BOOT_SECONDS, STOP_SECONDS = 600.0, 20.0

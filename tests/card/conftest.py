@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from frugal.nodes.wan import load_run
-from frugal.tests.helpers import sampling
-from frugal.tests.helpers import wan as bed
 from frugal.tests.card import modes
 from frugal.tests.card.bounds import EXACT
+from frugal.tests.helpers import sampling
+from frugal.tests.helpers import wan as bed
 
 ROOT = Path(__file__).resolve().parents[2]
 # What can be quantised on load, by ComfyUI's name, where an older version does not know it.

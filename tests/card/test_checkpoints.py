@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from frugal.nodes.wan import load_run
+from frugal.tests.card.bounds import EIGHT, EXACT, HALF, MERGED_FP8, MERGED_INT4  # fmt: skip
 from frugal.tests.helpers import causal, gguf, lora
 from frugal.tests.helpers import wan as bed
-from frugal.tests.card.bounds import EIGHT, EXACT, HALF, MERGED_FP8, MERGED_INT4  # fmt: skip
 
 LAYOUTS = (
     "fp16", "bf16", "fp32", "e4m3 cast", "e4m3 scale_weight, no marker",

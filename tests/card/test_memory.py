@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 
 from frugal.demo.tiny_wan import fill, save, vae_shapes
 from frugal.kernels.errors import FrugalError
-from frugal.nodes.memory import meta_models, memory_plan_run
+from frugal.nodes.memory import memory_plan_run, meta_models
 from frugal.nodes.vae import decode_run
 from frugal.tests.card import modes
 from frugal.tests.card.bounds import BRAIN, HALF

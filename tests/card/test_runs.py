@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from frugal.kernels.causal import session_file
-from frugal.nodes.sampling import attention_run, compile_run, step_cache_run
 from frugal.nodes.causal import video_run
 from frugal.nodes.memory import cross_kv_run
+from frugal.nodes.sampling import attention_run, compile_run, step_cache_run
 from frugal.nodes.wan import experts_run
-from frugal.tests.helpers import causal as causal_bed, sampling
-from frugal.tests.helpers import wan as bed
 from frugal.tests.card.bounds import EIGHT, EXACT, HALF
+from frugal.tests.helpers import causal as causal_bed
+from frugal.tests.helpers import sampling
+from frugal.tests.helpers import wan as bed
 
 WAYS = [
     ("gather", "model"), ("gather", "fp8"), ("gather", "int8"),

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from frugal.kernels.checkpoints.wan_shapes import WanConfig
-from frugal.nodes.sampling import attention_run, guidance_range_run, step_cache_run
 from frugal.nodes.memory import cross_kv_run
+from frugal.nodes.sampling import attention_run, guidance_range_run, step_cache_run
 from frugal.nodes.wan import load_run
-from frugal.tests.helpers import causal as causal_bed, gguf as gguf_bed, lora
-from frugal.tests.helpers import wan as bed
 from frugal.tests.card import modes
+from frugal.tests.helpers import causal as causal_bed
+from frugal.tests.helpers import gguf as gguf_bed
+from frugal.tests.helpers import lora
+from frugal.tests.helpers import wan as bed
 
 if not modes.ON_CARD:
     pytest.skip("the CPU never waits for itself", allow_module_level=True)

@@ -8,8 +8,8 @@ import torch
 from frugal.kernels.attention import Chooser, attention, check
 from frugal.kernels.attention.backends import BACKENDS
 from frugal.kernels.attention.call import describe
-from frugal.kernels.attention.measure import measure
 from frugal.kernels.attention.call_report import table
+from frugal.kernels.attention.measure import measure
 from frugal.kernels.errors import FrugalError
 
 pytestmark = [

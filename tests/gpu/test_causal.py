@@ -9,12 +9,12 @@ import gc
 import pytest
 import torch
 
-from frugal.kernels.causal import strategies, paged_attention
-from frugal.kernels.causal.strategies import EFFICIENT, FLASH, GATHER, MERGE, with_lse
+from frugal.kernels.causal import paged_attention, strategies
 from frugal.kernels.causal.cache import VideoCache
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.paged_kernels import KERNELS
 from frugal.kernels.causal.storage import KINDS, PageFormat
+from frugal.kernels.causal.strategies import EFFICIENT, FLASH, GATHER, MERGE, with_lse
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,7 +103,10 @@ def test_kernels_that_read_pages_in_place(kernel, tokens):
     reason = kernel.why_not(fmt, cuda, 9)
     if reason:
         pytest.skip(reason)
-    slab, make = paged_attention.Slab(fmt, 9, cuda, kernel.rows), torch.Generator("cuda").manual_seed(2)
+    slab, make = (
+        paged_attention.Slab(fmt, 9, cuda, kernel.rows),
+        torch.Generator("cuda").manual_seed(2),
+    )
     pages = [slab.page() for _ in range(9)]
     for page in pages:
         k, v = torch.randn(2, *fmt.shape, generator=make, device=cuda).bfloat16().unbind(0)

@@ -79,7 +79,9 @@ def test_forward_peak_within_ten_percent(comfy, size, picture, pieces, record_pr
         )
     ):
         model.get_submodule(path.rpartition(".")[0]).forward = forward
-    given = meta_models.inputs(model, 1, job.latent, meta_models.compute_dtype(patcher.model), device)
+    given = meta_models.inputs(
+        model, 1, job.latent, meta_models.compute_dtype(patcher.model), device
+    )
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():

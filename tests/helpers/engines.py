@@ -29,7 +29,7 @@ RESULTS = os.environ.get("FRUGAL_ENGINE_RESULTS", "")
 # Where models are kept from run to run; else they are made anew.
 MODELS = os.environ.get("FRUGAL_ENGINE_MODELS", "")
 NEEDED = "real servers: set FRUGAL_VLLM_OMNI to the Python of an environment with vLLM-Omni"
-PLATFORM = Path(__file__).resolve().parent / "omni_cpu"
+PLATFORM = Path(__file__).resolve().parents[1] / "omni_cpu"
 BOOT_SECONDS = 1500
 KEY_VARIABLE, KEY = "FRUGAL_TEST_KEY", "a-key-for-loopback"
 RECORDING = threading.Lock()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import uvicorn
 
-from frugal.servers.fleet.scheduler import Desk, Event, Rules
 from frugal.servers.fleet.http import application, hashed
 from frugal.servers.fleet.job_request import Order, order
+from frugal.servers.fleet.scheduler import Desk, Event, Rules
 from frugal.servers.fleet.store import Store
 from frugal.tests.helpers.patience import FOREVER, HANG, comes
 

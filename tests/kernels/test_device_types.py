@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal.kernels import device_types
 from frugal.kernels.causal.rotate import shifted
-from frugal.kernels.quantize import curves, gptq, sensitivity, moments, shrinkage
+from frugal.kernels.quantize import curves, gptq, moments, sensitivity, shrinkage
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

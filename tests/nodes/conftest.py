@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from frugal.nodes.wan import load_run
-from frugal.tests.helpers import sampling, wan as wan_bed
+from frugal.tests.helpers import sampling
+from frugal.tests.helpers import wan as wan_bed
 
 
 @pytest.fixture

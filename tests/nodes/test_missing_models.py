@@ -8,14 +8,14 @@ import pytest
 
 LOADERS = [
     ("wan", "FrugalLoadWan", "model_name", "models/diffusion_models"),
-    ("wan", "FrugalCachedTextEncode", "encoder_name", "models/text_encoders"),
-    ("wan", "FrugalLoadTextEmbeds", "embeds_name", "models/text_embeds or output/text_embeds"),
-    ("wan", "FrugalLoadCausalSession", "session_name", "output/causal_sessions"),
+    ("text", "FrugalCachedTextEncode", "encoder_name", "models/text_encoders"),
+    ("text", "FrugalLoadTextEmbeds", "embeds_name", "models/text_embeds or output/text_embeds"),
+    ("causal", "FrugalLoadCausalSession", "session_name", "output/causal_sessions"),
     ("tryon", "FrugalLoadCatVTON", "base", "models/checkpoints, diffusion_models or CatVTON"),
     ("tryon", "FrugalLoadCatVTON", "attention", "models/CatVTON"),
     ("tryon", "FrugalHumanParse", "parser", "models/human_parsing"),
     ("quantize", "FrugalQuantize", "model_name", "models/diffusion_models"),
-    ("quantize", "FrugalLoraSide", "lora_name", "models/loras"),
+    ("lora", "FrugalLoraSide", "lora_name", "models/loras"),
 ]
 
 

@@ -70,11 +70,11 @@ builtins.__import__ = fake
 sys.modules["numba"] = None
 """
     ids, _, log = register(comfy_tree, tmp_path, before)
-    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "nodes/remote").glob("*.py")]
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "nodes/servers").glob("*.py")]
     remote = {c.value for tree in trees for c in ast.walk(tree) if isinstance(c, ast.Constant)}
     assert set(ids) == pack_node_ids() - remote and remote & pack_node_ids()
     lines = [line for line in log.splitlines() if "[Frugal]" in line]
-    assert len(lines) == 1 and "remote" in lines[0] and "'absent'" in lines[0]
+    assert len(lines) == 1 and "servers" in lines[0] and "'absent'" in lines[0]
 
 
 def test_a_mistake_of_our_own_is_loud(comfy_tree, tmp_path):

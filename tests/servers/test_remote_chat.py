@@ -12,9 +12,9 @@ from aiohttp import web
 
 from frugal.kernels.errors import FrugalError
 from frugal.servers import response_cache, transport
+from frugal.servers.address import server
 from frugal.servers.chat import Question, ask
 from frugal.servers.prompt_rules import LANGUAGES, LONGEST, TASKS, cleaned, instructions
-from frugal.servers.address import server
 from frugal.servers.waiting import run
 from frugal.tests.helpers.patience import FOREVER, HANG
 from frugal.tests.helpers.servers import completion, scripted

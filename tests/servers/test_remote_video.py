@@ -13,8 +13,8 @@ from aiohttp import web
 
 from frugal.kernels.errors import FrugalError
 from frugal.servers import transport, videos
-from frugal.servers.dialects import DIALECTS, SGLANG, TRTLLM, VLLM, VideoWish, checked, takes_images
 from frugal.servers.address import server
+from frugal.servers.dialects import DIALECTS, SGLANG, TRTLLM, VLLM, VideoWish, checked, takes_images
 from frugal.servers.waiting import run
 from frugal.tests.helpers.patience import FOREVER, HANG
 from frugal.tests.helpers.servers import scripted

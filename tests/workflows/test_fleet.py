@@ -17,9 +17,9 @@ from PIL import Image
 pytest.importorskip("ray")
 from frugal.kernels.errors import FrugalError
 from frugal.servers.fleet.client import FleetClient
-from frugal.tests.helpers.patience import HANG, comes, until
 from frugal.tests.helpers.fleet import picture_graph
 from frugal.tests.helpers.fleet_process import fleet_process
+from frugal.tests.helpers.patience import HANG, comes, until
 
 JOBS, QUEUE = 12, 16
 

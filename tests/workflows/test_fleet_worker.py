@@ -15,12 +15,12 @@ from PIL import Image
 
 pytest.importorskip("filelock")
 from frugal.kernels.errors import FrugalError
-from frugal.servers.fleet.worker_process import Comfy, LostError, Recipe
 from frugal.servers.fleet.job_request import order
-from frugal.tests.helpers.installed import installed
-from frugal.tests.helpers.patience import HANG, comes
+from frugal.servers.fleet.worker_process import Comfy, LostError, Recipe
 from frugal.tests.helpers.fleet import picture_graph
 from frugal.tests.helpers.fleet_process import comfy_arguments
+from frugal.tests.helpers.installed import installed
+from frugal.tests.helpers.patience import HANG, comes
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from frugal.kernels.causal.strategies import GATHER, MERGE, over_pages
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.storage import FP8, INT8, wan_page
+from frugal.kernels.causal.strategies import GATHER, MERGE, over_pages
 from frugal.kernels.memory.causal import RUN_COPIES, CausalMemory, Needs, remedies
 from frugal.kernels.memory.trace import trace
 

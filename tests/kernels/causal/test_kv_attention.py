@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from frugal.kernels.causal import offload, rotate, strategies
+from frugal.kernels.causal.storage import (
+    FP8,
+    INT8,
+    KINDS,
+    MODEL,
+    Page,
+    PageFormat,
+    check_finite,
+    relative_error,
+)
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.causal import strategies, offload, rotate
-from frugal.kernels.causal.storage import FP8, INT8, KINDS, MODEL, Page, PageFormat, check_finite, relative_error
 
 pytestmark = pytest.mark.numeric
 

@@ -10,11 +10,11 @@ import random
 import pytest
 import torch
 
-from frugal.kernels.errors import FrugalError
-from frugal.kernels.causal.strategies import merged
 from frugal.kernels.causal.cache import VideoCache
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.storage import PageFormat
+from frugal.kernels.causal.strategies import merged
+from frugal.kernels.errors import FrugalError
 
 B, TOKENS, HEADS, WIDTH, LAYERS = 1, 4, 2, 16, 3
 CPU = torch.device("cpu")

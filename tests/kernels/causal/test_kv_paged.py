@@ -12,12 +12,12 @@ import dataclasses
 import pytest
 import torch
 
-from frugal.kernels.compile import graphs
-from frugal.kernels.causal import strategies, paged_attention, paged_kernels, session_file
+from frugal.kernels.causal import paged_attention, paged_kernels, session_file, strategies
 from frugal.kernels.causal.cache import VideoCache
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.paged_kernels import FLASH_3, FLEX, VARLEN
 from frugal.kernels.causal.storage import PageFormat
+from frugal.kernels.compile import graphs
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,9 @@ def test_pages_of_the_table_and_no_others(kernel, tokens, samples, streams):
             torch.cat([getattr(page, name)[row % samples] for page in chosen])[None]
             for name in ("k", "v")
         )
-        wanted, wanted_lse = strategies.with_lse(*(x.transpose(1, 2) for x in (q[row : row + 1], k, v)))
+        wanted, wanted_lse = strategies.with_lse(
+            *(x.transpose(1, 2) for x in (q[row : row + 1], k, v))
+        )
         assert (out[row] - wanted[0]).abs().max() < 1e-5
         assert (lse[row] - wanted_lse[0]).abs().max() < 1e-5
 
@@ -200,7 +202,9 @@ def anywhere(request, monkeypatch):
 def video(blocks=4, reserve=24, **options):
     """Attention of each block of a video in place, and over the gathered keys; the cache."""
     fmt = PageFormat((1, 40, 2, 16), torch.float32)
-    cache = VideoCache(fmt, 2, CPU, CacheOptions(window=3, sink=1, way=strategies.IN_PLACE, **options))
+    cache = VideoCache(
+        fmt, 2, CPU, CacheOptions(window=3, sink=1, way=strategies.IN_PLACE, **options)
+    )
     cache.reserve(reserve)
     make, pairs = torch.Generator().manual_seed(1), []
     for _ in range(blocks):

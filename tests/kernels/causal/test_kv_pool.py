@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from frugal.kernels.errors import FrugalError
 from frugal.kernels.causal.page_pool import PagePool
+from frugal.kernels.errors import FrugalError
 
 SIZE, LIMIT = 10, 12
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.kernels.causal.strategies import GATHER, MERGE
 from frugal.kernels.causal.cache import VideoCache
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.staging import Lane, Staging
 from frugal.kernels.causal.storage import Page, PageFormat
+from frugal.kernels.causal.strategies import GATHER, MERGE
 
 B, TOKENS, HEADS, WIDTH, LAYERS = 1, 3, 2, 12, 4
 SHAPE = (B, TOKENS, HEADS, WIDTH)

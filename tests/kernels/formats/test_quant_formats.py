@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.formats import codec, table, per_channel
+from frugal.kernels.formats import codec, per_channel, table
 from frugal.kernels.quantize.calibration import statistics_of
 from frugal.tests.helpers import wan as bed
 

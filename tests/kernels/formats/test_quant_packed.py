@@ -11,7 +11,13 @@ from frugal.kernels.checkpoints.header import TensorInfo
 from frugal.kernels.checkpoints.packed import check_packed, classify_packed
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats import packed_int
-from frugal.kernels.formats.packed_int import W4A16, PackedSpec, PackedWeight, dequantise, requantise
+from frugal.kernels.formats.packed_int import (
+    W4A16,
+    PackedSpec,
+    PackedWeight,
+    dequantise,
+    requantise,
+)
 from frugal.tests.helpers import host_waits
 from frugal.tests.helpers import wan as bed
 from frugal.tests.helpers.packed import gptq_or_awq_layer, w4a16_layer

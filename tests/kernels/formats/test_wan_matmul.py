@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from frugal.kernels.checkpoints.layouts import LayerLayout
+from frugal.kernels.checkpoints.matmul_precision import AUTO, FULL, LOW, plan_matmul
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats import fp8_linear as fp8
-from frugal.kernels.checkpoints.matmul_precision import AUTO, FULL, LOW, plan_matmul
 
 pytestmark = pytest.mark.numeric
 

@@ -17,17 +17,17 @@ from torch.utils._pytree import tree_leaves
 from frugal.kernels import device_types
 from frugal.kernels.attention import measure, packages
 from frugal.kernels.attention.backends import BACKENDS, NAMED
-from frugal.kernels.checkpoints.layouts import LayerLayout
-from frugal.kernels.compile import graphs
-from frugal.kernels.errors import FrugalError
-from frugal.kernels.causal import strategies, paged_kernels
+from frugal.kernels.causal import paged_kernels, strategies
 from frugal.kernels.causal.cache import VideoCache
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.storage import PageFormat
+from frugal.kernels.checkpoints.layouts import LayerLayout
+from frugal.kernels.checkpoints.matmul_precision import AUTO, LOW, plan_matmul
+from frugal.kernels.compile import graphs
+from frugal.kernels.errors import FrugalError
+from frugal.kernels.formats import fp8_linear, hardware
 from frugal.kernels.memory import doctor
 from frugal.kernels.quantize import compiled
-from frugal.kernels.formats import fp8_linear
-from frugal.kernels.checkpoints.matmul_precision import AUTO, LOW, plan_matmul
 
 # GTX 1080, V100, RTX 20, A100, RTX 30, RTX 40, H100, B200, RTX 50.
 CARDS = ((6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -81,7 +81,7 @@ def taken(allows) -> tuple[tuple[int, int], ...]:
 
 def test_every_kernel_has_its_cards():
     assert set(ATTENTION) == {each.name for each in BACKENDS if each.devices != ("cpu",)}
-    assert set(FORMATS) == set(doctor.FORMATS)
+    assert set(FORMATS) == set(hardware.FORMATS)
     assert set(PAGED) == {each.name for each in paged_kernels.KERNELS}
 
 
@@ -109,7 +109,9 @@ def on_card(monkeypatch, card):
 def test_the_causal_cache_by_card(monkeypatch, card):
     on_card(monkeypatch, card)
     modern = card in since(8, 0)
-    assert strategies.cuda_kernel(HALF, CUDA) == (strategies.FLASH if modern else strategies.EFFICIENT)
+    assert strategies.cuda_kernel(HALF, CUDA) == (
+        strategies.FLASH if modern else strategies.EFFICIENT
+    )
     assert strategies.cuda_kernel(BRAIN, CUDA) == (strategies.FLASH if modern else "")
     why = paged_kernels.refusals(PageFormat((1, 1024, 12, 128), HALF), CUDA, 9)
     assert {name for name, reason in why.items() if not reason} == {
@@ -118,8 +120,8 @@ def test_the_causal_cache_by_card(monkeypatch, card):
 
 
 def facts(card, **changes) -> doctor.Facts:
-    on = {"cuda": doctor.Backend(True, False, None, dict.fromkeys(doctor.INTEGER.values(), None))}
-    for name, kernel in doctor.INTEGER.items():
+    on = {"cuda": doctor.Backend(True, False, None, dict.fromkeys(hardware.INTEGER.values(), None))}
+    for name, kernel in hardware.INTEGER.items():
         on["cuda"].kernels[kernel] = FORMATS[name][0]
     base: dict[str, Any] = dict(
         comfyui="1", torch="2", cuda="13.0", device="card", kind="cuda", capability=card,
@@ -144,7 +146,7 @@ def test_formats_by_card(name):
 
     def native(card) -> bool:
         found = {each.name: each.state for each in doctor.diagnose(facts(card)).formats}
-        return found[doctor.FORMATS[name][0]] == doctor.NATIVE
+        return found[hardware.FORMATS[name][0]] == doctor.NATIVE
 
     assert taken(low) == taken(native) == FORMATS[name]
 
@@ -157,9 +159,9 @@ def test_formats_as_comfy_kitchen_declares_them(monkeypatch):
     # Without a card it leaves out what goes through cuBLASLt.
     monkeypatch.setattr(compiled, "_CUBLASLT_AVAILABLE", True)
     rules = compiled._build_constraints()
-    kernels = {**doctor.INTEGER, "nvfp4": "scaled_mm_nvfp4"}
+    kernels = {**hardware.INTEGER, "nvfp4": "scaled_mm_nvfp4"}
     found = {name: rules[kernel].min_compute_capability for name, kernel in kernels.items()}
-    assert found == {name: doctor.FORMATS[name][1] for name in kernels}
+    assert found == {name: hardware.FORMATS[name][1] for name in kernels}
 
 
 @pytest.mark.parametrize("card", CARDS, ids=str)
@@ -326,7 +328,7 @@ def test_a_device_without_eight_bit_floats_is_found_out():
 def test_the_doctor_names_what_such_a_device_cannot():
     apple = facts(None, device="mps", kind="mps", cuda=None, backends={}, no_float8="none here")
     found = {each.name: each for each in doctor.diagnose(apple).formats}
-    for name, (label, _) in doctor.FORMATS.items():
+    for name, (label, _) in hardware.FORMATS.items():
         without = name in ("int8_tensorwise", "convrot_w4a4")
         assert found[label].state == (doctor.PLAIN if without else doctor.IMPOSSIBLE), name
     assert "int8, GPTQ, AWQ or GGUF" in found["W4A8"].meaning

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from frugal.kernels.memory import doctor, fit
+from frugal.kernels.formats import hardware
+from frugal.kernels.memory import fit
 from frugal.kernels.memory.doctor import EMULATED, NATIVE, PLAIN, UNKNOWN, Backend, Facts, diagnose
 
 GB = 10**9
@@ -33,7 +34,7 @@ GPU = Facts(
     kitchen="0.2.31",
     kitchen_used=True,
     backends=ON,
-    formats=tuple(doctor.FORMATS),
+    formats=tuple(hardware.FORMATS),
     registered=("pytorch", "sub_quad", "split"),
     active="pytorch",
     sdpa=("flash", "math"),

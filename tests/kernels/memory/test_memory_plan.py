@@ -7,8 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from frugal.kernels.memory import plan as memory, plan_picture
-from frugal.kernels.memory.plan import DECODE, SAMPLE, TEXT, Decoding, Job, Phase, Switches, Weights, make_plan
+from frugal.kernels.memory import plan as memory
+from frugal.kernels.memory import plan_picture
+from frugal.kernels.memory.plan import (
+    DECODE,
+    SAMPLE,
+    TEXT,
+    Decoding,
+    Job,
+    Phase,
+    Switches,
+    Weights,
+    make_plan,
+)
 
 GB = 10**9
 JOB = Job(832, 480, 81)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.memory.cross_kv_report import ContextPlan, ContextReport
-from frugal.kernels.memory.prompt_table import Contexts
 from frugal.kernels.memory.projected_rows import Distinct, distinct, keep, same_bits
+from frugal.kernels.memory.prompt_table import Contexts
 from frugal.tests.helpers import host_waits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quantize import budget as module
 from frugal.kernels.formats import table
+from frugal.kernels.quantize import budget as module
 from frugal.kernels.quantize.budget import allocate, frontier
 from frugal.kernels.quantize.curves import FormatError, LayerCurve
 from frugal.kernels.quantize.sensitivity import for_outputs, probe, wiring

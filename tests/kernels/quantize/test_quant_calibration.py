@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.quantize import calibration, gptq
 from frugal.kernels.formats import codec, table
+from frugal.kernels.quantize import calibration, gptq
 from frugal.kernels.quantize.calibration import read_calibration, write_calibration
 from frugal.kernels.quantize.moments import Gatherer, Moment, columns_within, merged
 from frugal.kernels.quantize.reference_calls import ReferenceCall, unstorable

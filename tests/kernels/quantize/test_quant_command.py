@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from frugal.kernels.quantize import command, curves
 from frugal.kernels.formats import table
+from frugal.kernels.quantize import command, curves
 from frugal.kernels.quantize.calibration import write_calibration
 from frugal.kernels.quantize.moments import Moment
 from frugal.kernels.quantize.quality import read_json

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
+from frugal.kernels.formats import codec, rotation, table
 from frugal.kernels.quantize import clip, gptq, grids
-from frugal.kernels.formats import codec, table, rotation
 from frugal.kernels.quantize.calibration import from_hessian, statistics_of
 from frugal.kernels.quantize.curves import layer_curve
 from frugal.tests.helpers import rounding

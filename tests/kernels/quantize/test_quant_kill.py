@@ -27,9 +27,10 @@ spec = importlib.util.spec_from_file_location("conftest", Path(sys.argv[1]) / "c
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 import torch
 torch.set_num_threads(1)
-from frugal.kernels.quant import formats, writer
-from frugal.kernels.quant.convert import convert, uniform
-from frugal.kernels.quant.weights import Weights
+from frugal.kernels.formats import table
+from frugal.kernels.quantize import writer
+from frugal.kernels.quantize.convert import convert, uniform
+from frugal.kernels.quantize.weights import Weights
 
 source, target = Path(sys.argv[2]), Path(sys.argv[3])
 writer.COMMIT_BYTES = 100_000

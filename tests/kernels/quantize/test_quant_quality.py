@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from frugal.kernels.chart import WIDTH
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats import codec, table
-from frugal.kernels.quantize import quality
 from frugal.kernels.quantize import curves as module
+from frugal.kernels.quantize import quality
 from frugal.kernels.quantize.budget import allocate, frontier
-from frugal.kernels.chart import WIDTH
 from frugal.kernels.quantize.check_picture import COLOUR, check_picture
 from frugal.kernels.quantize.curves import FormatError, layer_curve, measure, stored_error
 from frugal.kernels.quantize.model_error import end_to_end, model_error

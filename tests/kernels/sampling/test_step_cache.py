@@ -10,7 +10,16 @@ import torch
 from frugal.kernels.sampling.forecast import VelocityForecast
 from frugal.kernels.sampling.step_cache import StepCache, StepCacheSettings
 from frugal.kernels.sampling.step_report import advice
-from frugal.tests.helpers.flows import EasyCacheRule, MixtureFlow, at_calls, euler, heun, levels, percent, relative
+from frugal.tests.helpers.flows import (
+    EasyCacheRule,
+    MixtureFlow,
+    at_calls,
+    euler,
+    heun,
+    levels,
+    percent,
+    relative,
+)
 
 STEPS, START, END = 50, percent(0.15), percent(0.95)
 

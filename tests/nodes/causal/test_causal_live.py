@@ -20,9 +20,9 @@ from frugal.demo.tiny_wan import fill, vae_shapes
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.video import latent_file
 from frugal.nodes.causal import live_decode
-from frugal.nodes.vae import decode_run
 from frugal.nodes.causal.live_decode import LiveVideo, Target
 from frugal.nodes.causal.video_run import Settings, make_video
+from frugal.nodes.vae import decode_run
 from frugal.tests.helpers import causal as videos
 from frugal.tests.helpers import rounding
 

@@ -18,7 +18,7 @@ from frugal.kernels.memory import chunks
 from frugal.kernels.memory.plan import CAUSAL_KV, LATENTS, SAMPLE, WORK, Job, Switches
 from frugal.kernels.memory.trace import trace
 from frugal.nodes._comfy import CAUSAL_NEEDS_KEY
-from frugal.nodes.memory import meta_models, memory_plan_run, policy
+from frugal.nodes.memory import memory_plan_run, meta_models, policy
 from frugal.nodes.memory.memory_plan import FrugalMemoryPlan
 from frugal.tests.helpers import causal as videos
 

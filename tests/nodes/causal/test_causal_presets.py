@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.kernels.errors import FrugalError
 from frugal.kernels.causal.presets import CAUSAL_PRESETS, FOUR
+from frugal.kernels.errors import FrugalError
 from frugal.nodes.causal import model_run, video_run
 from frugal.nodes.causal.sampler_run import Job
 from frugal.nodes.causal.video_run import Settings, make_video

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from frugal.kernels.errors import FrugalError
 from frugal.kernels.causal import session_file
+from frugal.kernels.errors import FrugalError
 from frugal.kernels.memory.causal import Needs
-from frugal.nodes.causal import session_files, model_run
+from frugal.nodes.causal import model_run, session_files
 from frugal.nodes.causal.video_run import Settings, make_video, segments
 from frugal.tests.helpers import causal as videos
 

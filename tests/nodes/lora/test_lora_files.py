@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from frugal.kernels.errors import FrugalError
-from frugal.nodes.lora import apply, file as lora_file
+from frugal.nodes.lora import apply
+from frugal.nodes.lora import file as lora_file
 from frugal.nodes.wan import load_run
 from frugal.tests.helpers import wan as bed
 from frugal.tests.helpers.lora import SOURCE, factors, lora, output, put, reference, with_changes

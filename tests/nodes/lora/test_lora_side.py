@@ -15,7 +15,16 @@ from frugal.nodes.lora import unmerged_run
 from frugal.nodes.wan import load_run
 from frugal.tests.helpers import gguf
 from frugal.tests.helpers import wan as bed
-from frugal.tests.helpers.lora import SOURCE, linears, lora, output, put, reference, run, with_changes  # fmt: skip
+from frugal.tests.helpers.lora import (  # fmt: skip
+    SOURCE,
+    linears,
+    lora,
+    output,
+    put,
+    reference,
+    run,
+    with_changes,
+)
 from frugal.tests.helpers.wan_checks import loaded_weights
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -287,7 +296,9 @@ def test_beside_and_under_comfyuis_own_loras(fp32, tmp_path):
     assert bed.relative(output(bypassed), wanted) <= EXACT
 
 
-@pytest.mark.parametrize("quantize", [load_run.AS_STORED, "int8 ConvRot"] if INT8 else [load_run.AS_STORED])
+@pytest.mark.parametrize(
+    "quantize", [load_run.AS_STORED, "int8 ConvRot"] if INT8 else [load_run.AS_STORED]
+)
 @pytest.mark.parametrize("compiled_first", [False, True])
 def test_compiled_layers_notice_every_change(compiled_first, quantize, tmp_path):
     """Compiled code is shared by models that differ in their LoRAs only."""

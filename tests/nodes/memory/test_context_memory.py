@@ -15,8 +15,8 @@ from comfy_api.v0_0_2 import io
 
 from frugal.kernels.errors import FrugalError
 from frugal.nodes.memory import cross_kv, cross_kv_run
-from frugal.nodes.wan import load_run
 from frugal.nodes.memory.cross_kv import EXACT, FP8, FrugalWanConstantContext
+from frugal.nodes.wan import load_run
 from frugal.tests.helpers import cross_kv as runs
 from frugal.tests.helpers import lora
 from frugal.tests.helpers import wan as bed

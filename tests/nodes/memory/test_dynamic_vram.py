@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from frugal.kernels.memory.plan import BUFFERS, Job, Switches, latent_bytes
-from frugal.nodes.memory import dynamic_vram, run_report_run, memory_plan_run
+from frugal.nodes.memory import dynamic_vram, memory_plan_run, run_report_run
 from frugal.tests.helpers import sampling as bed
 
 CARD = torch.device("cuda", 0)
@@ -169,7 +169,9 @@ def test_a_run_shares_what_its_forward_leaves(wan, prompts, monkeypatch):
     monkeypatch.setattr(dynamic_vram, "share", lambda _, *sizes: shared.append(sizes))
     plan, peaks = memory_plan_run.plan_of(wan, Job(64, 64, 5), 0.1)
     shape = tuple(bed.latent_of().shape[2:])
-    clone = memory_plan_run.apply(memory_plan_run.apply(wan, plan, peaks, False, None), plan, peaks, True, None)
+    clone = memory_plan_run.apply(
+        memory_plan_run.apply(wan, plan, peaks, False, None), plan, peaks, True, None
+    )
     bed.sample(clone, prompts, 1)
     needed = peaks.of(2, shape, Switches()) + latent_bytes(1, shape)
     assert shared == [(10**8 - needed, BUFFERS * memory_plan_run.weights_of(wan).largest)]

@@ -140,7 +140,9 @@ def test_fused_kernels_of_a_card_need_less(monkeypatch):
     patcher.model.manual_cast_dtype = torch.bfloat16
     here = meta_models.ForwardPeaks(patcher.model, CPU).trace(3, 1, LONGER, Switches())
     monkeypatch.setattr(meta_models.facts, "eager_rotation", lambda _: None)
-    card = meta_models.ForwardPeaks(patcher.model, torch.device("cuda")).trace(3, 1, LONGER, Switches())
+    card = meta_models.ForwardPeaks(patcher.model, torch.device("cuda")).trace(
+        3, 1, LONGER, Switches()
+    )
     assert card.phases["self_attn 1"] < here.phases["self_attn 1"]
 
 

@@ -8,11 +8,9 @@ import comfy.model_management
 import pytest
 import torch
 
-from frugal.kernels.memory import chunks
+from frugal.kernels.memory import chunks, cross_kv_report
 from frugal.kernels.memory.plan import CROSS_KV, SAMPLE, WEIGHTS, Job, Switches
-from frugal.kernels.memory import cross_kv_report
-from frugal.nodes.memory import memory_plan_run, policy
-from frugal.nodes.memory import cross_kv_run
+from frugal.nodes.memory import cross_kv_run, memory_plan_run, policy
 from frugal.nodes.wan import experts_run, load_run
 from frugal.tests.helpers import cross_kv as contexts
 from frugal.tests.helpers import rounding

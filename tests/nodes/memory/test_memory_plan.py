@@ -12,11 +12,10 @@ import torch
 
 from frugal.demo.tiny_wan import fill, vae_shapes
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.memory import fit, chunks
+from frugal.kernels.memory import chunks, fit
 from frugal.kernels.memory.plan import CROSS_KV, DECODE, SAMPLE, Job, Switches, latent_bytes
-from frugal.nodes.memory import meta_models, memory_plan_run
+from frugal.nodes.memory import cross_kv_run, memory_plan_run, meta_models
 from frugal.nodes.memory.memory_plan import FrugalMemoryPlan
-from frugal.nodes.memory import cross_kv_run
 from frugal.tests.helpers import rounding
 from frugal.tests.helpers import sampling as bed
 from frugal.tests.helpers.memory import allocator_peak

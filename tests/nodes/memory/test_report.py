@@ -15,7 +15,7 @@ from frugal.kernels.memory.run_report import Frames, RunReport
 from frugal.kernels.report import LoadReport
 from frugal.nodes._comfy import REPORT_KEY
 from frugal.nodes.memory import run_report_run
-from frugal.nodes.memory.nodes import FrugalReport
+from frugal.nodes.memory.run_report import FrugalReport
 
 CPU = torch.device("cpu")
 MEMORY = Memory("process", "cpu", 3_000_000_000, 2_000_000_000, 8_000_000_000)
@@ -23,7 +23,7 @@ MEMORY = Memory("process", "cpu", 3_000_000_000, 2_000_000_000, 8_000_000_000)
 
 @pytest.fixture(autouse=True)
 def _no_server(monkeypatch):
-    monkeypatch.setattr("frugal.nodes.memory.nodes.show_text", lambda *_: None)
+    monkeypatch.setattr("frugal.nodes.memory.run_report.show_text", lambda *_: None)
 
 
 def execute(**inputs):

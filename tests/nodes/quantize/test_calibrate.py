@@ -14,7 +14,8 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats import codec, table
 from frugal.kernels.quantize.calibration import read_calibration
 from frugal.kernels.quantize.on_load import INT8_CONVROT
-from frugal.nodes.quantize import calibrate, calibrate_run, convert_run, sensitivity as shares, cropped_calls
+from frugal.nodes.quantize import calibrate, calibrate_run, convert_run, cropped_calls
+from frugal.nodes.quantize import sensitivity as shares
 from frugal.nodes.quantize import token_sampler as rows_module
 from frugal.nodes.quantize.calibrate import ADD, REPLACE, FrugalCalibrate
 from frugal.nodes.wan.load_run import load_wan
@@ -61,7 +62,9 @@ def recorded(
     model, path, *, add=False, memory=10**9, rows=EVERYTHING, seed=0, said=None, shares=False
 ):
     say = (lambda text: None) if said is None else said.append
-    return calibrate_run.wrap(model, calibrate_run.Settings(path, add, memory, rows, seed, say, shares))
+    return calibrate_run.wrap(
+        model, calibrate_run.Settings(path, add, memory, rows, seed, say, shares)
+    )
 
 
 def hooks_of(model):
@@ -367,7 +370,9 @@ def test_what_cannot_be_recorded_is_refused(model, prompts, tmp_path, monkeypatc
         recorded(wrapped, path)
     compiled = recorded(model, path)
     compiled.add_wrapper_with_key(
-        WrappersMP.APPLY_MODEL, calibrate_run.COMPILE_KEY, lambda executor, *a, **k: executor(*a, **k)
+        WrappersMP.APPLY_MODEL,
+        calibrate_run.COMPILE_KEY,
+        lambda executor, *a, **k: executor(*a, **k),
     )
     with pytest.raises(FrugalError, match="is compiled"):
         sample(compiled, prompts)

@@ -18,7 +18,13 @@ from frugal.kernels.quantize import quality
 from frugal.kernels.quantize.calibration import read_calibration
 from frugal.kernels.quantize.request import Job
 from frugal.kernels.quantize.request import run as convert
-from frugal.nodes.quantize import calibrate_run, quality_check, convert_run, reference_calls, quality_check_run
+from frugal.nodes.quantize import (
+    calibrate_run,
+    convert_run,
+    quality_check,
+    quality_check_run,
+    reference_calls,
+)
 from frugal.nodes.wan.load_run import load_wan
 from frugal.tests.helpers import lora
 from frugal.tests.helpers import wan as bed

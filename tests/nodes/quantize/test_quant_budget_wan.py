@@ -10,8 +10,8 @@ from frugal.kernels.formats import table
 from frugal.kernels.quantize.budget import frontier
 from frugal.kernels.quantize.calibration import read_calibration
 from frugal.kernels.quantize.curves import measure
-from frugal.kernels.quantize.sensitivity import probe, wiring
 from frugal.kernels.quantize.request import shares_of
+from frugal.kernels.quantize.sensitivity import probe, wiring
 from frugal.tests.helpers.budget import TARGETS, Bench
 
 UNIFORM = (table.FP8, table.INT8, table.W4A8)

@@ -15,9 +15,9 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats import codec, table
 from frugal.kernels.quantize.convert import convert, uniform
 from frugal.kernels.quantize.weights import Weights
+from frugal.nodes.lora.merge import LoraMerge
 from frugal.nodes.quantize import convert as node
 from frugal.nodes.quantize import convert_run
-from frugal.nodes.lora.merge import LoraMerge
 from frugal.nodes.wan import load_run as wan
 from frugal.tests.helpers import wan as bed
 from frugal.tests.helpers.wan_checks import forward, loaded_weights, reference

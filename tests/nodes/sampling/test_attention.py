@@ -359,7 +359,7 @@ def test_an_8_bit_kernel_needs_leave(tmp_path, backends):
 
 
 def test_the_run_report_shows_it(tmp_path):
-    from frugal.nodes.memory.nodes import FrugalReport
+    from frugal.nodes.memory.run_report import FrugalReport
 
     patched = attention_run.apply(wan(tmp_path))
     node = FrugalReport.PREPARE_CLASS_CLONE({"hidden_inputs": {}})

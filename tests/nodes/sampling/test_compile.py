@@ -18,12 +18,13 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from frugal.kernels.errors import FrugalError
-from frugal.nodes.sampling import attention_run, compile_run, sampler_run, step_cache_run
-from frugal.nodes.sampling.compile import FrugalCompile
 from frugal.nodes.causal import model_run
 from frugal.nodes.memory import cross_kv_run
+from frugal.nodes.sampling import attention_run, compile_run, sampler_run, step_cache_run
+from frugal.nodes.sampling.compile import FrugalCompile
 from frugal.nodes.wan import load_run
-from frugal.tests.helpers import sampling, wan as wan_bed
+from frugal.tests.helpers import sampling
+from frugal.tests.helpers import wan as wan_bed
 from frugal.tests.helpers.flows import relative
 
 pytestmark = pytest.mark.usefixtures("inference")

@@ -18,13 +18,14 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.memory.plan import Job, Switches
 from frugal.kernels.sampling.presets import PRESETS
 from frugal.nodes import _services
-from frugal.nodes.memory import meta_models, memory_plan_run
+from frugal.nodes.memory import memory_plan_run, meta_models
 from frugal.nodes.memory import nodes as plan_family
 from frugal.nodes.sampling import guidance_range_run, sampler_run, step_cache_run
 from frugal.nodes.sampling.guidance_range import FrugalGuidanceRange
 from frugal.nodes.sampling.preview import AS_SET, MIDDLE_FRAME
 from frugal.nodes.sampling.sampler import FrugalSampler
-from frugal.tests.helpers import flows, sampling as sampling_bed
+from frugal.tests.helpers import flows
+from frugal.tests.helpers import sampling as sampling_bed
 
 assert plan_family.NODES  # the family that offers memory plans, loaded as ComfyUI loads it
 STEPS, CFG = 16, sampling_bed.CFG

@@ -119,7 +119,9 @@ def test_another_computation_is_another_entry(encoder, monkeypatch, change):
     _, loads = encoder
     run()
     computation = cached_encode_run.computation
-    monkeypatch.setattr(cached_encode_run, "computation", lambda d: computation(d) | {change: "other"})
+    monkeypatch.setattr(
+        cached_encode_run, "computation", lambda d: computation(d) | {change: "other"}
+    )
     assert change in computation("default")
     run()
     assert len(loads) == 2 and len(entries()) == 4
@@ -199,7 +201,9 @@ def test_device_cpu_is_an_entry_of_its_own_where_it_differs(encoder, monkeypatch
     run(device="cpu")
     assert loads[-1]["model_options"]["load_device"] == torch.device("cpu")
     monkeypatch.setattr(
-        cached_encode_run.comfy.model_management, "text_encoder_device", lambda: torch.device("meta")
+        cached_encode_run.comfy.model_management,
+        "text_encoder_device",
+        lambda: torch.device("meta"),
     )
     gpu, cpu = cached_encode_run.computation("default"), cached_encode_run.computation("cpu")
     assert (gpu["device"], cpu["device"]) == ("meta", "cpu")
@@ -219,7 +223,10 @@ def header_file(path, metadata=None, **tensors):
         for part in cached_encode_run.LAYER_PARTS
     ]
     state = {name: torch.zeros(2, 2) for name in names}
-    state |= {cached_encode_run.EMBEDDING: torch.zeros(4, 2), cached_encode_run.FINAL_NORM: torch.zeros(2)}
+    state |= {
+        cached_encode_run.EMBEDDING: torch.zeros(4, 2),
+        cached_encode_run.FINAL_NORM: torch.zeros(2),
+    }
     state |= {cached_encode_run.TOKENIZER: torch.zeros(2, dtype=torch.uint8)} | tensors
     save_file({k: v for k, v in state.items() if v is not None}, path, metadata)
     return path

@@ -20,9 +20,23 @@ from frugal.kernels.checkpoints import catvton
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.tryon.schedule import ddim_timesteps
 from frugal.nodes._comfy import REPORT_KEY
-from frugal.nodes.tryon import glue, load_run, sigmas as sampling, unet
+from frugal.nodes.tryon import glue, load_run, unet
+from frugal.nodes.tryon import sigmas as sampling
 from frugal.tests.helpers import tryon as bed
-from frugal.tests.helpers.tryon import HEADS, META, FakeVAE, attention_tensors, forward, inputs, make_unet, relative, run, scene, skip_cross_attention, state
+from frugal.tests.helpers.tryon import (
+    HEADS,
+    META,
+    FakeVAE,
+    attention_tensors,
+    forward,
+    inputs,
+    make_unet,
+    relative,
+    run,
+    scene,
+    skip_cross_attention,
+    state,
+)
 
 
 @pytest.fixture(scope="module")

@@ -206,9 +206,7 @@ def test_out_of_memory_twice_goes_on_in_tiles(vae, monkeypatch):
     off = (images - expected).abs()
     # Not the same, but the same picture: a state lost or put in the wrong place would show.
     assert 0 < off.mean() < 0.25 * (expected - expected.mean()).abs().mean()
-    monkeypatch.setattr(
-        stream.VaeStream, "_run", lambda *_: (_ for _ in ()).throw(OOM("always"))
-    )
+    monkeypatch.setattr(stream.VaeStream, "_run", lambda *_: (_ for _ in ()).throw(OOM("always")))
     with pytest.raises(FrugalError, match="even in tiles of 64 x 32 pixels"):
         decode(vae, given)
     [name] = kept()

@@ -19,8 +19,8 @@ from frugal.kernels.errors import FrugalError
 from frugal.kernels.video import reader
 from frugal.kernels.video.writer import FORMATS
 from frugal.nodes.vae import decode as decode_nodes
-from frugal.nodes.vae import encode as encode_nodes
 from frugal.nodes.vae import decode_run, encode_run, stream
+from frugal.nodes.vae import encode as encode_nodes
 
 pytest.importorskip("av")
 

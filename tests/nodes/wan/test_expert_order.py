@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from frugal.nodes.lora import apply, file
-from frugal.nodes.sampling import attention_run, compile_run, guidance_range_run, preview, sampler_run, step_cache_run
 from frugal.nodes.memory import cross_kv_run
+from frugal.nodes.sampling import (
+    attention_run,
+    compile_run,
+    guidance_range_run,
+    preview,
+    sampler_run,
+    step_cache_run,
+)
 from frugal.nodes.wan import experts_run, load_run
 from frugal.tests.helpers import wan as bed
 from frugal.tests.nodes.wan import test_wan_experts as runs
@@ -47,9 +54,9 @@ def changes(lora):
         ),
         "guidance": lambda model: guidance_range_run.apply(model, 0.0, 0.5),
         "preview": preview.apply,
-        "context": lambda model: cross_kv_run.apply(
-            model, cross_kv_run.Options(), lambda _: None
-        )[0],
+        "context": lambda model: cross_kv_run.apply(model, cross_kv_run.Options(), lambda _: None)[
+            0
+        ],
         "lora": beside,
     }
 

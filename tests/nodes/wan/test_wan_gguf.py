@@ -14,7 +14,8 @@ from frugal.kernels.formats.gguf_blocks import TYPES
 from frugal.nodes.memory import memory_plan_run
 from frugal.nodes.sampling import compile_run
 from frugal.nodes.wan import load_run, packed_int
-from frugal.tests.helpers import gguf, lora as lora_bed, sampling
+from frugal.tests.helpers import gguf, sampling
+from frugal.tests.helpers import lora as lora_bed
 from frugal.tests.helpers import wan as bed
 from frugal.tests.helpers.wan_checks import check, forward, loaded_weights, reference
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from frugal.kernels import device_types
-from frugal.kernels.errors import FrugalError
-from frugal.kernels.memory import doctor
-from frugal.kernels.memory.doctor import Backend
-from frugal.kernels.formats import fp8_linear as fp8
 from frugal.kernels.checkpoints.matmul_precision import AUTO, FULL, LOW
+from frugal.kernels.errors import FrugalError
+from frugal.kernels.formats import fp8_linear as fp8
+from frugal.kernels.formats import hardware
+from frugal.kernels.memory.doctor import Backend
 from frugal.kernels.quantize.on_load import AS_STORED, FP8, INT8_CONVROT, W4A8_NAME
 from frugal.nodes.wan import load_run, matmul
-from frugal.nodes.wan.nodes import FrugalLoadWan
+from frugal.nodes.wan.load import FrugalLoadWan
 from frugal.tests.helpers import rounding
 from frugal.tests.helpers import wan as bed
 from frugal.tests.helpers.wan_checks import check, forward, loaded_weights, reference
@@ -236,14 +236,14 @@ def test_a_torch_for_an_older_cuda_is_named_and_works(form, tmp_path, monkeypatc
     before, _ = load(path, quantize=quantize)
     monkeypatch.setattr(matmul, "capability_of", lambda device: (8, 6))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    off = {"cuda": Backend(True, True, None, dict.fromkeys(doctor.INTEGER.values()))}
+    off = {"cuda": Backend(True, True, None, dict.fromkeys(hardware.INTEGER.values()))}
     monkeypatch.setattr(matmul, "kitchen_backends", lambda: off)
     patcher, report = load(path, quantize=quantize)
     [note] = [note for note in report.notes if note.startswith("matmul auto")]
     assert "torch is built for CUDA 12.8; install a torch built for CUDA 13.0 or newer" in note
     with torch.inference_mode():
         assert torch.equal(forward(patcher), forward(before))
-    on = {"cuda": Backend(True, False, None, dict.fromkeys(doctor.INTEGER.values()))}
+    on = {"cuda": Backend(True, False, None, dict.fromkeys(hardware.INTEGER.values()))}
     monkeypatch.setattr(matmul, "kitchen_backends", lambda: on)
     assert "CUDA 12.8" not in "".join(load(path, quantize=quantize)[1].notes)
 

@@ -14,10 +14,15 @@ import torch
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.quantize.on_load import AS_STORED, FP8
 from frugal.nodes import _models
+from frugal.nodes.causal import nodes as causal_nodes
 from frugal.nodes.text import embed_files
-from frugal.nodes.wan import load_run, row_scaled
+from frugal.nodes.text import nodes as text_nodes
 from frugal.nodes.text.cached_encode import FrugalCachedTextEncode
-from frugal.nodes.wan.nodes import NODES, FrugalLoadTextEmbeds, FrugalLoadWan, FrugalSaveTextEmbeds
+from frugal.nodes.text.embeds import FrugalLoadTextEmbeds, FrugalSaveTextEmbeds
+from frugal.nodes.vae import nodes as vae_nodes
+from frugal.nodes.wan import load_run, row_scaled
+from frugal.nodes.wan import nodes as wan_nodes
+from frugal.nodes.wan.load import FrugalLoadWan
 from frugal.tests.helpers import wan as bed
 
 SOURCE = bed.weights()
@@ -39,7 +44,10 @@ def folders(tmp_path, monkeypatch):
         folder_paths.filename_list_cache.pop(kind, None)
 
 
-@pytest.mark.parametrize("node", NODES)
+FAMILIES = (wan_nodes, text_nodes, vae_nodes, causal_nodes)
+
+
+@pytest.mark.parametrize("node", [node for family in FAMILIES for node in family.NODES])
 def test_schema_is_accepted(node):
     schema = node.GET_SCHEMA()
     assert schema.description and schema.category == "Frugal/wan"
@@ -55,7 +63,7 @@ def run(node, **inputs):
 
 def test_load_wan_node(folders, monkeypatch):
     shown = []
-    monkeypatch.setattr("frugal.nodes.wan.nodes.show_text", lambda _, text: shown.append(text))
+    monkeypatch.setattr("frugal.nodes.wan.load.show_text", lambda _, text: shown.append(text))
     bed.write(folders / _models.FOLDER / "wan.safetensors", *bed.scaled(SOURCE, bed.E4)[:2])
     assert _models.model_names() == ["wan.safetensors"]
     inputs = {"model_name": "wan.safetensors", "weight_dtype": "default"}

@@ -7,8 +7,8 @@ import comfy.quant_ops
 import pytest
 import torch
 
-from frugal.kernels.errors import FrugalError
 from frugal.kernels.checkpoints.matmul_precision import AUTO
+from frugal.kernels.errors import FrugalError
 from frugal.kernels.quantize.on_load import AS_STORED, FP8, INT8_CONVROT, TARGETS, W4A8_NAME
 from frugal.nodes import _memory, _models
 from frugal.nodes.lora import unmerged_run

@@ -11,8 +11,19 @@ pytest.importorskip("starlette")
 from frugal.servers.fleet import scheduler as d
 from frugal.servers.fleet.job_request import order
 from frugal.servers.fleet.store import FullError, KeyReusedError, Store
+from frugal.tests.helpers.fleet import (
+    MEMORY,
+    Pretended,
+    an_order,
+    complains,
+    dies,
+    hangs,
+    is_lost_before,
+    picture_graph,
+    started,
+    works,
+)
 from frugal.tests.helpers.patience import comes
-from frugal.tests.helpers.fleet import MEMORY, Pretended, an_order, complains, dies, hangs, is_lost_before, picture_graph, started, works
 
 
 @pytest.fixture(autouse=True)

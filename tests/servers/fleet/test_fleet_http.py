@@ -19,8 +19,8 @@ from frugal.servers.fleet import client as client_module
 from frugal.servers.fleet import command, token
 from frugal.servers.fleet.client import FleetClient
 from frugal.servers.transport import Reply
-from frugal.tests.helpers.patience import HANG, comes, until
 from frugal.tests.helpers.fleet import TOKEN, complains, dies, hangs, picture_graph, running, works
+from frugal.tests.helpers.patience import HANG, comes, until
 
 GRAPH = json.dumps(picture_graph(5)).encode()
 

@@ -1,0 +1,78 @@
+"""The nodes that save text embeddings and load them."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io, ui
+
+from .._comfy import CATEGORY, known
+from .._models import offered
+from . import embed_files
+
+
+class FrugalSaveTextEmbeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalSaveTextEmbeds",
+            display_name="Save Text Embeddings (Frugal)",
+            category=f"{CATEGORY}/wan",
+            description=(
+                "Writes a text conditioning to output/text_embeds, bit for bit, so that "
+                "later graphs run without "
+                "the text encoder (6.7 GB for Wan)."
+            ),
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="Output of a text encode node."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="prompt",
+                    tooltip="Start of the file name; a number is added, no file is overwritten.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+            **known(io.Schema, search_aliases=["save conditioning", "text embeds", "prompt cache"]),
+        )
+
+    @classmethod
+    def execute(cls, conditioning, filename_prefix) -> io.NodeOutput:
+        path = embed_files.save(conditioning, filename_prefix)
+        return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB"))
+
+
+class FrugalLoadTextEmbeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalLoadTextEmbeds",
+            display_name="Load Text Embeddings (Frugal)",
+            category=f"{CATEGORY}/wan",
+            description="Reads a saved text conditioning, or one tensor [1, tokens, width].",
+            inputs=[
+                io.Combo.Input(
+                    "embeds_name",
+                    options=embed_files.names(),
+                    tooltip="A file in models/text_embeds, or in output/text_embeds [output].",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning",
+                    display_name="conditioning",
+                    tooltip="The conditioning as it was saved, bit for bit.",
+                ),
+            ],
+            **known(io.Schema, search_aliases=["load conditioning", "text embeds", "prompt cache"]),
+        )
+
+    @classmethod
+    def validate_inputs(cls, embeds_name=None):
+        return offered(embeds_name, embed_files.names(), embed_files.PLACES)
+
+    @classmethod
+    def fingerprint_inputs(cls, embeds_name):
+        return embed_files.fingerprint(embeds_name)
+
+    @classmethod
+    def execute(cls, embeds_name) -> io.NodeOutput:
+        return io.NodeOutput(embed_files.load(embeds_name))
