@@ -85,7 +85,7 @@ def one(shape: tuple[int, int, int, int], dtype, device, default) -> dict:
     """All kernels on one call."""
     import torch
 
-    from frugal.kernels.attention import Chooser
+    from frugal.kernels.attention import KernelSelector
     from frugal.kernels.attention.backends import BACKENDS, launch
     from frugal.kernels.attention.call import describe, device_kind
     from frugal.kernels.attention.call_report import table
@@ -107,14 +107,14 @@ def one(shape: tuple[int, int, int, int], dtype, device, default) -> dict:
         q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
         return default(q, k, v, heads, skip_output_reshape=True)
 
-    chooser = Chooser(device)
-    chooser.attend(q, k, v, default=native)
-    chosen = table(chooser).rows[0].backend
+    kernel_selector = KernelSelector(device)
+    kernel_selector.attend(q, k, v, default=native)
+    chosen = table(kernel_selector).rows[0].backend
     runs = {"default": native}
     exact = {"default"}
     for backend in BACKENDS:
         here = backend.absent(device_kind(device)) is None and backend.refusal(call) is None
-        if here and backend.automatic and not backend.spare:
+        if here and backend.automatic and not backend.fallback:
             runs[backend.name] = lambda q, k, v, b=backend: launch(b, q, k, v, None, scale)
             exact |= {backend.name} if backend.exact else set()
     picked = torch.linspace(0, q_len - 1, min(ROWS, q_len), device=device).round().long()

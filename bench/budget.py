@@ -6,8 +6,8 @@ Tiny random Wan models inside ComfyUI (FRUGAL_COMFYUI_TREE, as for the tests), w
 comfy-kitchen. Each is recorded while it samples from one or more prompts, as FrugalCalibrate does
 with measure_layers; every layer is encoded with these statistics; and the error of whole models in
 one format or in a mix is predicted as the budget does. `as recorded` predicts with the second
-moments as they are, `shrunk` with those of kernels/quantize/shrinkage.py. The truth is the rel-L2 of
-the model's output at the kept calls of other runs: other prompts, other noise.
+moments as they are, `shrunk` with those of kernels/quantize/shrinkage.py. The truth is the rel-L2
+of the model's output at the kept calls of other runs: other prompts, other noise.
 """
 
 from __future__ import annotations

@@ -117,8 +117,10 @@ async def burst(client, number: int) -> dict[str, int]:
 def memory(fleet) -> dict[str, int]:
     """Resident MB of the workers, of the desk's process."""
     workers = sorted(each.memory_info().rss // 10**6 for each in fleet.comfys())
-    desk = [each.memory_info().rss // 10**6 for each in fleet.named("ray::ServeReplica:fleet:desk")]
-    return {"workers": workers, "desk": desk[0] if desk else 0}
+    scheduler = [
+        each.memory_info().rss // 10**6 for each in fleet.named("ray::ServeReplica:fleet:desk")
+    ]
+    return {"workers": workers, "desk": scheduler[0] if scheduler else 0}
 
 
 async def steady(client, fleet) -> dict[str, object]:

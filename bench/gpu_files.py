@@ -72,7 +72,7 @@ def wan(path: Path, name: str, target: str, tiny: bool) -> Path:
         if target != "fp16" and parameter.linear and key.startswith("blocks."):
             layer = key.removesuffix(".weight")
             made = encode(target, values, where, where=f"{path.name}: {layer}")
-            state |= {f"{layer}.{leaf}": tensor for leaf, tensor in made.items()}
+            state |= {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}
         else:
             state[key] = values.half().cpu()
     return save(state, path)

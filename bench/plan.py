@@ -53,7 +53,7 @@ def grid() -> list[dict]:
     from comfy.ldm.modules.attention import attention_pytorch
 
     from frugal.kernels.memory import chunks
-    from frugal.kernels.memory.plan import Switches
+    from frugal.kernels.memory.plan import MemoryOptions
     from frugal.kernels.memory.trace import trace
     from frugal.nodes.memory import meta_models
     from frugal.tests.helpers.memory import allocator_peak
@@ -66,8 +66,8 @@ def grid() -> list[dict]:
         peaks = meta_models.ForwardPeaks(
             shape_of(dim, ffn, dim // 128, 2, image, torch.float32), torch.device("cpu")
         )
-        for switches in (Switches(), Switches(False, PIECES, PIECES)):
-            model = peaks.model(2, switches).to_empty(device=cpu)
+        for memory_options in (MemoryOptions(), MemoryOptions(False, PIECES, PIECES)):
+            model = peaks.model(2, memory_options).to_empty(device=cpu)
             for parameter in model.parameters():
                 parameter.data.normal_(0, 0.02)
             for latent, batch in GRID:
@@ -76,12 +76,12 @@ def grid() -> list[dict]:
                 def call(model=model, make=make):
                     return model(**make() | {"transformer_options": dict(override)})
 
-                predicted = peaks.of(batch, latent, switches)
+                predicted = peaks.of(batch, latent, memory_options)
                 counted = trace(call, decomposed=meta_models.kernels(cpu)[0]).peak
                 rows.append(
                     {
                         "model": name, "latent": latent, "batch": batch,
-                        "pieces": switches.pieces, "predicted": predicted, "counted": counted,
+                        "pieces": memory_options.pieces, "predicted": predicted, "counted": counted,
                         "allocator": allocator_peak(call),
                     }
                 )  # fmt: skip
@@ -95,7 +95,7 @@ def whole_runs() -> list[dict]:
     import torch
     from comfy.ldm.modules.attention import attention_pytorch
 
-    from frugal.kernels.memory.plan import LATENT_COPIES, Switches, latent_bytes
+    from frugal.kernels.memory.plan import LATENT_COPIES, MemoryOptions, latent_bytes
     from frugal.nodes.memory import meta_models
     from frugal.tests.helpers import wan as bed
     from frugal.tests.helpers.memory import allocator_peak
@@ -119,7 +119,7 @@ def whole_runs() -> list[dict]:
                 disable_pbar=True, seed=1,
             )  # fmt: skip
 
-        forward = peaks.of(2, latent, Switches())
+        forward = peaks.of(2, latent, MemoryOptions())
         run = allocator_peak(call)
         one = latent_bytes(1, latent) // LATENT_COPIES
         rows.append({"latent": latent, "forward": forward, "run": run, "one_latent": one})
@@ -129,7 +129,7 @@ def whole_runs() -> list[dict]:
 def real_sizes() -> list[dict]:
     import torch
 
-    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.kernels.memory.plan import Job, MemoryOptions
     from frugal.nodes.memory import meta_models
 
     rows = []
@@ -138,14 +138,14 @@ def real_sizes() -> list[dict]:
         for label, size in SIZES.items():
             peaks = meta_models.ForwardPeaks(model, torch.device("cpu"))
             row = {"model": name, "size": label, "peaks": {}, "cpu_seconds": []}
-            for text, switches in (
-                ("both conditions", Switches()),
-                ("one condition", Switches(True)),
-                ("in 4 pieces", Switches(True, 4, 4)),
-                ("in 8 pieces", Switches(True, 8, 8)),
+            for text, memory_options in (
+                ("both conditions", MemoryOptions()),
+                ("one condition", MemoryOptions(True)),
+                ("in 4 pieces", MemoryOptions(True, 4, 4)),
+                ("in 8 pieces", MemoryOptions(True, 8, 8)),
             ):
                 started = time.process_time()
-                row["peaks"][text] = peaks.of_job(Job(*size, 81), switches)
+                row["peaks"][text] = peaks.of_job(Job(*size, 81), memory_options)
                 row["cpu_seconds"].append(round(time.process_time() - started, 3))
             rows.append(row)
     return rows

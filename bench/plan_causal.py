@@ -67,7 +67,9 @@ def causal_runs() -> list[dict]:
                     "forward": parts[WORK], "pages": parts[CAUSAL_KV], "latents": parts[LATENTS],
                     "pages in main memory": host,
                     "predicted": parts[WORK] + parts[CAUSAL_KV] + parts[LATENTS] + host,
-                    "counted": trace(call, decomposed=meta_models.kernels(torch.device("cpu"))[0]).peak,
+                    "counted": trace(
+                        call, decomposed=meta_models.kernels(torch.device("cpu"))[0]
+                    ).peak,
                     "allocator": allocator_peak(call),
                 }
             )  # fmt: skip
@@ -79,7 +81,7 @@ def causal_sizes() -> list[dict]:
     import torch
 
     from frugal.kernels.causal.options import CacheOptions
-    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.kernels.memory.plan import Job, MemoryOptions
     from frugal.nodes.memory import causal_trace
 
     rows = []
@@ -95,7 +97,7 @@ def causal_sizes() -> list[dict]:
                 {
                     "model": name, "options": label, "pages": memory.pages,
                     "latents": memory.latents(*job.latent[1:]),
-                    "forward": peaks.of_job(job, Switches(True)),
+                    "forward": peaks.of_job(job, MemoryOptions(True)),
                 }
             )  # fmt: skip
     return rows
@@ -114,7 +116,7 @@ def peak_parts() -> list[dict]:
     """81 frames, one condition; on a card with fused kernels and without."""
     import torch
 
-    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.kernels.memory.plan import Job, MemoryOptions
     from frugal.nodes.memory import doctor_run, meta_models
 
     rows, rotation = [], doctor_run.eager_rotation
@@ -128,9 +130,9 @@ def peak_parts() -> list[dict]:
             found = {}
             for pieces in (1, 2, 4, 8):
                 for groups in (1, 2, 4, 8):
-                    switches = Switches(True, pieces, groups)
+                    memory_options = MemoryOptions(True, pieces, groups)
                     # Every activation is in proportion to the tokens, so one size tells.
-                    traced = peaks.trace(3, 1, Job(*plan.SIZES["480p"], 81).latent, switches)
+                    traced = peaks.trace(3, 1, Job(*plan.SIZES["480p"], 81).latent, memory_options)
                     found[f"{pieces}/{groups}"] = [peak_part(traced), traced.peak]
             rows.append({"model": name, "kernels of": device, "peak in": found})
     return rows

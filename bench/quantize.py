@@ -109,7 +109,7 @@ def once(who: str, source: str, target: str, out: str) -> dict:
             rounding[0] += time.perf_counter() - clocks[0]
             rounding[1] += time.process_time() - clocks[1]
             if who == "in memory":
-                made.update({f"{layer}.{leaf}": part for leaf, part in parts.items()})
+                made.update({f"{layer}.{suffix}": part for suffix, part in parts.items()})
         if who == "in memory":
             save_file(made, out)
             to_disk()

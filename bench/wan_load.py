@@ -64,7 +64,7 @@ def write_all(folder: Path) -> dict[str, list[str]]:
         held = dict(plain)
         for layer in layers:
             rows, width = held.pop(f"{layer}.weight").shape
-            held |= {f"{layer}.{leaf}": value for leaf, value in make(rows, width).items()}
+            held |= {f"{layer}.{suffix}": value for suffix, value in make(rows, width).items()}
         return held
 
     def fp8(scale: Callable[[int], torch.Tensor]) -> bed.Weights:

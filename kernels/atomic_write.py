@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A free name beside `path` to write to. When the block ends the file takes the name `path`,
     in place of what had it; when it fails, the unfinished file is removed and `path` stays.
     """

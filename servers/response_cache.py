@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..kernels.atomic_write import replacing
+from ..kernels.atomic_write import atomic_write
 
 LARGEST = 10**6
 
@@ -40,7 +40,7 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
 def write(folder: Path, name: str, value: dict[str, Any]) -> None:
     """Keep `value` under `name`: written beside, then renamed. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{name}.json") as unfinished:
+    with atomic_write(folder / f"{name}.json") as unfinished:
         unfinished.write_text(json.dumps(value), encoding="utf-8")
 
 

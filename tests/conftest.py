@@ -79,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rounding-by-shape",
         type=int,
         metavar="SEED",
-        help="matrix products of other shapes round otherwise; see tests/helpers/rounding_by_shape.py",
+        help="products of other shapes round otherwise; see tests/helpers/rounding_by_shape.py",
     )
 
 
@@ -137,8 +137,8 @@ def sockets(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def server(comfy_tree: Path, sockets, tmp_path_factory: pytest.TempPathFactory):
-    """One real ComfyUI server with the pack and bed/extra_nodes.py for the whole run, with its web
-    page where that is installed; see demo/comfy_server.py.
+    """One real ComfyUI server with the pack and helpers/extra_nodes.py for the whole run,
+    with its web page where that is installed; see demo/comfy_server.py.
     """
     from frugal.demo.comfy_server import ComfyServer
 

@@ -1,5 +1,5 @@
 """Attention: one public function, backends with declared constraints, a choice by measurement."""
 
-from .selector import AUTO, Chooser, attention
+from .selector import AUTO, KernelSelector, attention
 
-__all__ = ["AUTO", "Chooser", "attention"]
+__all__ = ["AUTO", "KernelSelector", "attention"]

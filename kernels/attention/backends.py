@@ -55,7 +55,7 @@ class Backend:
     distribution: str | None = None
     missing: Callable[[], str | None] | None = None
     automatic: bool = True
-    spare: bool = False
+    fallback: bool = False
     compiles: bool = True
 
     def absent(self, device: str) -> str | None:
@@ -177,7 +177,7 @@ TORCH = Backend(
 CHUNKED = Backend(
     "chunked",
     eager.chunked,
-    spare=True,
+    fallback=True,
     devices=(),
     dtypes=(),
     masks=ANY_MASK,
@@ -219,7 +219,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "torch-math",
         torch_sdpa.forced("MATH"),
-        spare=True,
+        fallback=True,
         devices=(),
         dtypes=(),
         masks=ANY_MASK,

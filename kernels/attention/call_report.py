@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from .selector import DEFAULT, Chooser, Route
+from .selector import DEFAULT, KernelSelector, Route
 
 OWN = "ComfyUI's own"
 
@@ -62,17 +62,17 @@ class Table:
         )
 
 
-def table(chooser: Chooser) -> Table:
+def table(kernel_selector: KernelSelector) -> Table:
     """What `chooser` saw and chose so far."""
-    rows = [_row(chooser, route) for route in chooser.routes.values()]
+    rows = [_row(kernel_selector, route) for route in kernel_selector.routes.values()]
     rows.sort(key=lambda row: -(row.ms or 0.0) * row.calls)
-    device = chooser.place.split(" | ")[0]
-    return Table(device, tuple(rows), dict(chooser.broken), chooser.handed_on)
+    device = kernel_selector.place.split(" | ")[0]
+    return Table(device, tuple(rows), dict(kernel_selector.broken), kernel_selector.handed_on)
 
 
-def _row(chooser: Chooser, route: Route) -> Row:
+def _row(kernel_selector: KernelSelector, route: Route) -> Row:
     call, times = route.call, dict(route.decision.ranking)
-    used = next((name for name in route.names if name not in chooser.broken), DEFAULT)
+    used = next((name for name in route.names if name not in kernel_selector.broken), DEFAULT)
     seconds = times.get(used)
     default = times.get(DEFAULT)
     return Row(

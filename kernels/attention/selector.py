@@ -44,7 +44,7 @@ class Route:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-class Chooser:
+class KernelSelector:
     """Chooses per shape and keeps count. One sampling run, one device, one thread.
 
     choice: "auto" or a backend's name. allow_lossy: 8-bit kernels may be chosen. decisions: what is
@@ -147,12 +147,12 @@ class Chooser:
         candidates = [c for c in self._candidates(exact, reasons) if c.name not in reasons]
         if default is not None and not chained:
             candidates.append(_as_backend(default))
-        first = [each for each in candidates if not each.spare]
+        first = [each for each in candidates if not each.fallback]
         decision, source = self._decide(exact, first, q, k, v, mask, scale)
         if not decision.ranking:
             reasons |= decision.refused
-            spare = [each for each in candidates if each.spare]
-            decision, source = self._decide(exact, spare, q, k, v, mask, scale, "spare")
+            fallback = [each for each in candidates if each.fallback]
+            decision, source = self._decide(exact, fallback, q, k, v, mask, scale, "spare")
         names = [name for name, _ in decision.ranking]
         # The rest has not been turned down for this call; it is there if the measured ones fail.
         names += [each.name for each in candidates if each.name not in (*names, *decision.refused)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..atomic_write import replacing
+from ..atomic_write import atomic_write
 from .measure import Decision
 
 FORMAT = 1
@@ -46,7 +46,7 @@ def save(path: Path, fresh: dict[str, Decision]) -> None:
         for key, d in sorted(every.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         text = json.dumps({"format": FORMAT, "choices": entries}, indent=1)
         unfinished.write_text(text, encoding="utf-8")
 

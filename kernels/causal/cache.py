@@ -29,7 +29,7 @@ Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedFrame:
     """A frame in the cache: its number, the place in time its keys were turned to, and the number
     of the first frame of the block it was made in.
     """
@@ -64,14 +64,14 @@ class VideoCache:
         if options.way == IN_PLACE and not options.on_host and pool is None:
             self.in_place = InPlace(fmt, device, options.relative, options.budget)
         self.pool = pool or PagePool(fmt.page_bytes, self._make, options.budget)
-        self.kept: list[Kept] = []
+        self.kept: list[CachedFrame] = []
         self.streams: dict[int, Stream] = {}
         self.clean: dict[int, torch.Tensor] = {}
         self.next_frame = 0
         self.blocks_made = 0
         self.error = 0.0
         self.prompt = ""
-        self._block: list[Kept] = []
+        self._block: list[CachedFrame] = []
         self._pending: dict[int, Stream] | None = None
         # Largest magnitude and rounding of the pages being written, on the device until all are.
         self._measured: list[torch.Tensor] = []
@@ -164,10 +164,10 @@ class VideoCache:
                 ]
             )
         place = len(self.kept) if options.relative else first
-        self._block = [Kept(frame, place + i, first) for i, frame in enumerate(frames)]
+        self._block = [CachedFrame(frame, place + i, first) for i, frame in enumerate(frames)]
         return place
 
-    def _forget(self, gone: list[Kept]) -> None:
+    def _forget(self, gone: list[CachedFrame]) -> None:
         for each in gone:
             for stream in self.streams.values():
                 self.pool.drop(stream.pop(each.frame, ()))
@@ -389,7 +389,7 @@ class VideoCache:
                 "keep cfg on one side of 1 for the whole video",
             )
 
-    def blocks(self, size: int = 0) -> list[list[Kept]]:
+    def blocks(self, size: int = 0) -> list[list[CachedFrame]]:
         """The kept frames, in the groups in which they were made; or, where positions are relative,
         in groups of `size`, however far apart.
         """
@@ -404,14 +404,14 @@ class VideoCache:
         other.staging, other.in_place, other.host = self.staging, self.in_place, self.host
         return other
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Move all pages of the pool, those of other branches too, and the clean latents to main
         memory.
         """
         self.clean = {frame: latent.to(HOST) for frame, latent in self.clean.items()}
         self._unstage()
         if not self.options.on_host:
-            self.pool.send_away(lambda page: to_host(page, self.host))
+            self.pool.offload_pages(lambda page: to_host(page, self.host))
             settle(self.device)
             if self.in_place is not None:
                 self.in_place.drop()
@@ -438,4 +438,4 @@ def _drop_all(pool: PagePool[Page], streams: dict[int, Stream]) -> None:
 
 
 def _let_go(pool: PagePool[Page], streams: dict[int, Stream]) -> None:
-    pool.drop_later(page for s in streams.values() for pages in s.values() for page in pages)
+    pool.release_later(page for s in streams.values() for pages in s.values() for page in pages)

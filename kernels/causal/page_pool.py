@@ -103,7 +103,7 @@ class PagePool(Generic[T]):
         with self._exclusive():
             self._drop(self._known(pages))
 
-    def drop_later(self, pages: Iterable[int]) -> None:
+    def release_later(self, pages: Iterable[int]) -> None:
         """`drop`, at once or as soon as the pool's work of the moment is done: for finalizers,
         which may run in the middle of it.
         """
@@ -137,7 +137,7 @@ class PagePool(Generic[T]):
             self._free.clear()
             return size
 
-    def send_away(self, move: Callable[[T], T]) -> None:
+    def offload_pages(self, move: Callable[[T], T]) -> None:
         """Replace the content of every page by `move(content)`, all or (on an exception) none. Such
         pages count against no budget and serve nobody else when they are dropped.
         """
@@ -162,7 +162,7 @@ class PagePool(Generic[T]):
             self._away -= wanted
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
-    def holders(self, page: int) -> int:
+    def refcount(self, page: int) -> int:
         with self._exclusive():
             return self._holders.get(page, 0)
 

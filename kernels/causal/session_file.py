@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..atomic_write import replacing
+from ..atomic_write import atomic_write
 from ..errors import FrugalError
-from .cache import Kept, VideoCache
+from .cache import CachedFrame, VideoCache
 from .offload import HOST, to_device
 from .options import CacheOptions
 from .storage import Page, PageFormat
@@ -50,7 +50,7 @@ def save(cache: VideoCache, path: Path) -> None:
         "prompt": cache.prompt,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         save_file(tensors, unfinished, {"format": FORMAT, "session": json.dumps(facts)})
 
 
@@ -80,7 +80,7 @@ def _restored(facts: dict, file, device: torch.device) -> VideoCache:
     fmt = PageFormat(shape, getattr(torch, facts["dtype"]), options.kind)
     cache = VideoCache(fmt, facts["layers"], device, options)
     wanted = fmt.empty(torch.device("meta")).tensors()
-    cache.kept = [Kept(**each) for each in facts["kept"]]
+    cache.kept = [CachedFrame(**each) for each in facts["kept"]]
     for number in facts["streams"]:
         for each in cache.kept:
             contents = []

@@ -118,10 +118,10 @@ def classify(
     the file, if any. Raises FrugalError for anything that is not one of the known layouts.
     """
     layout = _classify(where, shape, weight, side, declared)
-    unused = tuple(leaf for leaf in side if SIDE[leaf] == "input_scale")
+    unused = tuple(suffix for suffix in side if SIDE[suffix] == "input_scale")
     if layout.format not in DYNAMIC or not unused:
         return layout
-    stored = {leaf: target for leaf, target in layout.stored.items() if leaf not in unused}
+    stored = {suffix: target for suffix, target in layout.stored.items() if suffix not in unused}
     return replace(layout, stored=stored, unused=unused)
 
 
@@ -324,10 +324,10 @@ def _w4a16(
             "a divisor of the width, 2 or more",
             "convert the model again",
         )
-    for leaf in sorted(both):
-        if side[leaf].shape != (inside // group, out) or side[leaf].dtype not in FLOATS:
+    for suffix in sorted(both):
+        if side[suffix].shape != (inside // group, out) or side[suffix].dtype not in FLOATS:
             raise FrugalError(
-                f"{where} has {leaf} {side[leaf].text()}",
+                f"{where} has {suffix} {side[suffix].text()}",
                 f"floats of shape [{inside // group}, {out}]",
                 "convert the model again",
             )

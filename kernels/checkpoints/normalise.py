@@ -40,24 +40,24 @@ def normalise(
             raise FrugalError(
                 f"{plan.file} no longer holds {raw}", "the file as it was planned", "load it again"
             )
-        layer, _, leaf = name.rpartition(".")
+        layer, _, suffix = name.rpartition(".")
         layout = plan.layers.get(layer)
-        if layout is not None and layout.computed and leaf == "weight":
+        if layout is not None and layout.computed and suffix == "weight":
             assert quantise is not None, "a plan that quantises needs a quantiser"
             made = quantise(tensors[raw], layout)
             out.update({f"{layer}.{part}": value for part, value in made.items()})
-        elif layout is None or leaf in ("weight", "bias"):
-            stays = layout is not None and leaf == "weight"
+        elif layout is None or suffix in ("weight", "bias"):
+            stays = layout is not None and suffix == "weight"
             out[name] = tensors[raw] if stays else _without_float8(tensors[raw])
-        elif leaf != "input_scale" or layout.format not in FLOAT8.values():
+        elif suffix != "input_scale" or layout.format not in FLOAT8.values():
             out[name] = _side_tensor(plan.file, name, layout, tensors[raw])
     for layer, layout in plan.layers.items():
         if layout.unit_scale:
             out[f"{layer}.weight_scale"] = torch.ones((), dtype=torch.float32)
         if layout.lightx2v:
-            parts = {leaf: out.pop(f"{layer}.{leaf}") for leaf in ("weight", *layout.stored)}
+            parts = {suffix: out.pop(f"{layer}.{suffix}") for suffix in ("weight", *layout.stored)}
             made = from_lightx2v(f"{plan.file}: {layer}", parts)
-            out.update({f"{layer}.{leaf}": value for leaf, value in made.items()})
+            out.update({f"{layer}.{suffix}": value for suffix, value in made.items()})
     return out
 
 
@@ -74,7 +74,8 @@ def take_packed(plan: Plan, state_dict: dict[str, torch.Tensor]) -> dict[str, Pa
         layout = plan.layers[name]
         assert layout.packed is not None
         parts = {
-            leaf: state_dict.pop(f"{name}.{leaf}") for leaf in ("weight", *layout.stored.values())
+            suffix: state_dict.pop(f"{name}.{suffix}")
+            for suffix in ("weight", *layout.stored.values())
         }
         weight = PackedWeight(
             parts["weight"],
@@ -96,12 +97,12 @@ def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor) -> torch.Tensor:
-    leaf = name.rpartition(".")[2]
+    suffix = name.rpartition(".")[2]
     if layout.format == W4A16:
         _scale(file, name, tensor)
         return tensor
-    blocks = (layout.format in (NVFP4, MXFP8) or layout.packed) and leaf == "weight_scale"
-    if blocks or leaf not in ("weight_scale", "weight_scale_2"):
+    blocks = (layout.format in (NVFP4, MXFP8) or layout.packed) and suffix == "weight_scale"
+    if blocks or suffix not in ("weight_scale", "weight_scale_2"):
         return tensor
     scale = _scale(file, name, tensor)
     if scale.numel() == 1:

@@ -3,7 +3,7 @@ LightX2V's NVFP4.
 
 GPTQ and AWQ layers are recognised by the shape of their words alone; what the words do not tell
 (the zero point convention of GPTQ) comes from the file's metadata or the quantisation settings
-beside it, and must agree with them. The arithmetic is in `quant/packed_int.py`.
+beside it, and must agree with them. The arithmetic is in `formats/packed_int.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIDE = {
     "g_idx": "weight_g_idx",
 }
 LIGHTX2V_PAIRS = (("alpha", "input_global_scale"), ("weight_global_scale", "input_absmax"))
-LIGHTX2V = tuple(leaf for pair in LIGHTX2V_PAIRS for leaf in pair)
+LIGHTX2V = tuple(suffix for pair in LIGHTX2V_PAIRS for suffix in pair)
 # The largest value that NVFP4 with e4m3 block scales holds: 6 x 448.
 NVFP4_LARGEST = 2688.0
 # AutoRound's own label for GPTQ's packing, whose first version it keeps to.
@@ -118,7 +118,7 @@ def classify_packed(
         order, bits, _zero_offset(where, order, stated), out, inside, inside // groups
     )
     return LayerLayout(
-        order, stored={leaf: SIDE[leaf] for leaf in side if leaf != WORDS}, packed=spec
+        order, stored={suffix: SIDE[suffix] for suffix in side if suffix != WORDS}, packed=spec
     )
 
 
@@ -258,7 +258,7 @@ def check_blocks(where: str, weight: PackedWeight, dtype: torch.dtype) -> None:
 
 
 def is_lightx2v(side: Mapping[str, Any]) -> bool:
-    return any(leaf in side for leaf in LIGHTX2V)
+    return any(suffix in side for suffix in LIGHTX2V)
 
 
 def classify_lightx2v(
@@ -269,7 +269,7 @@ def classify_lightx2v(
     alpha with input_global_scale or weight_global_scale with input_absmax.
     """
     out, inside = shape
-    pair = next((pair for pair in LIGHTX2V_PAIRS if all(leaf in side for leaf in pair)), None)
+    pair = next((pair for pair in LIGHTX2V_PAIRS if all(suffix in side for suffix in pair)), None)
     if pair is None:
         raise FrugalError(
             f"{where} has {', '.join(sorted(set(side) & set(LIGHTX2V)))} of LightX2V NVFP4",
@@ -278,15 +278,15 @@ def classify_lightx2v(
         )
     _check_undeclared(where, side)
     check_only(where, "LightX2V NVFP4", side, {"weight_scale", *LIGHTX2V}, {"weight_scale"})
-    for leaf in set(side) & set(LIGHTX2V):
-        check_scalar(where, leaf, side[leaf])
+    for suffix in set(side) & set(LIGHTX2V):
+        check_scalar(where, suffix, side[suffix])
     if weight.dtype != torch.uint8 or weight.shape != (out, inside // 2) or inside % 16:
         raise FrugalError(
             f"{where} holds {weight.text()}", f"uint8 [{out}, {inside // 2}]", "choose another file"
         )
     e4m3 = (torch.float8_e4m3fn, torch.uint8)
     check_block_scales(where, side["weight_scale"], out, inside // 16, e4m3)
-    return LayerLayout(NVFP4, stored={leaf: leaf for leaf in side}, lightx2v=True)
+    return LayerLayout(NVFP4, stored={suffix: suffix for suffix in side}, lightx2v=True)
 
 
 def from_lightx2v(where: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -297,11 +297,11 @@ def from_lightx2v(where: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     Raises FrugalError for scales that are not finite and positive, or that contradict each other.
     """
 
-    def number(leaf: str) -> float:
-        value = float(tensors[leaf].float())
+    def number(suffix: str) -> float:
+        value = float(tensors[suffix].float())
         if not 0 < value < float("inf"):
             raise FrugalError(
-                f"{where} has {leaf} = {value}", "a positive number", "download the file again"
+                f"{where} has {suffix} = {value}", "a positive number", "download the file again"
             )
         return value
 

@@ -114,11 +114,11 @@ def plan_wan(
             _check_plain(file, name, info, parameter.shape)
             formats[str(info.dtype).removeprefix("torch.")] += info.nbytes
             continue
-        beside = {leaf: tensors[names[f"{layer}.{leaf}"]] for leaf in side.get(layer, ())}
+        beside = {suffix: tensors[names[f"{layer}.{suffix}"]] for suffix in side.get(layer, ())}
         where, shape = f"{file}: {layer}", (parameter.shape[0], parameter.shape[1])
         if info.blocks:
             layout = classify_blocks(where, shape, info, beside)
-        elif any(leaf in PACKED_SIDE for leaf in beside):
+        elif any(suffix in PACKED_SIDE for suffix in beside):
             layout = classify_packed(where, shape, beside, packed_settings)
         elif is_lightx2v(beside):
             layout = classify_lightx2v(where, shape, info, beside)
@@ -132,8 +132,8 @@ def plan_wan(
         layers[layer] = layout
         rename.update(
             {
-                names[f"{layer}.{leaf}"]: f"{layer}.{target}"
-                for leaf, target in layout.stored.items()
+                names[f"{layer}.{suffix}"]: f"{layer}.{target}"
+                for suffix, target in layout.stored.items()
             }
         )
     _check_scaled(file, layers, markers)
@@ -234,24 +234,24 @@ def _side_tensors(
     for name in names:
         if name in table:
             continue
-        for leaf, convention in FOREIGN.items():
-            if name.endswith(f".{leaf}"):
+        for suffix, convention in FOREIGN.items():
+            if name.endswith(f".{suffix}"):
                 raise FrugalError(
                     f"{file} holds {name}, a tensor of {convention}",
                     "a layout that ComfyUI can run",
                     "use an fp8, int8 or native 4-bit file of the same model",
                 )
-        layer, _, leaf = name.rpartition(".")
-        known = leaf in SIDE or leaf in PACKED_SIDE or leaf in LIGHTX2V
+        layer, _, suffix = name.rpartition(".")
+        known = suffix in SIDE or suffix in PACKED_SIDE or suffix in LIGHTX2V
         if known and f"{layer}.weight" in table and table[f"{layer}.weight"].linear:
-            found.setdefault(layer, []).append(leaf)
-            if leaf == WORDS and f"{layer}.weight" in names:
+            found.setdefault(layer, []).append(suffix)
+            if suffix == WORDS and f"{layer}.weight" in names:
                 raise FrugalError(
                     f"{file} holds {layer} both as weight and as {WORDS}",
                     "one of them",
                     "choose another file",
                 )
-    return {layer: tuple(leaves) for layer, leaves in found.items()}
+    return {layer: tuple(by_suffix) for layer, by_suffix in found.items()}
 
 
 def _check_keys(
@@ -261,8 +261,8 @@ def _check_keys(
     side: Mapping[str, tuple[str, ...]],
     config: WanConfig,
 ) -> None:
-    explained = {f"{layer}.{leaf}" for layer, leaves in side.items() for leaf in leaves}
-    words = {f"{layer}.weight" for layer, leaves in side.items() if WORDS in leaves}
+    explained = {f"{layer}.{suffix}" for layer, by_suffix in side.items() for suffix in by_suffix}
+    words = {f"{layer}.weight" for layer, by_suffix in side.items() if WORDS in by_suffix}
     missing = [name for name in table if name not in names and name not in words]
     unknown = [name for name in names if name not in table and name not in explained]
     what = f"a Wan {config.variant} {config.size} file with {config.layers} blocks"
@@ -313,8 +313,8 @@ def _declared(
                     "download the file again",
                 )
             declared[layer] = entry
-    for layer, leaves in side.items():
-        if "comfy_quant" not in leaves:
+    for layer, by_suffix in side.items():
+        if "comfy_quant" not in by_suffix:
             continue
         tensor = value(names[f"{layer}.comfy_quant"])
         if tensor.dtype != torch.uint8:
@@ -368,13 +368,13 @@ def _refuse_scale(
     """A scale beside an unquantised weight must be exactly 1; returns how many such scales are
     left out.
     """
-    for leaf, target in layout.stored.items():
-        raw = names[f"{layer}.{leaf}"]
+    for suffix, target in layout.stored.items():
+        raw = names[f"{layer}.{suffix}"]
         if target == "weight_scale" and not (
             tensors[raw].numel == 1 and value(raw).float().item() == 1.0
         ):
             raise FrugalError(
-                f"{file}: {layer} has the scale {leaf} and a weight that is not quantised",
+                f"{file}: {layer} has the scale {suffix} and a weight that is not quantised",
                 "scales only beside quantised weights",
                 "download the file again or choose another one",
             )
@@ -391,12 +391,13 @@ def _check_input_scale(
     """One activation scale is left out or used as it is; more than one must say nothing: one per
     input channel would have to divide the inputs.
     """
-    for leaf, info in beside.items():
-        if SIDE.get(leaf) != "input_scale" or info.numel == 1:
+    for suffix, info in beside.items():
+        if SIDE.get(suffix) != "input_scale" or info.numel == 1:
             continue
-        if not bool((value(names[f"{layer}.{leaf}"]).float() == 1).all()):
+        if not bool((value(names[f"{layer}.{suffix}"]).float() == 1).all()):
             raise FrugalError(
-                f"{where} has activation scales {leaf} of shape {list(info.shape)} that are not 1",
+                f"{where} has activation scales {suffix} of shape {list(info.shape)} "
+                "that are not 1",
                 "one number, or ones",
                 "convert the model again without scales for activations",
             )

@@ -38,10 +38,10 @@ def label_notes(labels: list[str], layers: Mapping[str, LayerLayout]) -> tuple[s
         more = f" and {len(labels) - LISTED} more" if len(labels) > LISTED else ""
         names = ", ".join(ascii(name)[1:-1][:80] for name in labels[:LISTED])
         notes.append(f"{len(labels)} tensors are labels and not used: {names}{more}")
-    unused = Counter(leaf for layer in layers.values() for leaf in layer.unused)
+    unused = Counter(suffix for layer in layers.values() for suffix in layer.unused)
     notes += [
-        f"{count} tensors {leaf} are not used: these layers quantise activations as they come"
-        for leaf, count in unused.items()
+        f"{count} tensors {suffix} are not used: these layers quantise activations as they come"
+        for suffix, count in unused.items()
     ]
     return tuple(notes)
 

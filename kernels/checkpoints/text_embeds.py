@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..atomic_write import replacing
+from ..atomic_write import atomic_write
 from ..errors import FrugalError
 from .header import read_header
 
@@ -61,7 +61,7 @@ def write_text_embeds(conditioning: Conditioning, path: Path) -> None:
                 )
         entries.append({"plain": plain, "order": list(extras)})
     metadata = {MARK: json.dumps({"version": VERSION, "entries": entries})}
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         save_file(tensors, unfinished, metadata=metadata)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import FrugalError
 from . import per_channel
-from .table import AWQ, BF16, DECLARATION, FP8, INT8, chosen_options, declaration, half, leaves
+from .table import AWQ, BF16, DECLARATION, FP8, INT8, by_suffix, chosen_options, declaration, half
 
 # Values turned to float32 at a time: bounds the working memory of a layer.
 PIECE = 1 << 22
@@ -49,7 +49,9 @@ def encode(
         made = maker(weight, torch.device(device), chosen, where)
     if chosen:
         made[DECLARATION] = declaration(target, shape, options)
-    return {leaf: made[leaf].cpu() for leaf in leaves(target, shape, options, weight.dtype)}
+    return {
+        suffix: made[suffix].cpu() for suffix in by_suffix(target, shape, options, weight.dtype)
+    }
 
 
 def _solver(target: str) -> Callable[..., dict[str, torch.Tensor]]:

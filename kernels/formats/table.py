@@ -42,7 +42,7 @@ FORMATS: Mapping[str, str] = {
 DECLARATION = "comfy_quant"
 SCALE_GROUP = {W4A8: 16, W4A8_G64: 64, AWQ: 64}
 ROTATION_GROUPS = (256, 64, 16)
-Leaves = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def suits(target: str, shape: tuple[int, ...]) -> str | None:
@@ -83,12 +83,12 @@ def options(target: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return made | {"group_size": SCALE_GROUP[target], "convrot_groupsize": rotation}
 
 
-def leaves(
+def by_suffix(
     target: str,
     shape: tuple[int, ...],
     options: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.bfloat16,
-) -> Leaves:
+) -> TensorSpecs:
     """Every tensor stored for a weight of `shape` [out, in]: name beside the layer -> (dtype,
     shape), in the order in which they are written (wide types first, which keeps them aligned).
 
@@ -96,16 +96,16 @@ def leaves(
     other float becomes bf16. The declaration, padded with spaces, ends at a multiple of 8 bytes.
     """
     chosen = chosen_options(target, shape, options)
-    held = _float_leaves(target, shape, chosen, dtype)
+    held = _float_specs(target, shape, chosen, dtype)
     if chosen:
         taken = sum(math.prod(size) * kind.itemsize for kind, size in held.values())
         held[DECLARATION] = (torch.uint8, (len(declaration_bytes(chosen, taken)),))
     return held
 
 
-def _float_leaves(
+def _float_specs(
     target: str, shape: tuple[int, ...], chosen: Mapping[str, Any], dtype: torch.dtype
-) -> Leaves:
+) -> TensorSpecs:
     out, inside = shape
     one = torch.float32
     if target == BF16:
@@ -129,7 +129,7 @@ def _float_leaves(
 
 def stored_bytes(target: str, shape: tuple[int, ...]) -> int:
     """Bytes a weight of `shape` [out, in] takes in the file, scales and declaration included."""
-    return sum(math.prod(size) * kind.itemsize for kind, size in leaves(target, shape).values())
+    return sum(math.prod(size) * kind.itemsize for kind, size in by_suffix(target, shape).values())
 
 
 def half(dtype: torch.dtype) -> torch.dtype:
@@ -142,7 +142,7 @@ def declaration(
 ) -> torch.Tensor:
     """The comfy_quant tensor, uint8 [bytes of JSON]; `target` must not be bf16."""
     chosen = chosen_options(target, shape, options)
-    held = _float_leaves(target, shape, chosen, torch.bfloat16)
+    held = _float_specs(target, shape, chosen, torch.bfloat16)
     taken = sum(math.prod(size) * kind.itemsize for kind, size in held.values())
     return torch.tensor(list(declaration_bytes(chosen, taken)), dtype=torch.uint8)
 

@@ -62,8 +62,8 @@ def ending(text: str) -> Ending:
     found = PEFT.fullmatch(text)
     if found is None:
         return Ending(BIAS if text == ".lora_up.bias" else text)
-    part, adapter, leaf = found.groups()
-    return Ending(_PARTS.get((part, leaf or "weight"), text), adapter or "")
+    part, adapter, suffix = found.groups()
+    return Ending(_PARTS.get((part, suffix or "weight"), text), adapter or "")
 
 
 def parameter_key(key: str) -> str:

@@ -70,7 +70,7 @@ def njit(function: Callable[..., Any]) -> Any:
     return _compiled(function, {})
 
 
-def leaf(function: Callable[..., Any]) -> Any:
+def njit_no_refcount(function: Callable[..., Any]) -> Any:
     """`njit` for a function that makes no array of its own, which is compiled without reference
     counts.
 

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ._jit import leaf
+from ._jit import njit_no_refcount
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 ONE = np.uint64(1)
@@ -40,14 +40,14 @@ trailing_zeros: Any = intrinsic(_count_trailing_zeros)
 popcount: Any = intrinsic(_count_ones)
 
 
-@leaf
+@njit_no_refcount
 def assign(source, target):
     """Copy a row to another place of the same length; numpy's way would allow for overlap first."""
     for x in range(target.shape[0]):
         target[x] = source[x]
 
 
-@leaf
+@njit_no_refcount
 def valid_bits(k, height):
     """uint64 with a bit set for every row of word row k that lies inside the picture."""
     rows = height - 64 * k
@@ -56,7 +56,7 @@ def valid_bits(k, height):
     return (ONE << np.uint64(rows)) - ONE
 
 
-@leaf
+@njit_no_refcount
 def compare_eight(image, y, threshold, row):
     """Bit i of the byte row: whether row y + i of `image` lies above the threshold, for 8 rows."""
     a, b, c, d = image[y], image[y + 1], image[y + 2], image[y + 3]
@@ -71,21 +71,21 @@ def compare_eight(image, y, threshold, row):
         row[x] = np.uint8(byte | np.uint8(h[x] > threshold) << 7)
 
 
-@leaf
+@njit_no_refcount
 def compare_one(values, threshold, row):
     """1 where a value lies above the threshold, else 0."""
     for x in range(row.shape[0]):
         row[x] = np.uint8(values[x] > threshold)
 
 
-@leaf
+@njit_no_refcount
 def insert(row, shift, word):
     """OR a byte row, moved up by `shift` bits, into a word row."""
     for x in range(row.shape[0]):
         word[x] |= np.uint64(row[x]) << shift
 
 
-@leaf
+@njit_no_refcount
 def pack(image, threshold, words, row, k0, k1):
     """Word rows k0..k1 of `words` from float32 [H, W] `image`: bit = value > threshold, so NaN
     gives 0.
@@ -111,14 +111,14 @@ def pack(image, threshold, words, row, k0, k1):
                 j += 1
 
 
-@leaf
+@njit_no_refcount
 def narrow(word, shift, row):
     """Bits shift..shift + 7 of a word row as bytes."""
     for x in range(row.shape[0]):
         row[x] = np.uint8(word[x] >> shift)
 
 
-@leaf
+@njit_no_refcount
 def set_where(row, bit, inverted, out):
     """1 where `bit` is set in the byte row (or, `inverted`, where it is clear), else 0."""
     if inverted:
@@ -129,7 +129,7 @@ def set_where(row, bit, inverted, out):
             out[x] = np.uint8((row[x] & bit) != 0)
 
 
-@leaf
+@njit_no_refcount
 def set_float(row, bit, out):
     """1.0 where `bit` is set in the byte row, else 0.0."""
     zero, one = np.float32(0), np.float32(1)
@@ -137,7 +137,7 @@ def set_float(row, bit, out):
         out[x] = zero if np.uint8(row[x] & bit) == 0 else one
 
 
-@leaf
+@njit_no_refcount
 def unpack_bytes(words, target, inverted, row, y0, y1):
     """Rows y0..y1 of the bits, as 0 and 1 (1 and 0 if `inverted`), into `target` [y1 - y0, W].
 
@@ -152,7 +152,7 @@ def unpack_bytes(words, target, inverted, row, y0, y1):
             y += 1
 
 
-@leaf
+@njit_no_refcount
 def unpack_float(words, target, row, y0, y1, oy, ox):
     """Rows y0..y1 of the bits, as 0.0 and 1.0, at (oy, ox) of float32 [H, W] `target`.
 
@@ -169,7 +169,7 @@ def unpack_float(words, target, row, y0, y1, oy, ox):
             y += 1
 
 
-@leaf
+@njit_no_refcount
 def complement(words, height):
     """Flip every bit inside the picture, in place; pad bits stay 0."""
     for k in range(words.shape[0]):
@@ -179,7 +179,7 @@ def complement(words, height):
             word[x] ^= flip
 
 
-@leaf
+@njit_no_refcount
 def paint(words, bits, value, image):
     """Write `value` into float32 [H, W] `image` wherever `bits` differs from `words` (both uint64
     [K, W]).
@@ -192,7 +192,7 @@ def paint(words, bits, value, image):
                 left &= left - ONE
 
 
-@leaf
+@njit_no_refcount
 def extent(words, ends):
     """First and one-past-last set column of every word row into int64 [K, 2] `ends`; an empty row
     gives W, 0.
@@ -210,21 +210,21 @@ def extent(words, ends):
         ends[k, 1] = last if last > first else 0
 
 
-@leaf
+@njit_no_refcount
 def copy_row(source, target):
     zero = np.float32(0)
     for x in range(target.shape[0]):
         target[x] = source[x] if source[x] == source[x] else zero
 
 
-@leaf
+@njit_no_refcount
 def copy_numbers(source, target):
     """Copy float32 [H, W], NaN as 0."""
     for y in range(source.shape[0]):
         copy_row(source[y], target[y])
 
 
-@leaf
+@njit_no_refcount
 def row_is_hard(row):
     """Whether every value of the row is 0, 1 or NaN (which counts as 0)."""
     zero, one = np.float32(0), np.float32(1)
@@ -234,7 +234,7 @@ def row_is_hard(row):
     return grey == 0
 
 
-@leaf
+@njit_no_refcount
 def is_hard(image):
     """Whether float32 [H, W] `image` holds only 0, 1 and NaN."""
     y = 0
@@ -243,7 +243,7 @@ def is_hard(image):
     return y == image.shape[0]
 
 
-@leaf
+@njit_no_refcount
 def flag_positive(image, columns, y0, y1):
     """OR `value > 0` of rows y0..y1 of float32 [H, W] into uint8 [W] `columns`; returns first row,
     one-past-last row.

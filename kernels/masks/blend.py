@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import leaf
+from ._jit import njit_no_refcount
 from .bits import assign
 
 NONE, PART, ALL = 0, 1, 2
 BLOCK = 64
 
 
-@leaf
+@njit_no_refcount
 def coverage(mask):
     """NONE, ALL or PART of a mask row: whether every value is 0 (or NaN), every value is 1, or
     neither.
@@ -25,7 +25,7 @@ def coverage(mask):
     return PART if less else ALL
 
 
-@leaf
+@njit_no_refcount
 def repeat_channels(mask, channels, out):
     """Every mask value `channels` times, NaN as 0."""
     zero = np.float32(0)
@@ -42,7 +42,7 @@ def repeat_channels(mask, channels, out):
                 out[channels * x + c] = value
 
 
-@leaf
+@njit_no_refcount
 def mix(under, over, weight, out):
     """weight over + (1 - weight) under; `under` itself where weight is 0, whatever `over` holds."""
     zero, one = np.float32(0), np.float32(1)
@@ -52,7 +52,7 @@ def mix(under, over, weight, out):
         out[i] = under[i] if w == zero else value
 
 
-@leaf
+@njit_no_refcount
 def blend(destination, source, mask, channels, oy, ox, weight, out):
     """`source` blended into the picture `destination` with its corner at row oy, column ox; what
     sticks out is cut off.

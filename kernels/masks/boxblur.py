@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import leaf
+from ._jit import njit_no_refcount
 from .bits import ONE, assign, trailing_zeros
 
 # Above this many cells added for each cell of a row, sums along the row are cheaper than curves.
@@ -54,7 +54,7 @@ def ring_rows(radius: int) -> int:
     return 1 << (2 * radius + 1).bit_length()
 
 
-@leaf
+@njit_no_refcount
 def find_edges(word, edges, count):
     """Columns where a pixel differs from the one before, row by row, from one word row: int32 [64,
     W] `edges`, of which each row holds the first `count` [64].
@@ -69,27 +69,27 @@ def find_edges(word, edges, count):
             left &= left - ONE
 
 
-@leaf
+@njit_no_refcount
 def fill(value, out):
     for x in range(out.shape[0]):
         out[x] = value
 
 
-@leaf
+@njit_no_refcount
 def add_curve(curve, out):
     small = out.dtype.type
     for x in range(out.shape[0]):
         out[x] = small(out[x] + curve[x])
 
 
-@leaf
+@njit_no_refcount
 def take_curve(curve, out):
     small = out.dtype.type
     for x in range(out.shape[0]):
         out[x] = small(out[x] - curve[x])
 
 
-@leaf
+@njit_no_refcount
 def box_row(values, total, r):
     """Box sums of half width r along `values` [n], in place; end values repeat. `total`: scratch
     [n + 2 r + 1].
@@ -114,7 +114,7 @@ def box_row(values, total, r):
         values[i] = wide(late[i] - early[i])
 
 
-@leaf
+@njit_no_refcount
 def draw(edges, value, x0, values):
     """Cells x0.. of the 0/1 row that begins with `value` and changes at `edges`, into `values`."""
     one = values.dtype.type(1)
@@ -128,7 +128,7 @@ def draw(edges, value, x0, values):
         value = values.dtype.type(one - value)
 
 
-@leaf
+@njit_no_refcount
 def box_part(edges, value, x0, radii, total, values):
     """Cells x0.. of that row under the three boxes, repeating the end values before each."""
     draw(edges, value, x0, values)
@@ -137,7 +137,7 @@ def box_part(edges, value, x0, radii, total, values):
     box_row(values, total, radii[2])
 
 
-@leaf
+@njit_no_refcount
 def add_steps(edges, value, reach, curve, area, out):
     """A symmetric kernel, in `out` [W], along the 0/1 row that begins with `value` and changes at
     `edges`: exact from `reach` cells inside either end on.
@@ -162,7 +162,7 @@ def add_steps(edges, value, reach, curve, area, out):
     fill(area if inside else out.dtype.type(0), out[done:])
 
 
-@leaf
+@njit_no_refcount
 def box_edges(edges, value, radii, curve, strip, total, out):
     """Three box sums, in `out` [W], along the 0/1 row that begins with `value` and changes at
     `edges` [n].
@@ -190,21 +190,21 @@ def box_edges(edges, value, radii, curve, strip, total, out):
         assign(strip[reach:], out[width - reach :])
 
 
-@leaf
+@njit_no_refcount
 def add_row(total, entering):
     wide = total.dtype.type
     for x in range(total.shape[0]):
         total[x] = wide(total[x] + wide(entering[x]))
 
 
-@leaf
+@njit_no_refcount
 def slide_row(before, entering, leaving, now):
     wide = now.dtype.type
     for x in range(now.shape[0]):
         now[x] = wide(before[x] + wide(wide(entering[x]) - wide(leaving[x])))
 
 
-@leaf
+@njit_no_refcount
 def next_sum(ring, x0, y, first, r, height, before, now):
     """Vertical box sum of row y into `now` from the columns from x0 on of the rows of `ring`, where
     row n lies in slot n modulo its length, a power of two; `before` is the sum of row y - 1, unless
@@ -222,7 +222,7 @@ def next_sum(ring, x0, y, first, r, height, before, now):
         slide_row(before, ring[entering, x0:x1], ring[leaving, x0:x1], now)
 
 
-@leaf
+@njit_no_refcount
 def to_float(values, scale, out):
     """Values times `scale`, at most 1."""
     one = np.float32(1)
@@ -230,7 +230,7 @@ def to_float(values, scale, out):
         out[x] = min(np.float32(np.float32(values[x]) * scale), one)
 
 
-@leaf
+@njit_no_refcount
 def slide_all(
     entering, leaving, once, once_leaving, now, twice, twice_leaving, next_, sums, scale, out
 ):
@@ -250,7 +250,7 @@ def slide_all(
         out[x] = min(np.float32(np.float32(c) * scale), one)
 
 
-@leaf
+@njit_no_refcount
 def triple_box(
     words,
     height,
@@ -332,7 +332,7 @@ def triple_box(
             to_float(sums, scale, target)
 
 
-@leaf
+@njit_no_refcount
 def soft_columns(source, target, r, sums):
     """Vertical mean of half width r over float32 [H, W], edge rows repeated. `sums`: float64 [W]
     scratch.
@@ -353,7 +353,7 @@ def soft_columns(source, target, r, sums):
             sums[x] += np.float64(entering[x]) - np.float64(leaving[x])
 
 
-@leaf
+@njit_no_refcount
 def soft_triple_box(image, radii, spare, values, total, sums):
     """Three box filters over float32 [H, W] `image`, in place, accumulated in float64.
 

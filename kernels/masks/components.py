@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import leaf, njit
+from ._jit import njit, njit_no_refcount
 from .bits import ALL, ONE, popcount, trailing_zeros, valid_bits
 
 
-@leaf
+@njit_no_refcount
 def find(parent, i):
     """Root of run i; halves the path on the way."""
     while parent[i] != i:
@@ -21,7 +21,7 @@ def find(parent, i):
     return i
 
 
-@leaf
+@njit_no_refcount
 def unite(parent, i, j):
     """Join the trees of runs i and j; the smaller index stays root, so a root is its component's
     first run.
@@ -33,7 +33,7 @@ def unite(parent, i, j):
         parent[i] = j
 
 
-@leaf
+@njit_no_refcount
 def transitions(words, k, x, height):
     """Bits set at the rows of word row k where the colour differs from the row above; row 0 never
     counts.
@@ -43,7 +43,7 @@ def transitions(words, k, x, height):
     return (word ^ ((word << ONE) | carry)) & valid_bits(k, height)
 
 
-@leaf
+@njit_no_refcount
 def count_runs(words, height):
     """Number of vertical runs of both colours in all columns."""
     count, width = words.shape
@@ -54,7 +54,7 @@ def count_runs(words, height):
     return total
 
 
-@leaf
+@njit_no_refcount
 def find_runs(words, height, end, column):
     """Run ends (exclusive rows) into int32 `end`, the index of each column's first run into int32
     [W + 1] `column`.
@@ -74,7 +74,7 @@ def find_runs(words, height, end, column):
     column[width] = run
 
 
-@leaf
+@njit_no_refcount
 def connect(words, height, end, column, parent):
     """Join the runs of neighbouring columns: equal colours that share a row, and foreground that
     meets at a corner.
@@ -108,7 +108,7 @@ def connect(words, height, end, column, parent):
                 right ^= ONE
 
 
-@leaf
+@njit_no_refcount
 def measure(end, column, parent, area):
     """Pixels of each component at its root's place in int32 `area`; flattens `parent` to roots."""
     for i in range(parent.shape[0]):
@@ -121,7 +121,7 @@ def measure(end, column, parent, area):
             above = end[i]
 
 
-@leaf
+@njit_no_refcount
 def mark_holes(column, colour, parent, area, border, max_hole):
     """Turn enclosed background of at most `max_hole` px (negative: any size) to foreground.
 
@@ -151,7 +151,7 @@ def mark_holes(column, colour, parent, area, border, max_hole):
     return filled
 
 
-@leaf
+@njit_no_refcount
 def drop_islands(colour, parent, area, min_island, keep):
     """Clear components below `min_island` px, then all but the `keep` largest (0: all stay).
 
@@ -176,7 +176,7 @@ def drop_islands(colour, parent, area, min_island, keep):
                 colour[i] = 0
 
 
-@leaf
+@njit_no_refcount
 def flip_range(words, x, y0, y1):
     """Flip rows y0..y1 of column x."""
     k0, k1 = y0 >> 6, (y1 - 1) >> 6

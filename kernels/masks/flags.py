@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import leaf
+from ._jit import njit_no_refcount
 from .bits import BYTE, ONE, valid_bits
 from .boxblur import add_steps, find_edges
 
@@ -13,7 +13,7 @@ PLANES = 7
 GAP, ROUND = 16, 32
 
 
-@leaf
+@njit_no_refcount
 def look_up(first, second, third, tables, flags):
     """The set bits of one row of three label maps, ORed, into uint8 `flags`.
 
@@ -33,7 +33,7 @@ def look_up(first, second, third, tables, flags):
         flags[x] = tables[0, first[x]] | tables[1, second[x]] | tables[2, third[x]]
 
 
-@leaf
+@njit_no_refcount
 def transpose_bytes(packed):
     """Bit b of byte i becomes bit i of byte b, in every word (Hacker's Delight, 7-3)."""
     for x in range(packed.shape[0]):
@@ -46,14 +46,14 @@ def transpose_bytes(packed):
         packed[x] = w ^ t ^ (t << np.uint64(28))
 
 
-@leaf
+@njit_no_refcount
 def insert_byte(packed, byte, shift, word):
     """OR one byte of every packed word, moved up by `shift`, into a word row."""
     for x in range(packed.shape[0]):
         word[x] |= ((packed[x] >> byte) & np.uint64(0xFF)) << shift
 
 
-@leaf
+@njit_no_refcount
 def join_eight(rows, packed):
     """Eight byte rows in one uint64 row."""
     a, b, c, d, e, f, g, h = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7]
@@ -64,7 +64,7 @@ def join_eight(rows, packed):
         packed[x] = low | high << wide(32)
 
 
-@leaf
+@njit_no_refcount
 def pack_flags(first, second, third, tables, planes, flags, packed):
     """Bit planes, uint64 [7, K, W]: plane b holds the pixels where bit b of the three labels' flags
     is set.
@@ -85,7 +85,7 @@ def pack_flags(first, second, third, tables, planes, flags, packed):
             insert_byte(packed, np.uint64(BYTE * b), np.uint64(y0 & 63), planes[b, y0 >> 6])
 
 
-@leaf
+@njit_no_refcount
 def enlarge(quarter, height, out):
     """Every pixel of `quarter` as 4 x 4 pixels of uint64 [K, W] `out`."""
     for k in range(out.shape[0]):
@@ -100,7 +100,7 @@ def enlarge(quarter, height, out):
             out[k, x] = (b * np.uint64(15)) & keep
 
 
-@leaf
+@njit_no_refcount
 def mirror(n, size):
     """Index n reflected into 0..size - 1, the border itself not repeated."""
     while n < 0 or n >= size:
@@ -110,7 +110,7 @@ def mirror(n, size):
     return n
 
 
-@leaf
+@njit_no_refcount
 def add_two(a, b, c, d, near, far, total):
     """total += near (a + b) + far (c + d), uint32."""
     wide = np.uint32
@@ -119,13 +119,13 @@ def add_two(a, b, c, d, near, far, total):
         total[x] = wide(total[x] + wide(first + wide(far * wide(wide(c[x]) + wide(d[x])))))
 
 
-@leaf
+@njit_no_refcount
 def scale_into(values, tap, total):
     for x in range(total.shape[0]):
         total[x] = np.uint32(tap * np.uint32(values[x]))
 
 
-@leaf
+@njit_no_refcount
 def weigh_rows(ring, above, below, taps, x0, total):
     """The kernel's sum over rows, columns from x0 on, into uint32 `total`; above and below: the
     slots of the rows at each distance.
@@ -144,7 +144,7 @@ def weigh_rows(ring, above, below, taps, x0, total):
         )
 
 
-@leaf
+@njit_no_refcount
 def put_bits(total, least, shift, word):
     """Set or clear one bit of every word: whether total >= least."""
     bit = np.uint64(1) << shift
@@ -153,7 +153,7 @@ def put_bits(total, least, shift, word):
         word[x] = (word[x] & ~bit) | hit
 
 
-@leaf
+@njit_no_refcount
 def blur_threshold(
     padded, height, band, taps, curve, least, edges, count, ring, near, total, words
 ):

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import leaf, njit
+from ._jit import njit, njit_no_refcount
 from .bits import ALL, ONE, trailing_zeros
 from .components import connected_runs
 
 NONE = np.int32(2**31 - 1)
 
 
-@leaf
+@njit_no_refcount
 def set_range(words, x, y0, y1):
     """Set rows y0..y1 of column x."""
     k0, k1 = y0 >> 6, (y1 - 1) >> 6
@@ -31,7 +31,7 @@ def set_range(words, x, y0, y1):
         words[k, x] |= bits
 
 
-@leaf
+@njit_no_refcount
 def chain(edge, sign, stack):
     """Corners of the hull of the points (x, edge[x]), columns without a point (NONE) left out.
 
@@ -54,7 +54,7 @@ def chain(edge, sign, stack):
     return size
 
 
-@leaf
+@njit_no_refcount
 def stretch(edge, sign, stack, size):
     """Replace edge[x] between corners by the hull's edge, rounded into the hull."""
     for n in range(size - 1):
@@ -65,7 +65,7 @@ def stretch(edge, sign, stack, size):
             edge[x] = start - (-step) // run if sign > 0 else start + step // run
 
 
-@leaf
+@njit_no_refcount
 def outline(edge, first, stack, size, out):
     """Set the pixels nearest to the edges between corners; columns of `edge` start at `first`."""
     for n in range(size - 1):
@@ -78,7 +78,7 @@ def outline(edge, first, stack, size, out):
             out[y >> 6, x] |= ONE << np.uint64(y & 63)
 
 
-@leaf
+@njit_no_refcount
 def fill_hull(top, bottom, first, stack, outlined, out):
     """Set the hull of a region in `out`, with outline or without; its columns start at column
     `first`.
@@ -96,7 +96,7 @@ def fill_hull(top, bottom, first, stack, outlined, out):
             set_range(out, first + x, top[x], bottom[x] + 1)
 
 
-@leaf
+@njit_no_refcount
 def extents(words, top, bottom):
     """First and last set row of every column into int32 [W] `top` and `bottom`; NONE where none."""
     top[:] = NONE

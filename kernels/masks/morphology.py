@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ._jit import leaf
+from ._jit import njit_no_refcount
 from .bits import assign, valid_bits
 
 LOWEST = np.int32(-(2**31))
@@ -44,7 +44,7 @@ def stairs(heights: np.ndarray) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-@leaf
+@njit_no_refcount
 def or_shifted(out, v, d, radius, x0, x1):
     """OR `v` moved by d columns to both sides into out[x0:x1]; `v` carries `radius` empty columns
     on each side.
@@ -56,7 +56,7 @@ def or_shifted(out, v, d, radius, x0, x1):
         target[x] |= left[x] | right[x]
 
 
-@leaf
+@njit_no_refcount
 def or_two_shifted(out, v, d, radius, x0, x1):
     """`or_shifted` by d and by d - 1 columns in one pass."""
     left = v[radius - d + x0 : radius - d + x1]
@@ -68,7 +68,7 @@ def or_two_shifted(out, v, d, radius, x0, x1):
         target[x] |= (left[x] | left2[x]) | (right[x] | right2[x])
 
 
-@leaf
+@njit_no_refcount
 def widen_by_two(v, source, k, n, radius, x0, x1):
     """`widen` by n and by n + 1 rows in one pass; neither is a whole number of words."""
     q, s = n >> 6, np.uint64(n & 63)
@@ -82,7 +82,7 @@ def widen_by_two(v, source, k, n, radius, x0, x1):
         target[x] |= near | far
 
 
-@leaf
+@njit_no_refcount
 def widen(v, source, k, n, radius, x0, x1):
     """OR word row k of `source` moved by n rows up and down into `v`: a funnel shift over
     neighbouring words.
@@ -102,7 +102,7 @@ def widen(v, source, k, n, radius, x0, x1):
             )
 
 
-@leaf
+@njit_no_refcount
 def join_rows(source, first, last, out):
     """OR of word rows first..last of `source` into `out` [W]."""
     assign(source[first], out)
@@ -110,13 +110,13 @@ def join_rows(source, first, last, out):
         add_bits(source[k], out)
 
 
-@leaf
+@njit_no_refcount
 def add_bits(source, out):
     for x in range(out.shape[0]):
         out[x] |= source[x]
 
 
-@leaf
+@njit_no_refcount
 def dilate_span(source, heights, k, v, row, xa, xb):
     """OR columns xa..xb of word row k of `source`, dilated by `heights`, into `row` [W]."""
     radius = heights.shape[0] - 1
@@ -144,7 +144,7 @@ def dilate_span(source, heights, k, v, row, xa, xb):
             widen(v, source, k, h, radius, xa, xb)
 
 
-@leaf
+@njit_no_refcount
 def dilate_bits(source, heights, near, v, out, height, k0, k1):
     """Dilate bit planes by the element `heights` (radius R = len - 1): word rows k0..k1 of `out`,
     uint64 [K, W].
@@ -178,13 +178,13 @@ def dilate_bits(source, heights, near, v, out, height, k0, k1):
             row[x] &= keep
 
 
-@leaf
+@njit_no_refcount
 def key(bits):
     """Order-preserving integer of a float32's bits (int32), and back: it is its own inverse."""
     return np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
 
 
-@leaf
+@njit_no_refcount
 def keys(row, flip, out):
     """Keys of a row of float32 bits, NaN as 0; flipped, a maximum of them is a minimum."""
     zero, most, infinity = np.int32(0), np.int32(0x7FFFFFFF), np.int32(0x7F800000)
@@ -193,48 +193,48 @@ def keys(row, flip, out):
         out[x] = key(value) ^ flip
 
 
-@leaf
+@njit_no_refcount
 def values(row, flip, out):
     """What `keys` were made from."""
     for x in range(out.shape[0]):
         out[x] = key(row[x] ^ flip)
 
 
-@leaf
+@njit_no_refcount
 def larger(first, second, out):
     """Elementwise maximum of two rows."""
     for x in range(out.shape[0]):
         out[x] = max(first[x], second[x])
 
 
-@leaf
+@njit_no_refcount
 def larger_values(first, second, flip, out):
     """`values` of the elementwise maximum of two rows of keys."""
     for x in range(out.shape[0]):
         out[x] = key(max(first[x], second[x]) ^ flip)
 
 
-@leaf
+@njit_no_refcount
 def raise_to_four(a, b, c, d, out):
     """Raise `out` to the maximum of four rows."""
     for x in range(out.shape[0]):
         out[x] = max(max(max(a[x], b[x]), max(c[x], d[x])), out[x])
 
 
-@leaf
+@njit_no_refcount
 def raise_to_two(a, b, out):
     """Raise `out` to the maximum of two rows."""
     for x in range(out.shape[0]):
         out[x] = max(max(a[x], b[x]), out[x])
 
 
-@leaf
+@njit_no_refcount
 def largest_of_three(left, middle, right, out):
     for x in range(out.shape[0]):
         out[x] = max(max(left[x], right[x]), middle[x])
 
 
-@leaf
+@njit_no_refcount
 def largest_of_six(left, middle, right, above, below, tallest, out):
     """Raise `tallest` to the maximum of `above` and `below`, and write its maximum with three rows
     into `out`.
@@ -245,7 +245,7 @@ def largest_of_six(left, middle, right, above, below, tallest, out):
         out[x] = max(max(max(left[x], right[x]), middle[x]), rows)
 
 
-@leaf
+@njit_no_refcount
 def find_slots(y, height, slots, near):
     """Where the rows y - d and y + d lie in a ring of `slots` rows, into int64 [2, R + 1] `near`; a
     row past the picture is stood in for by the other one, or by row y.
@@ -262,7 +262,7 @@ def find_slots(y, height, slots, near):
         near[0, d], near[1, d] = above, below
 
 
-@leaf
+@njit_no_refcount
 def widen_columns(lines, side, more, width):
     """Replace row `side` of the padded rows int32 [2, ..] `lines` by its maxima over 2 `more` + 1
     columns; returns the side where they lie.
@@ -284,7 +284,7 @@ def widen_columns(lines, side, more, width):
     return side
 
 
-@leaf
+@njit_no_refcount
 def dilate_grey_square(image, radius, flip, blocks, lines, highest, out):
     """`dilate_grey` by a square, for a few maxima a pixel whatever the radius.
 
@@ -321,7 +321,7 @@ def dilate_grey_square(image, radius, flip, blocks, lines, highest, out):
             larger_values(highest, earlier, flip, out[entering - radius])
 
 
-@leaf
+@njit_no_refcount
 def dilate_grey(image, stairs, flip, ring, lines, tallest, near, out):
     """Grey dilation (flip 0) or erosion (flip -1) of [H, W] `image` by the element `stairs`, a disk
     or a diamond; exact. NaN counts as 0.

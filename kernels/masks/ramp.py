@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import leaf
+from ._jit import njit_no_refcount
 from .bits import ALL, ONE, assign, unpack_bytes, valid_bits
 
 SEGMENT = 64
@@ -19,7 +19,7 @@ ROUND = 128
 FAR, AT, MIXED = 0, 1, 2
 
 
-@leaf
+@njit_no_refcount
 def step_down(bits, limit, state, out):
     """One row of the sweep down: 0 at a target (bit 0), else one more than above, at most limit."""
     small = state.dtype.type
@@ -31,7 +31,7 @@ def step_down(bits, limit, state, out):
         out[x] = near
 
 
-@leaf
+@njit_no_refcount
 def step_up(state, out):
     """One row of the sweep up: the smaller of what is there and one more than below."""
     small = state.dtype.type
@@ -42,7 +42,7 @@ def step_up(state, out):
         out[x] = near
 
 
-@leaf
+@njit_no_refcount
 def column_distance(plane, g, radius, state):
     """Vertical distance, clipped to `radius`, to the nearest 0 of uint8 `plane` (values 0, 1).
 
@@ -59,14 +59,14 @@ def column_distance(plane, g, radius, state):
         step_up(state, g[rows - back])
 
 
-@leaf
+@njit_no_refcount
 def square(distance, q):
     small = q.dtype.type
     for x in range(distance.shape[0]):
         q[x] = small(distance[x] * distance[x])
 
 
-@leaf
+@njit_no_refcount
 def two_parabolas(left, right, left2, right2, step, step2, limit, limit2, acc):
     """Lower `acc` to the parabolas of the cells at two offsets on either side, saturating."""
     small = acc.dtype.type
@@ -76,7 +76,7 @@ def two_parabolas(left, right, left2, right2, step, step2, limit, limit2, acc):
         acc[x] = min(acc[x], min(near, near2))
 
 
-@leaf
+@njit_no_refcount
 def nearest_in_row(q, acc, x0, radius):
     """Squared distances acc [n] of columns x0..x0 + n: min over |j| < R of q[x + j] + j^2.
 
@@ -103,7 +103,7 @@ def nearest_in_row(q, acc, x0, radius):
         )
 
 
-@leaf
+@njit_no_refcount
 def any_bits(words, flip):
     found = np.uint64(0)
     for x in range(words.shape[0]):
@@ -111,7 +111,7 @@ def any_bits(words, flip):
     return found
 
 
-@leaf
+@njit_no_refcount
 def all_bits(words, flip):
     found = ALL
     for x in range(words.shape[0]):
@@ -119,7 +119,7 @@ def all_bits(words, flip):
     return found
 
 
-@leaf
+@njit_no_refcount
 def survey(words, height, to_background, radius, k0, some, every):
     """Where targets lie, for whole segments of columns and 64 rows at a time.
 
@@ -137,7 +137,7 @@ def survey(words, height, to_background, radius, k0, some, every):
             every[k, n] = all_bits(word[x0:x1], flip)
 
 
-@leaf
+@njit_no_refcount
 def classify(some, every, k0, y, a, b, kinds):
     """AT, FAR or MIXED for every segment of row y: targets only, none in rows a..b, or between."""
     for n in range(kinds.shape[0]):
@@ -155,7 +155,7 @@ def classify(some, every, k0, y, a, b, kinds):
         kinds[n] = MIXED if found else FAR
 
 
-@leaf
+@njit_no_refcount
 def look_up(acc, far, table, inside_only, out):
     """Table values of squared distances that are at most `far`; acc carries on to a whole word.
 
@@ -179,7 +179,7 @@ def look_up(acc, far, table, inside_only, out):
                     out[x] = table[acc[x]]
 
 
-@leaf
+@njit_no_refcount
 def ramp(
     words,
     height,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._jit import leaf, njit
+from ._jit import njit, njit_no_refcount
 
 TILE = 4096
 
 
-@leaf
+@njit_no_refcount
 def ema(frames, keep, out, n0, n1):
     """Exponential moving average of columns n0..n1: out[t] = keep out[t - 1] + (1 - keep)
     frames[t].
@@ -33,7 +33,7 @@ def ema(frames, keep, out, n0, n1):
                     now[i] = np.float32(keep * before[i]) + np.float32(share * value)
 
 
-@leaf
+@njit_no_refcount
 def ema_back(out, keep, n0, n1):
     """The same average back in time, in place: out[t] = keep out[t + 1] + (1 - keep) out[t]."""
     share = np.float32(1) - keep
@@ -46,13 +46,13 @@ def ema_back(out, keep, n0, n1):
                 now[i] = np.float32(keep * after[i]) + np.float32(share * now[i])
 
 
-@leaf
+@njit_no_refcount
 def middle(a, b, c):
     """Median of three."""
     return max(min(a, b), min(max(a, b), c))
 
 
-@leaf
+@njit_no_refcount
 def median(frames, radius, out, n0, n1):
     """Median over 2 radius + 1 frames (radius 1 or 2) of columns n0..n1."""
     last = frames.shape[0] - 1

@@ -20,7 +20,7 @@ class PlanOutcome:
     measured: int | None
     budget: int
     fits: bool
-    switches: str
+    memory_options: str
     streamed: int = 0
     changes: tuple[str, ...] = ()
 
@@ -35,7 +35,7 @@ class PlanOutcome:
         fits = "fits" if self.fits else "does NOT fit"
         lines = [
             f"memory while sampling: {megabytes(self.predicted)} predicted ({fits} in "
-            f"{megabytes(self.budget)}), {measured}; pieces: {self.switches}"
+            f"{megabytes(self.budget)}), {measured}; pieces: {self.memory_options}"
         ]
         if self.streamed:
             lines.append(f"weights read from main memory in every step: {megabytes(self.streamed)}")
@@ -43,7 +43,7 @@ class PlanOutcome:
 
 
 @dataclass
-class PlanInForce:
+class ActivePlan:
     """A MODEL's plan, and what had to be changed in its latest run because memory ran out."""
 
     plan: MemoryPlan
@@ -58,7 +58,7 @@ class PlanInForce:
             measured,
             plan.budget,
             phase.total <= plan.budget,
-            plan.switches.text(),
+            plan.memory_options.text(),
             plan.streamed,
             tuple(self.changes),
         )

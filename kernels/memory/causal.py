@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..causal.cache import Kept, VideoCache
+from ..causal.cache import CachedFrame, VideoCache
 from ..causal.options import CacheOptions
 from ..causal.staging import STAGED_LAYERS
 from ..causal.storage import FP8, INT8, MODEL, PageFormat
@@ -106,7 +106,7 @@ class CausalMemory:
         cache = VideoCache(self.page, layers, META, options)
         # In relative time the frames of a window that has moved are turned as they are read.
         moved = 1 if self.options.relative and self.options.window else 0
-        cache.kept = [Kept(frame, frame + moved, frame) for frame in range(self.kept)]
+        cache.kept = [CachedFrame(frame, frame + moved, frame) for frame in range(self.kept)]
         for number in range(streams):
             cache.streams[number] = {
                 frame: cache.pool.take(layers) for frame in range(len(cache.kept))

@@ -26,7 +26,7 @@ BUFFERS = 2
 
 
 @dataclass(frozen=True)
-class Switches:
+class MemoryOptions:
     """sequential: the conditional and the unconditional forward one after the other. pieces: the
     feed-forward and the cross-attention by so many pieces of the tokens. attention: queries, keys
     and values of the self-attention by so many pieces, its heads by so many groups.
@@ -51,7 +51,7 @@ class Switches:
 MOST_PIECES = 8
 
 
-def notches(now: Switches, guided: bool = True) -> list[Switches]:
+def notches(now: MemoryOptions, guided: bool = True) -> list[MemoryOptions]:
     """One notch smaller than `now`, every way that is left, the least cost in time first."""
     found = []
     if guided and not now.sequential:
@@ -158,8 +158,8 @@ class MemoryPlan:
     budget_from: str
     before: tuple[Phase, ...]
     phases: tuple[Phase, ...]
-    switches: Switches
-    peaks: tuple[tuple[Switches, int], ...]
+    memory_options: MemoryOptions
+    peaks: tuple[tuple[MemoryOptions, int], ...]
     formats: dict[str, int]
     streamed: int = 0
     fits: bool = True
@@ -185,7 +185,7 @@ class MemoryPlan:
             f"{fits} in {megabytes(self.budget)} ({self.budget_from})",
             f"weights: {held}",
             *(phase.text() for phase in self.phases),
-            f"switches: {self.switches.text()}",
+            f"switches: {self.memory_options.text()}",
         ]
         if self.streamed:
             lines.append(f"weights read from main memory in every step: {megabytes(self.streamed)}")
@@ -199,7 +199,7 @@ def make_plan(
     title: str,
     job: Job,
     weights: Weights,
-    peak: Callable[[Switches], int],
+    peak: Callable[[MemoryOptions], int],
     budget: int,
     budget_from: str,
     encoder: Phase | None = None,
@@ -219,7 +219,7 @@ def make_plan(
         **weights.caches,
     }
     around = sum(beside.values())
-    chosen, least = Switches(), peak(Switches())
+    chosen, least = MemoryOptions(), peak(MemoryOptions())
     tried = [(chosen, least)]
     while weights.total + around + least > budget:
         for notch in notches(chosen, job.guided):

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..atomic_write import replacing
+from ..atomic_write import atomic_write
 from ..checkpoints.header import read_header
 from ..errors import FrugalError
 from .moments import Moment
@@ -199,7 +199,7 @@ def write_calibration(
     if calls:
         held, content["calls"] = packed(calls)
         tensors |= held
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         save_file(tensors, unfinished, metadata={MARK: json.dumps(content)})
 
 

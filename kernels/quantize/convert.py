@@ -170,8 +170,8 @@ def _made(
 ) -> Step:
     kind = table.half(stored) if target == table.BF16 else kind
     group = {
-        f"{unit}.{leaf}": TensorInfo(dtype, size)
-        for leaf, (dtype, size) in table.leaves(target, shape, dtype=kind).items()
+        f"{unit}.{suffix}": TensorInfo(dtype, size)
+        for suffix, (dtype, size) in table.by_suffix(target, shape, dtype=kind).items()
     }
     return Step(unit, MAKE, group, target, table.options(target, shape), twice)
 
@@ -290,7 +290,7 @@ def _tensors(
     note = None
     if measure is not None:
         note = {step.unit: dict(measure(step.unit, step.target, weight, made, known))}
-    return {f"{step.unit}.{leaf}": tensor for leaf, tensor in made.items()}, note
+    return {f"{step.unit}.{suffix}": tensor for suffix, tensor in made.items()}, note
 
 
 def _check_finite(file: str, tensors: Mapping[str, torch.Tensor]) -> None:

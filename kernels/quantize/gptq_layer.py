@@ -42,7 +42,7 @@ def suits(shape: tuple[int, int], group: int) -> str | None:
     return None
 
 
-def leaves(shape: tuple[int, int], group: int) -> formats.Leaves:
+def by_suffix(shape: tuple[int, int], group: int) -> formats.TensorSpecs:
     """Every tensor stored for a weight of `shape` [out, in]: name beside the layer -> (dtype,
     shape).
     """
@@ -95,7 +95,7 @@ def encode(
 
 def decode(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], group: int) -> torch.Tensor:
     """The float32 weight [out, in] that the tensors of `leaves` stand for."""
-    words, zeros, scales = (tensors[leaf] for leaf in leaves(shape, group))
+    words, zeros, scales = (tensors[suffix] for suffix in by_suffix(shape, group))
     return dequantise(PackedWeight(words, scales, zeros, None, spec(shape, group)), torch.float32)
 
 

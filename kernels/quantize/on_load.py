@@ -57,9 +57,9 @@ def quantised_plan(plan: Plan, target: str, tensors: Mapping[str, TensorInfo]) -
     layers: dict[str, LayerLayout] = {}
     sizes = Counter(plan.formats)
     for raw, name in plan.rename.items():
-        layer, _, leaf = name.rpartition(".")
+        layer, _, suffix = name.rpartition(".")
         info = tensors[raw]
-        if leaf != "weight" or len(info.shape) != 2 or not LARGE.match(layer):
+        if suffix != "weight" or len(info.shape) != 2 or not LARGE.match(layer):
             continue
         layers[layer] = layout = _layout(plan.file, layer, info.shape[1], target)
         sizes[str(info.dtype).removeprefix("torch.")] -= info.nbytes

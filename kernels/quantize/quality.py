@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..atomic_write import replacing
+from ..atomic_write import atomic_write
 from ..errors import FrugalError
 from ..formats import table as formats
 from .budget import Allocation, gigabytes
@@ -234,7 +234,7 @@ def json_path(model: str | os.PathLike[str]) -> Path:
 
 def write_json(report: QualityReport, path: Path) -> Path:
     """Write the report, all of it or nothing; returns `path`, see `json_path`."""
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(
             json.dumps(report.to_dict(), indent=1, allow_nan=False), encoding="ascii"
         )

@@ -245,8 +245,8 @@ def _group(source: Weights, unit: str, group: int) -> dict[str, TensorInfo]:
             "choose a smaller group",
         )
     return {
-        f"{layer}.{leaf}": TensorInfo(dtype, size)
-        for leaf, (dtype, size) in gptq_layer.leaves(shape, group).items()
+        f"{layer}.{suffix}": TensorInfo(dtype, size)
+        for suffix, (dtype, size) in gptq_layer.by_suffix(shape, group).items()
     }
 
 
@@ -271,7 +271,7 @@ def _tensors(
     meant = gptq_layer.decode(made, source.shapes[unit], job.group)
     weight = weight.float().cpu()
     note = {unit: [float((meant - weight).square().sum()), float(weight.square().sum())]}
-    return {f"{layer}.{leaf}": tensor for leaf, tensor in made.items()}, note
+    return {f"{layer}.{suffix}": tensor for suffix, tensor in made.items()}, note
 
 
 def _notes(source: Weights, layers: list[str], job: ServerJob) -> list[str]:

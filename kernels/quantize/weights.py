@@ -49,8 +49,8 @@ class Weights:
         self._held = self.source.loaded or _Mapped(self.source)
         self._raw: dict[str, dict[str, str]] = {}
         for raw, name in self.plan.rename.items():
-            layer, _, leaf = name.rpartition(".")
-            own = layer if layer in self.plan.layers and leaf != "bias" else name
+            layer, _, suffix = name.rpartition(".")
+            own = layer if layer in self.plan.layers and suffix != "bias" else name
             self._raw.setdefault(own, {})[raw] = name
         table = parameters(self.plan.config)
         self.shapes: dict[str, tuple[int, int]] = {
@@ -109,8 +109,8 @@ class Weights:
         held = self.stored(layer)
         if layout is None:
             return held[f"{layer}.weight"]
-        leaves = {name.removeprefix(f"{layer}."): tensor for name, tensor in held.items()}
-        return decoded(layout, leaves, self.shapes[layer])
+        by_suffix = {name.removeprefix(f"{layer}."): tensor for name, tensor in held.items()}
+        return decoded(layout, by_suffix, self.shapes[layer])
 
     def release(self, unit: str) -> None:
         """Give back the memory in which a unit's part of the file was read."""
@@ -120,7 +120,7 @@ class Weights:
 
 
 def decoded(
-    layout: LayerLayout, leaves: Mapping[str, torch.Tensor], shape: tuple[int, int]
+    layout: LayerLayout, by_suffix: Mapping[str, torch.Tensor], shape: tuple[int, int]
 ) -> torch.Tensor:
     """The float32 weight [out, in] of a quantised layer from its normalised tensors (leaf ->
     tensor), those that `normalise` gives.
@@ -129,43 +129,45 @@ def decoded(
     if form in PACKED:
         assert layout.packed is not None
         packed = PackedWeight(
-            leaves["weight"],
-            leaves["weight_scale"],
-            leaves["weight_zeros"],
-            leaves.get("weight_g_idx"),
+            by_suffix["weight"],
+            by_suffix["weight_scale"],
+            by_suffix["weight_zeros"],
+            by_suffix.get("weight_g_idx"),
             layout.packed,
         )
         return dequantise(packed, torch.float32)
     if form in FLOAT8.values():
-        return block_scales.dequantise(leaves["weight"], leaves["weight_scale"], torch.float32)
+        return block_scales.dequantise(
+            by_suffix["weight"], by_suffix["weight_scale"], torch.float32
+        )
     rotation = options.get("convrot_groupsize", 256)
     if form == INT8:
         if not options.get("convrot"):
-            return leaves["weight"].float() * leaves["weight_scale"].float()
-        scale = leaves["weight_scale"].reshape(-1, 1).expand(shape[0], 1)
-        given = {"weight": leaves["weight"], "weight_scale": scale}
+            return by_suffix["weight"].float() * by_suffix["weight_scale"].float()
+        scale = by_suffix["weight_scale"].reshape(-1, 1).expand(shape[0], 1)
+        given = {"weight": by_suffix["weight"], "weight_scale": scale}
         settings = {"format": form, "convrot": True, "convrot_groupsize": rotation}
         return codec.decode(formats.INT8, given, settings, shape)
     if form == formats.FORMATS[formats.AWQ]:
         settings = {"format": form, "group_size": options.get("group_size", 64)}
-        return codec.decode(formats.AWQ, leaves, settings, shape)
+        return codec.decode(formats.AWQ, by_suffix, settings, shape)
     if form == W4A8:
         group = options.get("group_size", 16)
         settings = {"format": form, "group_size": group, "convrot_groupsize": rotation}
-        return codec.decode(formats.W4A8, leaves, settings, shape)
+        return codec.decode(formats.W4A8, by_suffix, settings, shape)
     kind = codec.kitchen(KITCHEN[form])
     common = {"orig_dtype": torch.float32, "orig_shape": shape}
-    scale = leaves["weight_scale"]
+    scale = by_suffix["weight_scale"]
     if form == NVFP4:
         blocks = scale.view(torch.float8_e4m3fn)
-        params = kind.Params(scale=leaves["weight_scale_2"], block_scale=blocks, **common)
+        params = kind.Params(scale=by_suffix["weight_scale_2"], block_scale=blocks, **common)
     elif form == MXFP8:
         params = kind.Params(scale=scale.view(torch.float8_e8m0fnu), **common)
     else:
         params = kind.Params(scale=scale, convrot_groupsize=rotation, **common)
-    out = kind.dequantize(leaves["weight"], params).float()
+    out = kind.dequantize(by_suffix["weight"], params).float()
     # Smoothing factors multiply the inputs, which is the same as multiplying columns.
-    return out * leaves["pre_quant_scale"].float() if "pre_quant_scale" in leaves else out
+    return out * by_suffix["pre_quant_scale"].float() if "pre_quant_scale" in by_suffix else out
 
 
 def label(layout: LayerLayout | None, shape: tuple[int, int]) -> str | None:

@@ -86,8 +86,8 @@ def plan(shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Layer]:
         raise FrugalError(f"the choice {ascii(kind)[:40]}", f"one of {', '.join(CHOICES)}", GET)
     found = {}
     for name, shape in shapes.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "weight" and wanted(layer, shape):
+        layer, _, suffix = name.rpartition(".")
+        if suffix == "weight" and wanted(layer, shape):
             turn = per_channel.rotation_for(shape[1]) if len(shape) == 2 and kind == INT8 else 0
             found[layer] = Layer(kind, len(shape), turn)
     return found
@@ -101,8 +101,8 @@ def declared(tensors: Mapping[str, torch.Tensor], file: str) -> dict[str, Layer]
     """
     found = {}
     for name, tensor in tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == DECLARATION:
+        layer, _, suffix = name.rpartition(".")
+        if suffix == DECLARATION:
             found[layer] = made = _read(tensor, f"{file}: {layer}")
             _check(tensors, layer, made, file)
     return found
@@ -172,8 +172,8 @@ def quantise(
     where = options.pop("where", "the model")
     for name in list(tensors):
         tensor = tensors.pop(name)
-        layer, _, leaf = name.rpartition(".")
-        if leaf != "weight" or layer not in layers:
+        layer, _, suffix = name.rpartition(".")
+        if suffix != "weight" or layer not in layers:
             yield name, tensor
             continue
         made = layers[layer].encode(tensor, where=f"{where}: {layer}", **options)

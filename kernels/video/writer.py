@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic_write import replacing
+from ..atomic_write import atomic_write
 from ..errors import FrugalError
 
 QUALITIES = ("high", "good", "small")
@@ -145,7 +145,7 @@ class VideoWriter:
             return
         # Fragments are for a file that may be cut off; editors want one index, players want it
         # first. The compressed frames are copied.
-        with replacing(self.path) as whole:
+        with atomic_write(self.path) as whole:
             self._copy(whole)
         self.partial.unlink()
 

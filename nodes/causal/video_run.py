@@ -149,7 +149,7 @@ def make_video(
     finally:
         # Nothing stays on the device between runs, where ComfyUI could not count it.
         if job.cache is not None:
-            job.cache.park()
+            job.cache.offload()
     return {**latent, "samples": torch.cat(made, dim=2)}, job.cache, report
 
 

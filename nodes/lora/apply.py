@@ -104,17 +104,17 @@ def _apply(model: Any, file: LoraFile, strength: float, reports: list[LoraReport
 
 
 def _put_beside(model: Any, entry: Entry, changes: dict[str, _Change]) -> None:
-    path, _, leaf = entry.name.rpartition(".")
+    path, _, suffix = entry.name.rpartition(".")
     module = _module(model.model, path)
-    if not _is_linear(module) or getattr(module, leaf, None) is None:
+    if not _is_linear(module) or getattr(module, suffix, None) is None:
         raise NotBesideError("not in a linear layer of this model")
     if _computed_inside(model.model, path, module):
         raise NotBesideError("ComfyUI computes this int8 layer inside another")
     change = changes.get(path) or _Change([])
-    if leaf == "bias" and entry.part is None and _is_diff(entry.patch, (module.out_features,)):
+    if suffix == "bias" and entry.part is None and _is_diff(entry.patch, (module.out_features,)):
         tensor = entry.patch[1][0].float()
         change.bias = tensor if change.bias is None else change.bias + tensor
-    elif leaf == "weight":
+    elif suffix == "weight":
         _put_weight(model, entry, module, change)
     else:
         raise NotBesideError("no change that a layer's output can take")
@@ -168,9 +168,9 @@ def _is_loose(model: torch.nn.Module, entry: Entry) -> bool:
     """Whether this is the change of a parameter beside layers in one module, as Wan's modulation:
     ComfyUI takes patches of such parameters and never applies them.
     """
-    path, _, leaf = entry.name.rpartition(".")
+    path, _, suffix = entry.name.rpartition(".")
     module = _module(model, path)
-    parameter = getattr(module, leaf, None)
+    parameter = getattr(module, suffix, None)
     if type(parameter) is not torch.nn.Parameter or parameter.dtype not in FLOATS:
         return False
     own = sum(1 for _ in module.parameters(recurse=False))
@@ -180,8 +180,8 @@ def _is_loose(model: torch.nn.Module, entry: Entry) -> bool:
 
 def _fits_inside(model: Any, entry: Entry) -> bool:
     """Whether ComfyUI can change the parameter itself without rounding it to a quantised form."""
-    path, _, leaf = entry.name.rpartition(".")
-    parameter = getattr(_module(model.model, path), leaf, None)
+    path, _, suffix = entry.name.rpartition(".")
+    parameter = getattr(_module(model.model, path), suffix, None)
     plain = type(parameter) in (torch.nn.Parameter, torch.Tensor)
     if not plain or parameter.dtype not in FLOATS:
         return False

@@ -13,7 +13,7 @@ from ...kernels.causal.options import CacheOptions
 from ...kernels.causal.storage import wan_page
 from ...kernels.causal.strategies import MERGE, cuda_kernel, over_pages
 from ...kernels.memory.causal import CausalMemory, Needs, remedies
-from ...kernels.memory.plan import CAUSAL_KV, SAMPLE, STREAMED, WORK, Job, MemoryPlan, Switches
+from ...kernels.memory.plan import CAUSAL_KV, SAMPLE, STREAMED, WORK, Job, MemoryOptions, MemoryPlan
 from ...kernels.report import megabytes
 from .._comfy import ATTENTION_OVERRIDE, CAUSAL_KEY, CAUSAL_NEEDS_KEY
 from .meta_models import ForwardPeaks
@@ -81,10 +81,10 @@ class CausalPeaks(ForwardPeaks):
         memory = self.memory(batch, latent)
         return memory.latents(*latent[1:]) + memory.pages
 
-    def of(self, batch: int, latent: tuple[int, ...], switches: Switches) -> int:
+    def of(self, batch: int, latent: tuple[int, ...], memory_options: MemoryOptions) -> int:
         # The heads of a block share one reading of the pages, so they stay together.
         block = min(self.needs.block, self.frames), *latent[1:]
-        return super().of(batch, block, replace(switches, attention=1))
+        return super().of(batch, block, replace(memory_options, attention=1))
 
     def advice(self, plan: MemoryPlan) -> list[str]:
         """Settings of the causal model with which nothing would be streamed and all would fit; none
@@ -110,7 +110,7 @@ class CausalPeaks(ForwardPeaks):
         def needed(options: CacheOptions) -> int:
             other = self.with_options(options)
             pages = other.memory(job.batch, job.latent).pages
-            return pages + other.of_job(job, plan.switches)
+            return pages + other.of_job(job, plan.memory_options)
 
         return said + remedies(self.options, self.needs.block, needed, room)
 

@@ -16,7 +16,7 @@ import comfy.ldm.wan.model
 import torch
 
 from ...kernels.memory.chunks import in_pieces
-from ...kernels.memory.plan import Switches
+from ...kernels.memory.plan import MemoryOptions
 from .._comfy import CAUSAL_RUN_KEY
 
 GROUPS = ("blocks", "vace_blocks")
@@ -29,12 +29,12 @@ Forward = Callable[..., torch.Tensor]
 class InForce:
     """The switches that a MODEL's patches follow, and those to return to after a run."""
 
-    planned: Switches
-    now: Switches
+    planned: MemoryOptions
+    now: MemoryOptions
 
     @classmethod
-    def of(cls, switches: Switches) -> InForce:
-        return cls(switches, switches)
+    def of(cls, memory_options: MemoryOptions) -> InForce:
+        return cls(memory_options, memory_options)
 
 
 def forwards(model: Any, state: InForce, original: Callable[[str], Forward]) -> Iterator:

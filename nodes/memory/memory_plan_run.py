@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from ...kernels.checkpoints.wan_shapes import detect_config
 from ...kernels.errors import FrugalError
 from ...kernels.memory import fit
-from ...kernels.memory.active_plan import PlanInForce
+from ...kernels.memory.active_plan import ActivePlan
 from ...kernels.memory.cross_kv_report import ContextPlan
 from ...kernels.memory.doctor import SLOW_ATTENTION
 from ...kernels.memory.plan import (
@@ -91,7 +91,7 @@ def plan_of(
         title_of(model),
         job,
         weights,
-        lambda switches: peaks.of_job(job, switches),
+        lambda memory_options: peaks.of_job(job, memory_options),
         budget,
         budget_from,
         None if clip is None else encoder_of(clip),
@@ -109,12 +109,14 @@ def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: 
     within the budget too. The plan is attached under PLAN_KEY, as a PlanInForce.
     """
 
-    in_force = PlanInForce(plan)
+    in_force = ActivePlan(plan)
 
     def policy(of: Any, changes: list[str], say: Callable[[str], None]) -> Policy:
         budget = plan.budget if limit else None
         buffers = BUFFERS * weights_of(of).largest if limit else 0
-        return Policy(InForce.of(plan.switches), copy.copy(peaks), budget, say, changes, buffers)
+        return Policy(
+            InForce.of(plan.memory_options), copy.copy(peaks), budget, say, changes, buffers
+        )
 
     def show(line: str) -> None:
         show_text(node, line)

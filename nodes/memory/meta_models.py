@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.checkpoints.wan_shapes import IMAGE_DIM, IMAGE_TOKENS, TEXT_DIM, TEXT_TOKENS
 from ...kernels.errors import FrugalError
-from ...kernels.memory.plan import Job, Switches, latent_bytes
+from ...kernels.memory.plan import Job, MemoryOptions, latent_bytes
 from ...kernels.memory.trace import (
     BLOCK,
     Decomposed,
@@ -69,11 +69,11 @@ class ForwardPeaks:
         self._kernels = kernels(device)
         self._known: dict[Any, int] = {}
 
-    def of(self, batch: int, latent: tuple[int, ...], switches: Switches) -> int:
+    def of(self, batch: int, latent: tuple[int, ...], memory_options: MemoryOptions) -> int:
         """Peak in bytes. batch: rows of the forward, both conditions counted; latent: T, H, W."""
-        key = batch, tuple(latent), switches.pieces, switches.attention
+        key = batch, tuple(latent), memory_options.pieces, memory_options.attention
         if key not in self._known:
-            self._known[key] = of_layers(self.trace(3, batch, latent, switches), self._layers)
+            self._known[key] = of_layers(self.trace(3, batch, latent, memory_options), self._layers)
         return self._known[key]
 
     def beside(self, batch: int, latent: tuple[int, ...]) -> int:
@@ -86,14 +86,16 @@ class ForwardPeaks:
     def prepare(self, model: Any, batch: int, latent: tuple[int, ...]) -> None:
         """Put in place what else changes a forward of `model`, which is without memory."""
 
-    def of_job(self, job: Job, switches: Switches) -> int:
+    def of_job(self, job: Job, memory_options: MemoryOptions) -> int:
         """Peak in bytes of the forwards of a job under `switches`."""
-        rows = job.batch * (2 if job.guided and not switches.sequential else 1)
-        return self.of(rows, job.latent, switches)
+        rows = job.batch * (2 if job.guided and not memory_options.sequential else 1)
+        return self.of(rows, job.latent, memory_options)
 
-    def trace(self, layers: int, batch: int, latent: tuple[int, ...], switches: Switches) -> Trace:
+    def trace(
+        self, layers: int, batch: int, latent: tuple[int, ...], memory_options: MemoryOptions
+    ) -> Trace:
         """The trace of a model of so many layers."""
-        model = self.model(layers, switches)
+        model = self.model(layers, memory_options)
         self.prepare(model, batch, latent)
         parts = {BLOCK.format(index): block for index, block in enumerate(model.blocks)}
         for index, block in enumerate(model.blocks):
@@ -102,13 +104,13 @@ class ForwardPeaks:
         arguments = inputs(model, batch, latent, self._dtype, META)
         return trace(lambda: model(**arguments()), parts, decomposed, fused)
 
-    def model(self, layers: int, switches: Switches) -> Any:
+    def model(self, layers: int, memory_options: MemoryOptions) -> Any:
         """A Wan like this one without memory, of so many layers, working under `switches`."""
         changed = {"num_layers": layers, "dtype": self._dtype}
         if "vace_layers" in self._config:
             changed["vace_layers"] = 1
         model = self._class(**{**self._config, **changed}, device=META, operations=MetaOps)
-        state = InForce.of(switches)
+        state = InForce.of(memory_options)
 
         def original(path: str) -> Callable[..., Any]:
             return model.get_submodule(path.rpartition(".")[0]).forward

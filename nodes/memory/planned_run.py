@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...kernels.errors import FrugalError
-from ...kernels.memory.active_plan import PlanInForce, PlanOutcome
+from ...kernels.memory.active_plan import ActivePlan, PlanOutcome
 from .._comfy import PLAN_KEY
 from . import memory_plan_run, meta_models, run_report_run
 
@@ -14,7 +14,7 @@ from . import memory_plan_run, meta_models, run_report_run
 class PlannedRun:
     """A MODEL with a plan at work, and the reading of one run of it."""
 
-    def __init__(self, model: Any, in_force: PlanInForce):
+    def __init__(self, model: Any, in_force: ActivePlan):
         self.model, self._in_force = model, in_force
         self._peak: Callable[[], int | None] = lambda: None
 

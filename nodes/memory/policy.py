@@ -17,7 +17,7 @@ import comfy.model_management
 import comfy.patcher_extension
 
 from ...kernels.errors import FrugalError
-from ...kernels.memory.plan import Switches, notches
+from ...kernels.memory.plan import MemoryOptions, notches
 from ...kernels.report import megabytes
 from ...kernels.retry import NothingLeftError, retry
 from .._comfy import PLAN_KEY
@@ -155,10 +155,10 @@ class Policy:
             self.tell(f"goes on with {megabytes(freed)} of weights in main memory")
             yield
 
-    def alive(self, switches: Switches, shape: Shape) -> int:
+    def alive(self, memory_options: MemoryOptions, shape: Shape) -> int:
         """Bytes of a forward under these switches, of both conditions unless they are apart."""
-        rows = shape[0] * (1 if switches.sequential else 2)
-        return self.peaks.of(rows, tuple(shape[2:]), switches)
+        rows = shape[0] * (1 if memory_options.sequential else 2)
+        return self.peaks.of(rows, tuple(shape[2:]), memory_options)
 
     def refusal(self, shape: Shape) -> Exception:
         """ComfyUI's out-of-memory error, which makes it put all models away."""

@@ -36,7 +36,7 @@ from ..lora.unmerged_run import fuses
 from . import sensitivity as shares
 from .cropped_calls import options_of
 from .reference_calls import Keeper, joined
-from .token_sampler import Places, Seen, distinct, mark_of
+from .token_sampler import TokenPositions, TokenSampler, distinct, mark_of
 
 KEY = "frugal.calibrate"
 COMPILE_KEY = "torch.compile"
@@ -136,7 +136,7 @@ class Recording:
         self.gatherers: dict[int, Gatherer] = {}
         self.owners: dict[int, str] = {}
         self.calls = self.parted = 0
-        self.places = Places()
+        self.places = TokenPositions()
         self._lengths: dict[int, int] = {}
         self._began: dict[int, int] = {}
         self._known: dict[int, set[Any]] = {}
@@ -160,7 +160,7 @@ class Recording:
         """Hooks on the linear layers of `model`, for one call of it."""
         with self._lock:
             number, self.calls = self.calls, self.calls + 1
-        seen = Seen(number, self.settings.rows, self.settings.seed, self.places)
+        seen = TokenSampler(number, self.settings.rows, self.settings.seed, self.places)
         handles = []
         layers = linear_layers(model)
         inside = _computed_inside(model, layers)
@@ -176,13 +176,13 @@ class Recording:
             for handle in handles:
                 handle.remove()
 
-    def _before(self, seen: Seen, name: str) -> Callable[..., None]:
+    def _before(self, seen: TokenSampler, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
             self._record(seen, name, *seen.rows(arguments[0]))
 
         return hook
 
-    def _after(self, seen: Seen, name: str) -> Callable[..., None]:
+    def _after(self, seen: TokenSampler, name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, arguments: tuple[Any, ...], out: torch.Tensor) -> None:
             rows, length = seen.rows(out)
             rows = torch.nn.functional.gelu(rows, approximate="tanh")
@@ -191,7 +191,7 @@ class Recording:
         return hook
 
     @torch.no_grad()
-    def _record(self, seen: Seen, name: str, rows: torch.Tensor, length: int) -> None:
+    def _record(self, seen: TokenSampler, name: str, rows: torch.Tensor, length: int) -> None:
         rows = distinct(rows)
         mark = mark_of(rows)
         with self._lock:
@@ -204,7 +204,7 @@ class Recording:
                 self.gatherers[index].add(rows)
             seen.called.add(name)
 
-    def _input_of(self, seen: Seen, name: str, mark: Any, width: int) -> int:
+    def _input_of(self, seen: TokenSampler, name: str, mark: Any, width: int) -> int:
         """The number of the input that this layer gets, a new one where it gets one of its own."""
         index = self.inputs.get(name)
         if index is None:

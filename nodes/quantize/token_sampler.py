@@ -12,7 +12,7 @@ from ...kernels.device_types import wide
 CLOSE = 1e5
 
 
-class Places:
+class TokenPositions:
     """Which places of sequences were counted in a run, by the length of the sequence.
 
     A token of the latent comes again at every step, changed but akin, and in each item of the
@@ -34,14 +34,14 @@ class Places:
         return rows if length < 2 else min(rows, int(self._seen[length].sum()))
 
 
-class Seen:
+class TokenSampler:
     """What was counted during one call of the model: marks of rows by input, names of layers.
 
     number: that of the call. limit: largest number of rows counted. seed: which those are. places:
     those of the run.
     """
 
-    def __init__(self, number: int, limit: int, seed: int, places: Places):
+    def __init__(self, number: int, limit: int, seed: int, places: TokenPositions):
         self.number, self.limit, self.seed, self.places = number, limit, seed, places
         self.counted: dict[int, set[Any]] = {}
         self.called: set[str] = set()

@@ -18,7 +18,7 @@ import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...kernels.attention import AUTO, Chooser, attention, tuning_cache
+from ...kernels.attention import AUTO, KernelSelector, attention, tuning_cache
 from ...kernels.attention.backends import BACKENDS
 from ...kernels.attention.call import belong, device_kind
 from ...kernels.attention.call_report import Table, table
@@ -40,8 +40,8 @@ class LastRun:
 class Run:
     """One sampling run: its chooser, and whether 8-bit kernels may be used at the present step."""
 
-    def __init__(self, chooser: Chooser, allowed: list[bool]):
-        self.chooser, self.allowed = chooser, allowed
+    def __init__(self, kernel_selector: KernelSelector, allowed: list[bool]):
+        self.kernel_selector, self.allowed = kernel_selector, allowed
         self.lossy = allowed[0] if allowed else False
 
     def step_done(self, step: int) -> None:
@@ -125,14 +125,14 @@ def run_wrapper(
     ):  # fmt: skip
         guider = executor.class_obj
         patcher = guider.model_patcher
-        chooser = Chooser(
+        kernel_selector = KernelSelector(
             torch.device(patcher.load_device),
             choice,
             allow_8bit,
             decisions=tuning_cache.load(choices_file()),
             default_name=getattr(comfy.ldm.modules.attention.optimized_attention, "__name__", ""),
         )
-        run = Run(chooser, allowed_steps(patcher, sigmas, span) if allow_8bit else [])
+        run = Run(kernel_selector, allowed_steps(patcher, sigmas, span) if allow_8bit else [])
 
         def count(step, x0, x, total):
             run.step_done(step)
@@ -145,20 +145,20 @@ def run_wrapper(
             return executor(noise, latent, sampler, sigmas, mask, count, disable_pbar, seed, **more)
         finally:
             del runs[token]
-            last.table = table(chooser)
-            keep(chooser)
+            last.table = table(kernel_selector)
+            keep(kernel_selector)
             show_text(node_id, last.table.text())
             logging.info("[Frugal] %s", last.table.text().replace("\n", "; "))
 
     return wrapper
 
 
-def keep(chooser: Chooser) -> None:
+def keep(kernel_selector: KernelSelector) -> None:
     """Write down what was measured; a folder that cannot be written costs only the next time."""
-    if not chooser.fresh:
+    if not kernel_selector.fresh:
         return
     try:
-        tuning_cache.save(choices_file(), chooser.fresh)
+        tuning_cache.save(choices_file(), kernel_selector.fresh)
     except OSError as error:
         logging.warning("[Frugal] attention: the measured choices were not kept: %s", error)
 
@@ -185,7 +185,7 @@ def make_override(token: str, earlier: Callable[..., Any] | None) -> Callable[..
             run = options.get(KEY, {}).get(token)
             if run is not None:
                 same = split[0].shape[2] == split[1].shape[2]
-                out = run.chooser.attend(
+                out = run.kernel_selector.attend(
                     *split,
                     mask,
                     more.get("scale"),

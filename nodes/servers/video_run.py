@@ -11,7 +11,7 @@ import folder_paths
 import numpy as np
 import torch
 
-from ...kernels.atomic_write import replacing
+from ...kernels.atomic_write import atomic_write
 from ...kernels.errors import FrugalError
 from ...kernels.video.reader import frames, pixels
 from ...servers.address import server
@@ -68,7 +68,7 @@ def _written(video: RemoteVideo, prefix: str) -> tuple[Path, str]:
     folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
     suffix = ".avi" if video.data[:4] == AVI else ".webm" if video.data[:4] == WEBM else ".mp4"
     path = Path(folder) / f"{name}_{number:05}_{suffix}"
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_bytes(video.data)
     return path, subfolder
 

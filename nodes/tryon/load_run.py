@@ -346,7 +346,7 @@ def weight_bytes(module: torch.nn.Module) -> dict[str, int]:
         if hasattr(parameter, "_qdata"):
             from . import quantized_layers
 
-            parts = quantized_layers.leaves(parameter).values()
+            parts = quantized_layers.by_suffix(parameter).values()
         for part in parts:
             kind = str(part.dtype).removeprefix("torch.")
             found[kind] = found.get(kind, 0) + part.nbytes

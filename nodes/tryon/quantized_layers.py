@@ -118,7 +118,7 @@ def is_quantised(weight: Any) -> bool:
     return isinstance(weight, comfy.quant_ops.QuantizedTensor)
 
 
-def leaves(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def by_suffix(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """`weight` and `weight_scale` of one of ComfyUI's quantised tensors, the pack's or its own."""
     if NEW:
         return {"weight": weight._qdata, SCALE: weight._params.scale}
@@ -136,13 +136,13 @@ class _WeightOnly:
     ):
         own = {name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)}
         expected = {"weight", SCALE, DECLARATION} | ({"bias"} if self.bias is not None else set())
-        missing += [prefix + leaf for leaf in sorted(expected - own.keys())]
-        unexpected += [prefix + leaf for leaf in sorted(own.keys() - expected)]
+        missing += [prefix + suffix for suffix in sorted(expected - own.keys())]
+        unexpected += [prefix + suffix for suffix in sorted(own.keys() - expected)]
         if expected - own.keys():
             return
-        for leaf in {"weight", "bias"} & expected:
-            if own[leaf].shape != getattr(self, leaf).shape:
-                errors.append(f"{prefix}{leaf} has the shape {list(own[leaf].shape)}")
+        for suffix in {"weight", "bias"} & expected:
+            if own[suffix].shape != getattr(self, suffix).shape:
+                errors.append(f"{prefix}{suffix} has the shape {list(own[suffix].shape)}")
                 return
         held = _tensor(own["weight"], own[SCALE], self.compute_dtype, self.layer)
         self.weight = torch.nn.Parameter(held, requires_grad=False)
@@ -156,8 +156,8 @@ class _WeightOnly:
         held = {} if destination is None else destination
         if self.weight.is_meta:
             return held
-        own = leaves(self.weight) | {DECLARATION: self.layer.declaration()}
-        held.update({prefix + leaf: tensor for leaf, tensor in own.items()})
+        own = by_suffix(self.weight) | {DECLARATION: self.layer.declaration()}
+        held.update({prefix + suffix: tensor for suffix, tensor in own.items()})
         if self.bias is not None:
             held[f"{prefix}bias"] = self.bias
         return held
@@ -207,7 +207,7 @@ class _WeightOnly:
         )
         try:
             if is_quantised(weight):
-                q, s = leaves(weight).values()
+                q, s = by_suffix(weight).values()
                 plain = per_channel.decode(q, s, input.dtype, self.layer.rotation)
             else:
                 plain = weight.to(input.dtype)

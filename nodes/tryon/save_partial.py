@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...kernels.atomic_write import replacing
+from ...kernels.atomic_write import atomic_write
 
 PREFIX = "frugal/tryon_unfinished"
 
@@ -25,7 +25,7 @@ def save(finished: dict[int, torch.Tensor]) -> str:
     for number, picture in sorted(finished.items()):
         path = os.path.join(folder, f"{name}_{counter:05}_picture_{number + 1}.png")
         pixels = (picture[0].float().cpu().numpy() * 255).clip(0, 255).astype(np.uint8)
-        with replacing(Path(path)) as unfinished:
+        with atomic_write(Path(path)) as unfinished:
             Image.fromarray(pixels).save(unfinished, "png")
     where = f"output/{subfolder}/{name}_{counter:05}_picture_*.png"
     return f"the {len(finished)} finished pictures are in {where}"

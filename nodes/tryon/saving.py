@@ -16,7 +16,7 @@ from comfy.model_base import ModelType
 from comfy_api.v0_0_2 import io, ui
 from safetensors.torch import save_file
 
-from ...kernels.atomic_write import replacing
+from ...kernels.atomic_write import atomic_write
 from ...kernels.checkpoints import catvton
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
@@ -55,14 +55,14 @@ def tensors_of(patcher: Any) -> dict[str, torch.Tensor]:
             )
     made: dict[str, torch.Tensor] = {}
     for path, module in patcher.model.diffusion_model.named_modules():
-        for leaf, held in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}"
+        for suffix, held in module.named_parameters(recurse=False):
+            name = f"{path}.{suffix}"
             key, layer = PREFIX + name, _quantised_layer(held, module)
             # What is loaded may be merged already; ComfyUI keeps the untouched weight then.
             backup = patcher.backup.get(key)
             weight = held if backup is None else backup.weight
             if key in patcher.patches:
-                weight = _merged(patcher, key, weight, module, leaf)
+                weight = _merged(patcher, key, weight, module, suffix)
             made |= {name: weight} if layer is None else _leaves(path, weight, layer)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in made.items()}
 
@@ -78,18 +78,18 @@ def _quantised_layer(weight: torch.Tensor, module: Any) -> precision.Layer | Non
 def _leaves(path: str, weight: Any, layer: precision.Layer) -> dict[str, torch.Tensor]:
     from . import quantized_layers
 
-    own = quantized_layers.leaves(weight) | {precision.DECLARATION: layer.declaration()}
-    return {f"{path}.{leaf}": tensor for leaf, tensor in own.items()}
+    own = quantized_layers.by_suffix(weight) | {precision.DECLARATION: layer.declaration()}
+    return {f"{path}.{suffix}": tensor for suffix, tensor in own.items()}
 
 
-def _merged(patcher: Any, key: str, weight: Any, module: Any, leaf: str) -> Any:
-    convert = getattr(module, f"convert_{leaf}", None)
+def _merged(patcher: Any, key: str, weight: Any, module: Any, suffix: str) -> Any:
+    convert = getattr(module, f"convert_{suffix}", None)
     # A copy that the patches may write to, in the type that they are computed in.
     wide = weight.to(device="cpu", dtype=torch.float32, copy=True)
     wide = convert(wide, inplace=True) if convert is not None else wide
     changed = comfy.lora.calculate_weight(patcher.patches[key], wide, key)
     seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
-    give = getattr(module, f"set_{leaf}", None)
+    give = getattr(module, f"set_{suffix}", None)
     if give is not None:
         return give(changed, inplace_update=False, seed=seed(key), return_weight=True)
     return comfy.float.stochastic_rounding(changed, weight.dtype, seed=seed(key))
@@ -119,7 +119,7 @@ def save_catvton(patcher: Any, path: str) -> str:
     tensors = tensors_of(patcher)
     metadata = metadata_of(patcher, tensors)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with replacing(Path(path)) as unfinished:
+    with atomic_write(Path(path)) as unfinished:
         save_file(tensors, unfinished, metadata)
     lines = [f"{os.path.basename(path)}: {megabytes(os.path.getsize(path))}"]
     lines += [f"{len(patcher.patches)} patched weights merged"] if patcher.patches else []

@@ -266,9 +266,9 @@ def _with_changes(low: Any, high: Any, run: Any) -> Any:
     before = _leaves(high.model_options)
     for option, value in _leaves(run.model_options).items():
         if not _same_option(before.get(option), value):
-            holder, _, leaf = option.rpartition(".")
+            holder, _, suffix = option.rpartition(".")
             target = low.model_options.setdefault(holder, {}) if holder else low.model_options
-            target[leaf] = value
+            target[suffix] = value
     new = {
         key: entries[len(high.patches.get(key, ())) :]
         for key, entries in run.patches.items()

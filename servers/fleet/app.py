@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import FrugalError
-from .job_request import Order
-from .scheduler import Desk, Event, Limits, Rules
+from .job_request import JobRequest
+from .scheduler import Event, JobScheduler, Limits, Rules
 from .store import Store
 
 # Requests that ask for a state while others hand in files.
@@ -86,7 +86,7 @@ class Worker:
         self.comfy.place.remove()
         os._exit(1)
 
-    async def run(self, job: str, order: Order) -> AsyncIterator[Event]:
+    async def run(self, job: str, order: JobRequest) -> AsyncIterator[Event]:
         """Events of one order."""
         from .worker_process import LostError
 
@@ -120,11 +120,11 @@ class FrontDesk:
 
     async def __init__(self, fleet: Fleet, workers: Any):
         self.fleet, self.workers = fleet, workers
-        self.desk = Desk(Store(Path(fleet.store)), self._run, fleet.rules())
-        self.desk.open()
+        self.scheduler = JobScheduler(Store(Path(fleet.store)), self._run, fleet.rules())
+        self.scheduler.open()
         self._greeting = asyncio.ensure_future(self._greet())
 
-    async def _run(self, job: str, order: Order) -> AsyncIterator[Event]:
+    async def _run(self, job: str, order: JobRequest) -> AsyncIterator[Event]:
         events = self.workers.options(stream=True).run.remote(job, order)
         try:
             async for event in events:
@@ -135,10 +135,10 @@ class FrontDesk:
 
     async def _greet(self) -> None:
         # Until the first worker has said its memory no plan can be judged.
-        while not self.desk.memory:
+        while not self.scheduler.memory:
             try:
                 facts = await self.workers.facts.remote()
-                self.desk.seen(facts["worker"], facts["memory"])
+                self.scheduler.seen(facts["worker"], facts["memory"])
                 return
             except Exception:
                 await asyncio.sleep(LOOK)
@@ -193,12 +193,12 @@ def build(arguments: Mapping[str, Any]) -> Any:
 
     def pages() -> Any:
         return application(
-            lambda: serve.get_replica_context().servable_object.desk,
+            lambda: serve.get_replica_context().servable_object.scheduler,
             fleet.token_hash,
             fleet.largest_request,
         )
 
-    desk = serve.deployment(
+    scheduler = serve.deployment(
         serve.ingress(pages)(FrontDesk),
         name="desk",
         num_replicas=1,
@@ -207,4 +207,4 @@ def build(arguments: Mapping[str, Any]) -> Any:
         health_check_timeout_s=30,
         ray_actor_options={"num_cpus": 0, "resources": resources},
     )
-    return desk.bind(fleet, workers.bind(fleet))
+    return scheduler.bind(fleet, workers.bind(fleet))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...kernels.atomic_write import replacing
+from ...kernels.atomic_write import atomic_write
 from ...kernels.errors import FrugalError
 from .client import FleetClient, settled
 from .csv_jobs import Row
@@ -90,7 +90,7 @@ async def _through(
     )
     if job["status"] == "completed":
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / DONE) as unfinished:
+        with atomic_write(folder / DONE) as unfinished:
             unfinished.write_text(json.dumps({"key": row.key, "job": job}, indent=1), "utf-8")
     if delete:
         # A failed job is forgotten too, or its key would give the old failure for ever.
@@ -113,7 +113,10 @@ def _earlier(folder: Path, row: Row) -> Result | None:
 
 
 def _table(path: Path, results: Sequence[Result]) -> None:
-    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_write(path) as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="") as file,
+    ):
         write = csv.writer(file)
         write.writerow(COLUMNS)
         for each in results:

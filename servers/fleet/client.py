@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from ...kernels.atomic_write import replacing
+from ...kernels.atomic_write import atomic_write
 from ...kernels.errors import FrugalError
 from ..address import Server, server
 from ..transport import Reply, exchange, refusal
@@ -178,7 +178,7 @@ class FleetClient:
                     "fetch it again",
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 unfinished.write_bytes(reply.body)
             written.append(path)
         return written

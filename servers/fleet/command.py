@@ -16,7 +16,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from . import batch, csv_jobs, token
 from .client import FleetClient
-from .job_request import Order, order
+from .job_request import JobRequest, order
 from .scheduler import Limits
 
 TOKEN = "FRUGAL_FLEET_TOKEN"
@@ -189,7 +189,7 @@ async def _submit(client: FleetClient, given: argparse.Namespace) -> int:
 
 
 def _joined(row: csv_jobs.Row, files: dict[str, bytes]) -> csv_jobs.Row:
-    whole = Order(row.order.workflow, {**files, **row.order.files})
+    whole = JobRequest(row.order.workflow, {**files, **row.order.files})
     return csv_jobs.Row(row.number, row.name, whole, f"sheet-{whole.digest()}")
 
 

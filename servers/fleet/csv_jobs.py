@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import FrugalError
-from .job_request import Order, order
+from .job_request import JobRequest, order
 
 FILE = re.compile(r".*\.(png|jpe?g|webp|bmp|gif|tiff?|mp4|mov|mkv|webm|wav|mp3|flac)", re.I)
 LINK_PARTS = 2
@@ -33,7 +33,7 @@ class Row:
 
     number: int
     name: str
-    order: Order
+    order: JobRequest
     key: str
 
 

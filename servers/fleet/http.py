@@ -32,7 +32,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from . import metrics
 from .job_request import LARGEST_WORKFLOW, checked_key, order
-from .scheduler import Desk, NotYetError, TooLargeError
+from .scheduler import JobScheduler, NotYetError, TooLargeError
 from .store import ENDED, OPEN, FullError, Job, KeyReusedError
 
 MOST_FILES, LONGEST_LIST = 64, 1000
@@ -44,11 +44,13 @@ def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def application(desk: Callable[[], Desk], token: str, largest: int = LARGEST_BODY) -> ASGIApp:
+def application(
+    scheduler: Callable[[], JobScheduler], token: str, largest: int = LARGEST_BODY
+) -> ASGIApp:
     """The ASGI app of a desk. token: as `hashed` gives it; empty: everybody may. largest: bytes of
     a request.
     """
-    pages = Pages(desk, largest)
+    pages = Pages(scheduler, largest)
     routes = [
         Route("/health", pages.health, methods=["GET"]),
         Route("/metrics", pages.metrics, methods=["GET"]),
@@ -61,14 +63,14 @@ def application(desk: Callable[[], Desk], token: str, largest: int = LARGEST_BOD
         Route("/v1/jobs/{job}/files/{name:path}", pages.file, methods=["GET"]),
     ]
     handlers = {FrugalError: _refuse, HTTPException: _plain, Exception: _broken}
-    return Guarded(Starlette(routes=routes, exception_handlers=handlers), desk, token)
+    return Guarded(Starlette(routes=routes, exception_handlers=handlers), scheduler, token)
 
 
 class Guarded:
     """Nothing but /health is answered without the token; a wrong path neither."""
 
-    def __init__(self, app: ASGIApp, desk: Callable[[], Desk], token: str):
-        self.app, self.desk, self.token = app, desk, token
+    def __init__(self, app: ASGIApp, scheduler: Callable[[], JobScheduler], token: str):
+        self.app, self.scheduler, self.token = app, scheduler, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.token and scope["path"] != "/health":
@@ -76,7 +78,7 @@ class Guarded:
             kind, _, key = given.partition(" ")
             # Digests have one length, and comparing them takes one time.
             if kind.lower() != "bearer" or not hmac.compare_digest(hashed(key.strip()), self.token):
-                self.desk().store.count("refused_token")
+                self.scheduler().store.count("refused_token")
                 answer = _error(
                     401,
                     "no valid token; expected the header Authorization: Bearer TOKEN; send the "
@@ -112,30 +114,30 @@ async def _refuse(request: Request, error: Exception) -> Response:
 class Pages:
     """One method per route."""
 
-    def __init__(self, desk: Callable[[], Desk], largest: int):
-        self.desk, self.largest = desk, largest
+    def __init__(self, scheduler: Callable[[], JobScheduler], largest: int):
+        self.scheduler, self.largest = scheduler, largest
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(metrics.text(self.desk()), media_type=metrics.KIND)
+        return Response(metrics.text(self.scheduler()), media_type=metrics.KIND)
 
     async def fleet(self, request: Request) -> Response:
-        desk = self.desk()
+        scheduler = self.scheduler()
         return JSONResponse(
             {
-                "jobs": desk.store.counts(),
-                "counters": desk.store.counters(),
-                "rules": asdict(desk.rules),
-                "worker_memory": desk.memory,
+                "jobs": scheduler.store.counts(),
+                "counters": scheduler.store.counters(),
+                "rules": asdict(scheduler.rules),
+                "worker_memory": scheduler.memory,
                 "largest_request": self.largest,
-                "retry_after": desk.retry_after(),
+                "retry_after": scheduler.retry_after(),
             }
         )
 
     async def submit(self, request: Request) -> Response:
-        desk = self.desk()
+        scheduler = self.scheduler()
         key = request.headers.get("idempotency-key", "")
         key = checked_key(key) if key else ""
         try:
@@ -147,9 +149,9 @@ class Pages:
         if isinstance(workflow, Response):
             return workflow
         try:
-            job, new = desk.accept(order(workflow, files, plan), key)
+            job, new = scheduler.accept(order(workflow, files, plan), key)
         except (FullError, NotYetError) as error:
-            return _error(503, str(error), {"Retry-After": str(desk.retry_after())})
+            return _error(503, str(error), {"Retry-After": str(scheduler.retry_after())})
         return JSONResponse(shown(job), 202 if new else 200, {"Location": f"/v1/jobs/{job.id}"})
 
     async def _parts(self, request: Request) -> Any:
@@ -209,18 +211,20 @@ class Pages:
         limit = request.query_params.get("limit", "100")
         if (status and status not in (*OPEN, *ENDED)) or not limit.isdecimal():
             return _error(400, f"expected status among {', '.join((*OPEN, *ENDED))}, whole limit.")
-        jobs = self.desk().store.list(status, min(int(limit), LONGEST_LIST))
+        jobs = self.scheduler().store.list(status, min(int(limit), LONGEST_LIST))
         return JSONResponse({"jobs": [shown(job) for job in jobs]})
 
     async def show(self, request: Request) -> Response:
         try:
-            return JSONResponse(shown(self.desk().store.job(request.path_params["job"])))
+            return JSONResponse(shown(self.scheduler().store.job(request.path_params["job"])))
         except KeyError:
             return _unknown(request)
 
     async def file(self, request: Request) -> Response:
         try:
-            path = self.desk().store.file(request.path_params["job"], request.path_params["name"])
+            path = self.scheduler().store.file(
+                request.path_params["job"], request.path_params["name"]
+            )
         except KeyError:
             return _unknown(request)
         # Never shown as a page: a result may be HTML that somebody else's graph wrote.
@@ -229,17 +233,17 @@ class Pages:
     async def cancel(self, request: Request) -> Response:
         job = request.path_params["job"]
         try:
-            cancelled = await self.desk().cancel(job)
-            return JSONResponse(shown(self.desk().store.job(job)) | {"cancelled": cancelled})
+            cancelled = await self.scheduler().cancel(job)
+            return JSONResponse(shown(self.scheduler().store.job(job)) | {"cancelled": cancelled})
         except KeyError:
             return _unknown(request)
 
     async def delete(self, request: Request) -> Response:
         job = request.path_params["job"]
         try:
-            if self.desk().store.job(job).status in OPEN:
+            if self.scheduler().store.job(job).status in OPEN:
                 return _error(409, f"job {job} has not ended; cancel it first.")
-            self.desk().store.delete(job)
+            self.scheduler().store.delete(job)
         except KeyError:
             return _unknown(request)
         return JSONResponse({"id": job, "deleted": True})

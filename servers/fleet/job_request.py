@@ -18,7 +18,7 @@ LARGEST_WORKFLOW = 8 * 10**6
 
 
 @dataclass(frozen=True)
-class Order:
+class JobRequest:
     """workflow: node id -> {class_type, inputs}. files: name -> bytes, laid into ComfyUI's input
     folder. needs: bytes of device memory by the plan that came with it; 0 if none did.
     """
@@ -35,11 +35,11 @@ class Order:
         return total.hexdigest()
 
 
-def order(workflow: bytes | str, files: Mapping[str, bytes], plan: bytes | str = b"") -> Order:
+def order(workflow: bytes | str, files: Mapping[str, bytes], plan: bytes | str = b"") -> JobRequest:
     """The order that these parts of a request make. Raises FrugalError for anything a worker
     could not take.
     """
-    return Order(_workflow(workflow), _files(files), needs(plan) if plan else 0)
+    return JobRequest(_workflow(workflow), _files(files), needs(plan) if plan else 0)
 
 
 def checked_key(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .scheduler import Desk
+    from .scheduler import JobScheduler
 
 KIND = "text/plain; version=0.0.4; charset=utf-8"
 COUNTED = {
@@ -22,26 +22,26 @@ COUNTED = {
 }
 
 
-def text(desk: Desk) -> bytes:
+def text(scheduler: JobScheduler) -> bytes:
     """Counters outlive a restart; gauges are of this moment."""
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     class Now:
         def collect(self):
-            counters = desk.store.counters()
+            counters = scheduler.store.counters()
             for name, what in COUNTED.items():
                 yield CounterMetricFamily(f"frugal_fleet_{name}", what, value=counters.get(name, 0))
             kept = GaugeMetricFamily(
                 "frugal_fleet_jobs", "Jobs in the store, by status.", labels=["status"]
             )
-            for status, count in desk.store.counts().items():
+            for status, count in scheduler.store.counts().items():
                 kept.add_metric([status], count)
             yield kept
             for name, what, value in (
-                ("queue_limit", "Jobs that may be open at once.", desk.rules.queue),
-                ("result_bytes", "Bytes of all kept results.", desk.store.bytes_kept()),
-                ("worker_memory_bytes", "Memory orders are held against.", desk.memory),
+                ("queue_limit", "Jobs that may be open at once.", scheduler.rules.queue),
+                ("result_bytes", "Bytes of all kept results.", scheduler.store.bytes_kept()),
+                ("worker_memory_bytes", "Memory orders are held against.", scheduler.memory),
             ):
                 yield GaugeMetricFamily(f"frugal_fleet_{name}", what, value=value)
 

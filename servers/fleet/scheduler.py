@@ -20,13 +20,13 @@ from typing import Any
 
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
-from .job_request import FILE_NAME, Order
+from .job_request import FILE_NAME, JobRequest
 from .store import CANCELLED, ENDED, FAILED, RUNNING, FullError, Job, Store
 
 # Events: started {worker, memory}; file {name, data}, in pieces, each name's one after the other;
 # done {shown}; failed {error}.
 Event = Mapping[str, Any]
-Run = Callable[[str, Order], AsyncIterator[Event]]
+Run = Callable[[str, JobRequest], AsyncIterator[Event]]
 PAUSE, LONGEST_PAUSE = 0.5, 15.0
 # Beyond its own time limit a worker needs some to stop a graph and answer.
 GRACE = 120.0
@@ -66,7 +66,7 @@ class Rules(Limits):
     at_once: int = 64
 
 
-class Desk:
+class JobScheduler:
     """Made inside an event loop, which it stays in."""
 
     def __init__(self, store: Store, run: Run, rules: Rules):
@@ -97,7 +97,7 @@ class Desk:
 
     # What a client asks for
 
-    def accept(self, order: Order, key: str = "") -> tuple[Job, bool]:
+    def accept(self, order: JobRequest, key: str = "") -> tuple[Job, bool]:
         """The job and whether it is new. Raises TooLargeError, NotYetError, FullError,
         KeyReusedError.
         """
@@ -115,7 +115,7 @@ class Desk:
             self._begin(job.id)
         return job, new
 
-    def _admit(self, order: Order) -> None:
+    def _admit(self, order: JobRequest) -> None:
         if not order.needs:
             return
         if not self.memory:

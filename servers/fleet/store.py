@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import FrugalError
-from .job_request import Order
+from .job_request import JobRequest
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = (
     "queued", "running", "completed", "failed", "cancelled",
@@ -115,7 +115,7 @@ class Store:
 
     # Orders come in
 
-    def add(self, order: Order, key: str, most: int) -> tuple[Job, bool]:
+    def add(self, order: JobRequest, key: str, most: int) -> tuple[Job, bool]:
         """The job for `order`, and whether it is new: a key that was used gives its job again.
 
         Raises FullError where `most` jobs are open, KeyReusedError where the key belongs to
@@ -144,11 +144,11 @@ class Store:
         )
         return self.job(job), True
 
-    def order(self, job: str) -> Order:
+    def order(self, job: str) -> JobRequest:
         """What `job` is to run."""
         place = self.jobs / job
         files = {each.name: each.read_bytes() for each in sorted((place / PLACE).iterdir())}
-        return Order(json.loads((place / "workflow.json").read_bytes()), files)
+        return JobRequest(json.loads((place / "workflow.json").read_bytes()), files)
 
     # What is known
 

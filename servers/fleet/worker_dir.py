@@ -13,7 +13,7 @@ FOLDERS = ("input", "output", "temp", "user")
 PIECE = 4 * 10**6
 
 
-class Workplace:
+class WorkerDir:
     """Made under `base`, beside those of other workers; what dead workers left there is removed."""
 
     def __init__(self, base: Path):

@@ -23,9 +23,9 @@ from typing import Any
 import aiohttp
 
 from ...kernels.errors import FrugalError
-from .job_request import Order
+from .job_request import JobRequest
 from .scheduler import Event
-from .worker_dir import Workplace
+from .worker_dir import WorkerDir
 
 BOOT_SECONDS, STOP_SECONDS = 600.0, 20.0
 POLL, LONGEST_POLL = 0.1, 1.0
@@ -75,7 +75,7 @@ class Comfy:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.place = Workplace(Path(recipe.base))
+        self.place = WorkerDir(Path(recipe.base))
         self.name, self.memory = self.place.name, 0
         self.process: asyncio.subprocess.Process | None = None
         self._url = ""
@@ -177,7 +177,7 @@ class Comfy:
 
     # One graph
 
-    async def run(self, job: str, order: Order) -> AsyncIterator[Event]:
+    async def run(self, job: str, order: JobRequest) -> AsyncIterator[Event]:
         """Events of one order (see desk.py). Raises LostError when the process is lost."""
         # Begun on a process that the job before took down, a job would lose an attempt for nothing.
         try:

@@ -104,7 +104,7 @@ def test_traced_peak_covers_the_counted_one(bench, wan, peak, side):
     watched = wan.clone()
     watched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test.peak", wrapper)
     bench.sample(watched, latent=torch.zeros(shape))
-    traced = peaks.of_job(job, plan.switches)
+    traced = peaks.of_job(job, plan.memory_options)
     # Flash attention of the simulated card writes scores, which a real one does not.
     assert 0.3 * seen["bytes"] < traced < 3 * seen["bytes"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.kernels.attention import Chooser, attention, check
+from frugal.kernels.attention import KernelSelector, attention, check
 from frugal.kernels.attention.backends import BACKENDS
 from frugal.kernels.attention.call import describe
 from frugal.kernels.attention.call_report import table
@@ -74,7 +74,7 @@ def test_auto_is_right(dtype, kv_heads, masked):
     mask = None
     if masked:
         mask = torch.rand(1, 1, 1500, 1500, device="cuda") > 0.5
-    chooser = Chooser(torch.device("cuda"))
+    chooser = KernelSelector(torch.device("cuda"))
     out = chooser.attend(q, k, v, mask)
     rows = torch.arange(0, 1500, 7, device="cuda")
     want = rows_in_float64(q, k, v, rows, mask)
@@ -88,7 +88,7 @@ def test_auto_is_right(dtype, kv_heads, masked):
 
 def test_calls_do_not_wait_for_the_device():
     q, k, v = tensors(8, 2048, 2048, 128)
-    chooser = Chooser(torch.device("cuda"))
+    chooser = KernelSelector(torch.device("cuda"))
     chooser.attend(q, k, v)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
@@ -102,7 +102,7 @@ def test_calls_do_not_wait_for_the_device():
 
 def test_no_graph_break_on_the_device():
     q, k, v = tensors(8, 2048, 2048, 128)
-    chooser = Chooser(torch.device("cuda"))
+    chooser = KernelSelector(torch.device("cuda"))
     explained = torch._dynamo.explain(lambda *a: chooser.attend(*a) * 2)(q, k, v)
     assert explained.graph_break_count == 0, explained.break_reasons
 

@@ -60,21 +60,21 @@ def configuration(size: str, image: bool):
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_forward_peak_within_ten_percent(comfy, size, picture, pieces, record_property):
     """Two layers on the card show the peak of all: what one needs is needed once."""
-    from frugal.kernels.memory.plan import Job, Switches
+    from frugal.kernels.memory.plan import Job, MemoryOptions
     from frugal.nodes.memory import meta_models
     from frugal.nodes.memory.chunked_blocks import InForce, forwards
 
     device = torch.device("cuda")
     job = Job(*SIZES[picture], 81)
-    switches = Switches(True, pieces, pieces)
+    memory_options = MemoryOptions(True, pieces, pieces)
     config = replace(configuration(size, size == "14B"), layers=2)
     patcher = wan(comfy, config)
-    predicted = meta_models.ForwardPeaks(patcher.model, device).of(1, job.latent, switches)
+    predicted = meta_models.ForwardPeaks(patcher.model, device).of(1, job.latent, memory_options)
     model = patcher.model.diffusion_model.to(device)
     for path, forward in list(
         forwards(
             model,
-            InForce.of(switches),
+            InForce.of(memory_options),
             lambda path: model.get_submodule(path.rpartition(".")[0]).forward,
         )
     ):

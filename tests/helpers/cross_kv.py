@@ -81,9 +81,9 @@ class TouchedWeights(TorchDispatchMode):
         self.steps: list[set[str]] = [set()]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                name = self.names.get(_memory(leaf))
+        for suffix in tree_leaves((args, kwargs)):
+            if isinstance(suffix, torch.Tensor):
+                name = self.names.get(_memory(suffix))
                 if name is not None:
                     self.steps[-1].add(name)
         return func(*args, **(kwargs or {}))

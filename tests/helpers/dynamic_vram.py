@@ -100,12 +100,12 @@ def streamed(patcher: Any, resident: bool):
         for name, module in layers.items():
             patch.setattr(module, "comfy_cast_weights", True)
             patch.setattr(module, "seed_key", name, raising=False)
-            for leaf in ("weight", "bias"):
-                key, given = f"{name}.{leaf}", None
+            for suffix in ("weight", "bias"):
+                key, given = f"{name}.{suffix}", None
                 if key in patcher.patches:
                     given = comfy.model_patcher.LowVramPatch(key, patcher.patches)
-                patch.setattr(module, f"{leaf}_lowvram_function", given, raising=False)
-                patch.setattr(module, f"{leaf}_function", [], raising=False)
+                patch.setattr(module, f"{suffix}_lowvram_function", given, raising=False)
+                patch.setattr(module, f"{suffix}_function", [], raising=False)
         try:
             yield
         finally:

@@ -13,8 +13,8 @@ from pathlib import Path
 import uvicorn
 
 from frugal.servers.fleet.http import application, hashed
-from frugal.servers.fleet.job_request import Order, order
-from frugal.servers.fleet.scheduler import Desk, Event, Rules
+from frugal.servers.fleet.job_request import JobRequest, order
+from frugal.servers.fleet.scheduler import Event, JobScheduler, Rules
 from frugal.servers.fleet.store import Store
 from frugal.tests.helpers.patience import FOREVER, HANG, comes
 
@@ -37,7 +37,7 @@ def picture_graph(color: int = 0, size: int = 16) -> dict:
     }
 
 
-def an_order(color: int = 0, **files: bytes) -> Order:
+def an_order(color: int = 0, **files: bytes) -> JobRequest:
     return order(json.dumps(picture_graph(color)), files)
 
 
@@ -47,11 +47,11 @@ class Pretended:
     `begun` holds (job, color) of each attempt, `ended` the jobs whose events were read to the end.
     """
 
-    acts: list[Callable[[str, Order], AsyncIterator[Event]]]
+    acts: list[Callable[[str, JobRequest], AsyncIterator[Event]]]
     begun: list[tuple[str, int]] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
 
-    async def run(self, job: str, wanted: Order) -> AsyncIterator[Event]:
+    async def run(self, job: str, wanted: JobRequest) -> AsyncIterator[Event]:
         act = self.acts[min(len(self.begun), len(self.acts) - 1)]
         self.begun.append((job, wanted.workflow["1"]["inputs"]["color"]))
         async for event in act(job, wanted):
@@ -63,7 +63,7 @@ def started(worker: str = "w1", memory: int = MEMORY) -> Event:
     return {"kind": "started", "worker": worker, "memory": memory}
 
 
-async def works(job: str, wanted: Order) -> AsyncIterator[Event]:
+async def works(job: str, wanted: JobRequest) -> AsyncIterator[Event]:
     """A result that says what was asked for."""
     yield started()
     color = str(wanted.workflow["1"]["inputs"]["color"]).encode()
@@ -73,26 +73,26 @@ async def works(job: str, wanted: Order) -> AsyncIterator[Event]:
     yield {"kind": "done", "shown": {"2": {"text": ["x"]}}}
 
 
-async def dies(job: str, wanted: Order) -> AsyncIterator[Event]:
+async def dies(job: str, wanted: JobRequest) -> AsyncIterator[Event]:
     """Lost in the middle of a result."""
     yield started()
     yield {"kind": "file", "name": "out/p.txt", "data": b"half"}
     raise RuntimeError("the card fell off the bus")
 
 
-async def is_lost_before(job: str, wanted: Order) -> AsyncIterator[Event]:
+async def is_lost_before(job: str, wanted: JobRequest) -> AsyncIterator[Event]:
     """Gone before it began."""
     raise ConnectionError("nobody there")
     yield started()
 
 
-async def complains(job: str, wanted: Order) -> AsyncIterator[Event]:
+async def complains(job: str, wanted: JobRequest) -> AsyncIterator[Event]:
     """A graph that fails."""
     yield started()
     yield {"kind": "failed", "error": "node 1 (EmptyImage): no"}
 
 
-async def hangs(job: str, wanted: Order) -> AsyncIterator[Event]:
+async def hangs(job: str, wanted: JobRequest) -> AsyncIterator[Event]:
     """Never ends."""
     yield started()
     await asyncio.sleep(FOREVER)
@@ -104,18 +104,21 @@ class Running:
     """A desk that answers at `url`; `desk` belongs to the thread's loop."""
 
     url: str
-    desk: Desk
+    scheduler: JobScheduler
     loop: asyncio.AbstractEventLoop
     pretended: Pretended
 
 
 @contextlib.contextmanager
 def running(
-    store: Path, *acts: Callable[[str, Order], AsyncIterator[Event]], largest: int = 10**6, **rules
+    store: Path,
+    *acts: Callable[[str, JobRequest], AsyncIterator[Event]],
+    largest: int = 10**6,
+    **rules,
 ) -> Iterator[Running]:
     """The real HTTP side on loopback before pretended workers."""
     pretended, ready, loop = Pretended([*acts]), threading.Event(), asyncio.new_event_loop()
-    held: list[Desk] = []
+    held: list[JobScheduler] = []
     app = application(lambda: held[0], hashed(TOKEN), largest)
     web = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
@@ -123,14 +126,14 @@ def running(
     web.install_signal_handlers = lambda: None
 
     async def serve() -> None:
-        desk = Desk(Store(store), pretended.run, Rules(**rules))
-        held.append(desk)
-        desk.open()
+        scheduler = JobScheduler(Store(store), pretended.run, Rules(**rules))
+        held.append(scheduler)
+        scheduler.open()
         task = asyncio.ensure_future(web.serve())
         await comes(lambda: web.started or task.done())
         ready.set()
         await task
-        await desk.close()
+        await scheduler.close()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()

@@ -18,7 +18,7 @@ from frugal.demo.comfy_server import free_port
 from frugal.tests.helpers.installed import installed
 from frugal.tests.helpers.patience import HANG, until
 
-EXTRA_NODES = Path(__file__).parent / "bed" / "extra_nodes.py"
+EXTRA_NODES = Path(__file__).parent / "extra_nodes.py"
 
 
 def comfy_arguments(base: Path) -> list[str]:

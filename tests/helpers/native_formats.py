@@ -73,7 +73,7 @@ def native_file(label: str, source: dict[str, torch.Tensor], layers: list[str], 
     declared = {}
     for layer in layers:
         tensors, meant[f"{layer}.weight"], entry = native_layer(label, source[f"{layer}.weight"])
-        held |= {f"{layer}.{leaf}": tensor for leaf, tensor in tensors.items()}
+        held |= {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
         declared[layer] = entry
         if not header:
             raw = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)

@@ -63,7 +63,9 @@ def gptq_or_awq_layer(
     layer = {"qweight": words, "qzeros": stored, "scales": scales}
     if kind == "gptq":
         layer["g_idx"] = index.astype(np.int32)
-    tensors = {leaf: torch.from_numpy(np.ascontiguousarray(value)) for leaf, value in layer.items()}
+    tensors = {
+        suffix: torch.from_numpy(np.ascontiguousarray(value)) for suffix, value in layer.items()
+    }
     return tensors, torch.from_numpy(np.ascontiguousarray(meant.T)).float()
 
 

@@ -232,7 +232,7 @@ def gptq_or_awq(source: Weights, config: WanConfig = T2V, **options: Any) -> Fil
         tensors, meant[f"{layer}.weight"] = gptq_or_awq_layer(
             held.pop(f"{layer}.weight"), **options
         )
-        held.update({f"{layer}.{leaf}": tensor for leaf, tensor in tensors.items()})
+        held.update({f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()})
     metadata = {}
     if options.get("version") == 2:
         metadata = {"quantization_config": json.dumps({"checkpoint_format": "gptq_v2"})}
@@ -254,7 +254,7 @@ def w4a16(source: Weights, group: int = 64, config: WanConfig = T2V) -> File:
     held, meant = base(source)
     for layer in block_linears(source, config):
         tensors, meant[f"{layer}.weight"] = w4a16_layer(source[f"{layer}.weight"], group)
-        held.update({f"{layer}.{leaf}": tensor for leaf, tensor in tensors.items()})
+        held.update({f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()})
         held.update(declare(layer, format="awq_w4a16", group_size=group))
     return held, {}, meant
 
@@ -284,7 +284,7 @@ def lightx2v_nvfp4(source: Weights, older: bool = False, config: WanConfig = T2V
                 else {"alpha": 1 / (2688.0 / absmax * inverse), "input_global_scale": 2688 / absmax}
             ),
         }
-        held.update({f"{layer}.{leaf}": value for leaf, value in own.items()})
+        held.update({f"{layer}.{suffix}": value for suffix, value in own.items()})
     return held, {}, meant
 
 
@@ -367,7 +367,7 @@ def fake_native(layer: str, form: str, rows: int, width: int) -> Weights:
         "mxfp8": {"weight": (E4, rows, width), "weight_scale": (byte, rows, width // 32)},
     }[form]
     tensors = {
-        f"{layer}.{leaf}": torch.ones(shape).to(dtype) for leaf, (dtype, *shape) in held.items()
+        f"{layer}.{suffix}": torch.ones(shape).to(dtype) for suffix, (dtype, *shape) in held.items()
     }
     return tensors | declare(layer, format=form)
 

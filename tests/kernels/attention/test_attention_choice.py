@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from frugal.kernels.attention import Chooser, attention, check, measure, tuning_cache
+from frugal.kernels.attention import KernelSelector, attention, check, measure, tuning_cache
 from frugal.kernels.attention.backends import CHUNKED, TORCH, Backend
 from frugal.kernels.attention.call import bucket, describe
 from frugal.kernels.attention.call_report import table
@@ -51,14 +51,14 @@ FAULTS = {
 def test_a_faulty_kernel_is_replaced(fault, choice):
     change, spoil, reason = FAULTS[fault]
     bad = fake("bad", change, spoil)
-    chooser = Chooser(CPU, choice, backends=(bad, TORCH))
+    kernel_selector = KernelSelector(CPU, choice, backends=(bad, TORCH))
     q, k, v = tensors()
     before = [each.clone() for each in (q, k, v)]
     for _ in range(2):
-        found = chooser.attend(q, k, v)
+        found = kernel_selector.attend(q, k, v)
         assert off(found, by_rows(q, k, v, None, 40**-0.5)) < 1e-6
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
-    (row,) = table(chooser).rows
+    (row,) = table(kernel_selector).rows
     assert (row.backend, row.calls) == ("torch", 2)
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(row.refused["bad"])
@@ -68,31 +68,31 @@ def test_a_faulty_kernel_is_replaced(fault, choice):
 def test_a_kernel_that_fails_later_is_replaced():
     healthy = [True]
     flaky = fake("flaky", lambda out: out if healthy else raises(out))
-    chooser = Chooser(CPU, "flaky", backends=(flaky, TORCH))
+    kernel_selector = KernelSelector(CPU, "flaky", backends=(flaky, TORCH))
     q, k, v = tensors()
-    chooser.attend(q, k, v)
-    assert table(chooser).rows[0].backend == "flaky"
+    kernel_selector.attend(q, k, v)
+    assert table(kernel_selector).rows[0].backend == "flaky"
     healthy.clear()
     for chained, used in ((False, "torch"), (True, "handed on")):
-        chooser.broken.clear()
-        found = chooser.attend(q, k, v, chained=chained)
+        kernel_selector.broken.clear()
+        found = kernel_selector.attend(q, k, v, chained=chained)
         assert found is None if chained else off(found, by_rows(q, k, v, None, 40**-0.5)) < 1e-6
-        assert "no kernel image" in table(chooser).broken["flaky"]
-        assert table(chooser).rows[0].backend == used
+        assert "no kernel image" in table(kernel_selector).broken["flaky"]
+        assert table(kernel_selector).rows[0].backend == used
         healthy.append(True)
-        chooser = Chooser(CPU, "flaky", backends=(flaky, TORCH))
-        chooser.attend(q, k, v, chained=True)
+        kernel_selector = KernelSelector(CPU, "flaky", backends=(flaky, TORCH))
+        kernel_selector.attend(q, k, v, chained=True)
         healthy.clear()
 
 
 def test_without_a_kernel_left_the_error_is_shown():
     healthy = [True]
     flaky = fake("flaky", lambda out: out if healthy else raises(out))
-    chooser = Chooser(CPU, backends=(flaky,))
-    chooser.attend(*tensors())
+    kernel_selector = KernelSelector(CPU, backends=(flaky,))
+    kernel_selector.attend(*tensors())
     healthy.clear()
     with pytest.raises(RuntimeError, match="no kernel image"):
-        chooser.attend(*tensors())
+        kernel_selector.attend(*tensors())
 
 
 def eight_bits(**options):
@@ -111,33 +111,35 @@ def eight_bits(**options):
     ],
 )
 def test_eight_bits_only_where_allowed(keys, allow, here, used):
-    chooser = Chooser(CPU, "eight", allow, backends=(eight_bits(), TORCH))
+    kernel_selector = KernelSelector(CPU, "eight", allow, backends=(eight_bits(), TORCH))
     q, k, v = tensors(B=1, H=2, Lk=keys)
-    chooser.attend(q, k, v, lossy=here)
-    assert table(chooser).rows[0].backend == used
+    kernel_selector.attend(q, k, v, lossy=here)
+    assert table(kernel_selector).rows[0].backend == used
 
 
 def test_an_exact_kernel_is_held_to_more():
-    chooser = Chooser(CPU, backends=(replace(eight_bits(), exact=True), TORCH))
-    chooser.attend(*tensors())
-    assert "is off by 0.02" in table(chooser).rows[0].refused["eight"]
+    kernel_selector = KernelSelector(CPU, backends=(replace(eight_bits(), exact=True), TORCH))
+    kernel_selector.attend(*tensors())
+    assert "is off by 0.02" in table(kernel_selector).rows[0].refused["eight"]
 
 
 def test_what_the_named_kernel_declines_is_handed_on():
-    chooser = Chooser(CPU, "eight", True, backends=(eight_bits(), TORCH))
-    assert chooser.attend(*tensors(), chained=True) is None and chooser.handed_on == 1
-    assert table(chooser).rows[0].backend == "handed on"
+    kernel_selector = KernelSelector(CPU, "eight", True, backends=(eight_bits(), TORCH))
+    assert (
+        kernel_selector.attend(*tensors(), chained=True) is None and kernel_selector.handed_on == 1
+    )
+    assert table(kernel_selector).rows[0].backend == "handed on"
 
 
 def test_the_default_takes_part():
     q, k, v = tensors(B=1, Lq=64, Lk=64)
     slow = fake("slow", lambda out: CHUNKED.run(*tensors(Lq=600, Lk=600), None, 1.0) is None or out)
-    chooser = Chooser(CPU, backends=(slow,))
+    kernel_selector = KernelSelector(CPU, backends=(slow,))
     default = fake("default")
-    assert chooser.attend(q, k, v, default=default.run) is None
-    row = table(chooser).rows[0]
+    assert kernel_selector.attend(q, k, v, default=default.run) is None
+    row = table(kernel_selector).rows[0]
     assert row.backend == "default" and row.default_ms is not None and row.default_ms > 0
-    wrong = Chooser(CPU, backends=(slow,))
+    wrong = KernelSelector(CPU, backends=(slow,))
     assert wrong.attend(q, k, v, default=fake("d", lambda out: out * 1.1).run) is not None
     assert "is off by 0.1" in table(wrong).rows[0].refused["default"]
 
@@ -148,12 +150,14 @@ def test_a_choice_is_remembered(tmp_path):
 
     def run_once(torch_version=None):
         first, second = fake("first"), fake("second")
-        chooser = Chooser(CPU, backends=(first, second), decisions=tuning_cache.load(path))
+        kernel_selector = KernelSelector(
+            CPU, backends=(first, second), decisions=tuning_cache.load(path)
+        )
         if torch_version:
-            chooser.place = chooser.place.replace(torch.__version__, torch_version)
-        chooser.attend(q, k, v)
-        tuning_cache.save(path, chooser.fresh)
-        return first.run.calls + second.run.calls, table(chooser).rows[0].source
+            kernel_selector.place = kernel_selector.place.replace(torch.__version__, torch_version)
+        kernel_selector.attend(q, k, v)
+        tuning_cache.save(path, kernel_selector.fresh)
+        return first.run.calls + second.run.calls, table(kernel_selector).rows[0].source
 
     calls, source = run_once()
     assert calls >= 6 and source == "measured"
@@ -175,9 +179,9 @@ def test_a_choice_is_remembered(tmp_path):
 
 def test_a_new_kernel_is_measured(tmp_path):
     q, k, v = tensors()
-    old = Chooser(CPU, backends=(TORCH,))
+    old = KernelSelector(CPU, backends=(TORCH,))
     old.attend(q, k, v)
-    new = Chooser(CPU, backends=(TORCH, fake("new")), decisions=old.fresh)
+    new = KernelSelector(CPU, backends=(TORCH, fake("new")), decisions=old.fresh)
     new.attend(q, k, v)
     assert {name for name, _ in next(iter(new.fresh.values())).ranking} == {"torch", "new"}
 
@@ -200,21 +204,21 @@ def test_tensors_that_do_not_belong_together():
 
 def test_unknown_or_absent_kernels_are_named():
     with pytest.raises(FrugalError, match="auto or one of torch, "):
-        Chooser(CPU, "sauge")
+        KernelSelector(CPU, "sauge")
     absent = Backend("none", TORCH.run, devices=(), package="no_such_package")
     with pytest.raises(FrugalError, match="none is not installed; expected"):
-        Chooser(CPU, "none", backends=(absent, TORCH))
+        KernelSelector(CPU, "none", backends=(absent, TORCH))
 
 
 def test_spare_kernels_wait():
-    spare, first = fake("spare", spare=True), fake("first")
-    chooser = Chooser(CPU, backends=(spare, first))
-    chooser.attend(*tensors())
-    assert spare.run.calls == 0 and table(chooser).rows[0].backend == "first"
+    fallback, first = fake("spare", fallback=True), fake("first")
+    kernel_selector = KernelSelector(CPU, backends=(fallback, first))
+    kernel_selector.attend(*tensors())
+    assert fallback.run.calls == 0 and table(kernel_selector).rows[0].backend == "first"
     bad = fake("bad", raises)
-    chooser = Chooser(CPU, backends=(spare, bad))
-    chooser.attend(*tensors())
-    row = table(chooser).rows[0]
+    kernel_selector = KernelSelector(CPU, backends=(fallback, bad))
+    kernel_selector.attend(*tensors())
+    row = table(kernel_selector).rows[0]
     assert row.backend == "spare" and "no kernel image" in row.refused["bad"]
 
 
@@ -224,25 +228,25 @@ def no_memory(out):
 
 def test_want_of_memory_is_not_remembered(tmp_path):
     path = tmp_path / "attention.json"
-    chooser = Chooser(CPU, backends=(fake("large", no_memory), TORCH))
-    chooser.attend(*tensors())
-    assert "tried to allocate" in table(chooser).rows[0].refused["large"]
-    tuning_cache.save(path, chooser.fresh)
+    kernel_selector = KernelSelector(CPU, backends=(fake("large", no_memory), TORCH))
+    kernel_selector.attend(*tensors())
+    assert "tried to allocate" in table(kernel_selector).rows[0].refused["large"]
+    tuning_cache.save(path, kernel_selector.fresh)
     assert tuning_cache.load(path) == {}
 
 
 def test_want_of_memory_in_a_run_is_no_verdict():
     short = []
     large = fake("large", lambda out: no_memory(out) if short else out)
-    chooser = Chooser(CPU, "large", backends=(large, TORCH))
+    kernel_selector = KernelSelector(CPU, "large", backends=(large, TORCH))
     q, k, v = tensors()
-    chooser.attend(q, k, v)
+    kernel_selector.attend(q, k, v)
     short.append(True)
-    assert off(chooser.attend(q, k, v), by_rows(q, k, v, None, 40**-0.5)) < 1e-6
+    assert off(kernel_selector.attend(q, k, v), by_rows(q, k, v, None, 40**-0.5)) < 1e-6
     short.clear()
     calls = large.run.calls
-    chooser.attend(q, k, v)
-    assert large.run.calls == calls + 1 and not table(chooser).broken
+    kernel_selector.attend(q, k, v)
+    assert large.run.calls == calls + 1 and not table(kernel_selector).broken
 
 
 def test_the_whole_call_is_judged_too():

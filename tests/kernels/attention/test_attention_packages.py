@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.attention
 
-from frugal.kernels.attention import Chooser, packages, torch_sdpa
+from frugal.kernels.attention import KernelSelector, packages, torch_sdpa
 from frugal.kernels.attention.backends import BACKENDS, TORCH, Backend
 from frugal.kernels.attention.call import describe
 from frugal.kernels.attention.measure import Decision
@@ -176,22 +176,22 @@ def test_package_kernels_do_not_break_a_graph(monkeypatch):
     backend = replace(
         next(b for b in BACKENDS if b.name == "flash-attn-2"), devices=(), package=None
     )
-    chooser = Chooser(CPU, "flash-attn-2", backends=(backend, TORCH))
-    explained = torch._dynamo.explain(lambda *a: chooser.attend(*a) * 2)(*half)
+    kernel_selector = KernelSelector(CPU, "flash-attn-2", backends=(backend, TORCH))
+    explained = torch._dynamo.explain(lambda *a: kernel_selector.attend(*a) * 2)(*half)
     assert explained.graph_break_count == 0 and explained.graph_count == 1
     nodes = [str(n.target) for n in explained.graphs[0].graph.nodes if n.op == "call_function"]
     assert any("frugal.attention_flash_attn_2" in each for each in nodes), nodes
-    found = torch.compile(lambda *a: chooser.attend(*a) * 2, backend="eager")(*half)
+    found = torch.compile(lambda *a: kernel_selector.attend(*a) * 2, backend="eager")(*half)
     assert off(found, 2 * by_rows(*half, None, 40**-0.5)) < 1e-3
 
 
 def test_compiled_calls_take_the_remembered_kernel():
     q, k, v = tensors(Lq=16, Lk=16)
-    chooser = Chooser(CPU, backends=(TORCH, packages_fake()))
-    key = chooser._key(describe(q, k, v, None))
+    kernel_selector = KernelSelector(CPU, backends=(TORCH, packages_fake()))
+    key = kernel_selector._key(describe(q, k, v, None))
     remembered = {key: Decision((("opaque", 1e-3), ("torch", 2e-3)))}
-    chooser = Chooser(CPU, backends=(TORCH, packages_fake()), decisions=remembered)
-    explained = torch._dynamo.explain(lambda *a: chooser.attend(*a))(q, k, v)
+    kernel_selector = KernelSelector(CPU, backends=(TORCH, packages_fake()), decisions=remembered)
+    explained = torch._dynamo.explain(lambda *a: kernel_selector.attend(*a))(q, k, v)
     nodes = [str(n.target) for n in explained.graphs[0].graph.nodes]
     assert explained.graph_break_count == 0
     assert any("attention_test_opaque" in each for each in nodes), nodes

@@ -184,7 +184,7 @@ def test_parked_pages_come_back_to_the_bit():
     cache = new(kind="fp8")
     write(cache, 2)
     branch, before = cache.fork(), held(cache).clone()
-    cache.park()
+    cache.offload()
     assert (cache.pool.used_bytes, cache.pool.held_bytes) == (0, 0)
     assert torch.equal(held(cache), before)
     branch.unpark()

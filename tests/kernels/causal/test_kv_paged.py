@@ -238,7 +238,7 @@ def test_a_video_in_place(anywhere):
 def test_a_session_goes_on_in_place(anywhere, tmp_path, from_disk):
     """Its pages come back into the slab: apart from it they would take their memory twice."""
     cache, _ = video()
-    cache.park()
+    cache.offload()
     assert cache.in_place.slab is None
     if from_disk:
         session_file.save(cache, tmp_path / "video.safetensors")
@@ -252,7 +252,7 @@ def test_a_session_goes_on_in_place(anywhere, tmp_path, from_disk):
         found, exact = block(branch, torch.Generator().manual_seed(2))[0]
         assert (found - exact).abs().max() < 1e-5
         assert branch.in_place.loose == 0
-        branch.park()
+        branch.offload()
 
 
 def test_pages_outside_of_the_slab_are_gathered(anywhere):

@@ -28,7 +28,7 @@ class Content:
 
 def consistent(pool, held: Counter) -> None:
     """The pool against a plain count of who holds what."""
-    assert {page: pool.holders(page) for page in held if held[page]} == +held
+    assert {page: pool.refcount(page) for page in held if held[page]} == +held
     assert pool.used_bytes == SIZE * len(+held)
     assert pool.held_bytes >= pool.used_bytes
     assert not pool.budget or pool.held_bytes <= pool.budget
@@ -203,7 +203,7 @@ def test_away_pages_are_another_memory():
     pool = PagePool(SIZE, Content, 3 * SIZE)
     first, second = pool.take(2), pool.take(1)
     before = {page: pool.read(page) for page in first + second}
-    pool.send_away(lambda content: Content())
+    pool.offload_pages(lambda content: Content())
     assert (pool.used_bytes, pool.away_bytes) == (0, 3 * SIZE)
     assert not {id(c) for c in before.values()} & {id(pool.read(page)) for page in before}
     third = pool.take(2)
@@ -232,7 +232,7 @@ def test_a_failing_move_changes_no_page():
         return Content()
 
     with pytest.raises(MemoryError):
-        pool.send_away(move)
+        pool.offload_pages(move)
     assert [pool.read(page) for page in pages] == before
     assert (pool.used_bytes, pool.away_bytes) == (3 * SIZE, 0)
 
@@ -240,19 +240,19 @@ def test_a_failing_move_changes_no_page():
 def test_a_finalizer_in_the_middle_of_the_pools_work():
     pool = PagePool(SIZE, Content)
     lost, kept = pool.take(2), pool.take(1)
-    pool.drop_later(lost[:1])
+    pool.release_later(lost[:1])
     assert pool.used_bytes == 2 * SIZE
 
     done = []
 
     def move(content):
         if not done:
-            pool.drop_later(lost[1:])
-            done.append(pool.holders(lost[1]))
+            pool.release_later(lost[1:])
+            done.append(pool.refcount(lost[1]))
         return Content()
 
-    pool.send_away(move)
+    pool.offload_pages(move)
     # Not in the middle, where pages were being counted, but as soon as it was over.
     assert done == [1]
-    assert [pool.holders(page) for page in (*lost, *kept)] == [0, 0, 1]
+    assert [pool.refcount(page) for page in (*lost, *kept)] == [0, 0, 1]
     assert pool.away_bytes == SIZE

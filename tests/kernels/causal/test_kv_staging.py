@@ -155,7 +155,7 @@ def test_bytes_are_counted_and_given_back():
     staging, page = cache.staging, cache.fmt.page_bytes
     # Two layers of the three frames before a block: one sink, and the window without the block.
     assert staging.held_bytes == staging.peak_bytes == 2 * 3 * page
-    cache.park()
+    cache.offload()
     assert (staging.held_bytes, staging.peak_bytes) == (0, 2 * 3 * page)
     assert film(on_host=False)[0].staging is None
 

@@ -60,12 +60,14 @@ def test_what_may_be_part_of_a_model_is_refused(name, tensor, tmp_path):
 @pytest.mark.parametrize("leaf", ["input_scale", "scale_input"])
 @pytest.mark.parametrize("form", ["int8_tensorwise", "none declared"])
 @pytest.mark.parametrize("value", [1.0, 0.02])
-def test_activation_scale_of_int8(form, leaf, value, tmp_path):
+def test_activation_scale_of_int8(form, suffix, value, tmp_path):
     held = bed.int8_rows(SOURCE, declared=form != "none declared")[0]
-    held |= {f"{layer}.{leaf}": torch.tensor(value) for layer in LAYERS}
+    held |= {f"{layer}.{suffix}": torch.tensor(value) for layer in LAYERS}
     plan = plan_of(tmp_path, held)
-    assert not any(leaf in raw for raw in plan.rename)
-    assert any(note.startswith(f"{len(LAYERS)} tensors {leaf} are not used") for note in plan.notes)
+    assert not any(suffix in raw for raw in plan.rename)
+    assert any(
+        note.startswith(f"{len(LAYERS)} tensors {suffix} are not used") for note in plan.notes
+    )
 
 
 @pytest.mark.parametrize("shape", ["rows", "width"])

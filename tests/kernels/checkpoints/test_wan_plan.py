@@ -51,12 +51,12 @@ def declared(**entry) -> bed.Weights:
 
 def int8(*side: str) -> bed.Weights:
     tensors = bf16() | {f"{Q}.weight": torch.ones(8, 8, dtype=torch.int8)}
-    return tensors | {f"{Q}.{leaf}": torch.ones(8) for leaf in side}
+    return tensors | {f"{Q}.{suffix}": torch.ones(8) for suffix in side}
 
 
 def native(form: str, **changes: torch.Tensor) -> bed.Weights:
     tensors = bf16() | bed.fake_native("blocks.0.ffn.2", form, 8, 16)
-    return tensors | {f"blocks.0.ffn.2.{leaf}": value for leaf, value in changes.items()}
+    return tensors | {f"blocks.0.ffn.2.{suffix}": value for suffix, value in changes.items()}
 
 
 def w4a16(group: int = 8, **changes: torch.Tensor) -> bed.Weights:
@@ -68,7 +68,7 @@ def w4a16(group: int = 8, **changes: torch.Tensor) -> bed.Weights:
         **changes,
     }
     tensors = bf16() | bed.declare(layer, format="awq_w4a16", group_size=group)
-    return tensors | {f"{layer}.{leaf}": value for leaf, value in held.items()}
+    return tensors | {f"{layer}.{suffix}": value for suffix, value in held.items()}
 
 
 HEADER = "_quantization_metadata"
@@ -233,7 +233,7 @@ REFUSED = {
     "weight and words": (lambda: bf16() | {f"{Q}.qweight": torch.ones(2)}, None, "both as weight"),
     "words of another shape": (
         lambda: without(bf16(), f"{Q}.weight")
-        | {f"{Q}.{leaf}": torch.ones(2, 2) for leaf in ("qweight", "qzeros", "scales")},
+        | {f"{Q}.{suffix}": torch.ones(2, 2) for suffix in ("qweight", "qzeros", "scales")},
         None,
         r"words of shape \[2, 2\] for a weight of \[8, 8\]",
     ),
@@ -252,7 +252,7 @@ REFUSED = {
     ),
     "LightX2V scales of a plain weight": (
         lambda: bf16()
-        | {f"{Q}.{leaf}": torch.ones(()) for leaf in ("alpha", "input_global_scale")}
+        | {f"{Q}.{suffix}": torch.ones(()) for suffix in ("alpha", "input_global_scale")}
         | {f"{Q}.weight_scale": torch.ones(())},
         None,
         r"holds bfloat16 \[8, 8\]; expected uint8 \[8, 4\]",

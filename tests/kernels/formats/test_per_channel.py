@@ -182,8 +182,8 @@ def test_a_declaration_reads_back_as_what_was_written(kind):
 def test_contradictions_in_a_file_are_refused():
     def refused(match, **changes):
         tensors, _ = small()
-        for leaf, value in changes.items():
-            tensors[f"a.0.in_layers.2.{leaf}"] = value
+        for suffix, value in changes.items():
+            tensors[f"a.0.in_layers.2.{suffix}"] = value
         tensors = {name: value for name, value in tensors.items() if value is not None}
         with pytest.raises(FrugalError, match=match):
             precision.declared(tensors, "x")

@@ -36,10 +36,10 @@ def weight(rows=96, width=256, seed=1, dtype=torch.bfloat16):
 def test_leaves_are_what_is_encoded(target, rows, groups, dtype):
     shape = (rows, 64 * groups)
     made = codec.encode(target, weight(*shape, dtype=dtype), "cpu")
-    told = table.leaves(target, shape, dtype=dtype)
+    told = table.by_suffix(target, shape, dtype=dtype)
     assert list(made) == list(told)
-    for leaf, (kind, size) in told.items():
-        assert (made[leaf].dtype, tuple(made[leaf].shape)) == (kind, size), leaf
+    for suffix, (kind, size) in told.items():
+        assert (made[suffix].dtype, tuple(made[suffix].shape)) == (kind, size), suffix
     size = sum(tensor.nbytes for tensor in made.values())
     assert size == table.stored_bytes(target, shape)
     if target != table.BF16:
@@ -56,14 +56,14 @@ def test_decoded_is_near_whatever_the_pieces(target, monkeypatch):
     got = codec.decode(target, made, None, tuple(exact.shape))
     low, high = EXPECTED[target]
     assert low <= bed.relative(got, exact) <= high
-    held = {leaf: tensor.clone() for leaf, tensor in made.items()}
+    held = {suffix: tensor.clone() for suffix, tensor in made.items()}
     for module in (codec, per_channel):
         monkeypatch.setattr(module, "PIECE", 1000)
     pieces = codec.encode(target, exact, "cpu")
     # Products of few rows add up in another order, which turns a code over here and there.
     assert bed.relative(codec.decode(target, pieces, None, tuple(exact.shape)), got) < 2e-3
     assert torch.allclose(codec.decode(target, made, None, tuple(exact.shape)), got, atol=1e-6)
-    assert all(torch.equal(held[leaf].float(), made[leaf].float()) for leaf in made)
+    assert all(torch.equal(held[suffix].float(), made[suffix].float()) for suffix in made)
 
 
 @pytest.mark.parametrize("target", QUANTISED)
@@ -103,7 +103,7 @@ def test_awq_codes_are_the_nearest(dtype):
     """Every value sits on the nearest of its group's 16 levels, as stored."""
     exact = weight(8, 128, dtype=dtype)
     made = codec.encode(table.AWQ, exact, "cpu")
-    scale, zero = (made[f"weight_{leaf}"].float().t() for leaf in ("scale", "zeros"))
+    scale, zero = (made[f"weight_{suffix}"].float().t() for suffix in ("scale", "zeros"))
     levels = (torch.arange(16) - 8) * scale[..., None] + zero[..., None]
     grouped = exact.float().reshape(8, 2, 64)
     best = (grouped[..., None] - levels[:, :, None, :]).abs().amin(dim=3)
@@ -171,7 +171,7 @@ def test_statistics_lower_the_error_of_the_output(target):
     errors = []
     for known in (None, statistics_of("x", inputs)):
         made = codec.encode(target, exact, "cpu", statistics=known)
-        assert {k: (t.dtype, tuple(t.shape)) for k, t in made.items()} == table.leaves(
+        assert {k: (t.dtype, tuple(t.shape)) for k, t in made.items()} == table.by_suffix(
             target, (64, 128), dtype=torch.float32
         )
         got = codec.decode(target, made, None, (64, 128))

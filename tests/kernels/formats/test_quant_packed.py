@@ -34,7 +34,7 @@ def weight(rows: int, width: int, seed: int = 1) -> torch.Tensor:
 
 def packed(tensors: bed.Weights, shape: tuple[int, int], stated=None) -> PackedWeight:
     """What a loader makes of the tensors of one layer."""
-    facts = {leaf: TensorInfo(t.dtype, tuple(t.shape)) for leaf, t in tensors.items()}
+    facts = {suffix: TensorInfo(t.dtype, tuple(t.shape)) for suffix, t in tensors.items()}
     layout = classify_packed("x: q", shape, facts, stated or {})
     assert layout.packed is not None
     found = PackedWeight(
@@ -165,8 +165,8 @@ def gptq(**options):
     return gptq_or_awq_layer(weight(64, 128), group=32, **options)[0]
 
 
-def with_leaf(tensors, leaf, value):
-    return tensors | {leaf: value}
+def with_leaf(tensors, suffix, value):
+    return tensors | {suffix: value}
 
 
 # label -> (maker of tensors, settings, what the message must say)

@@ -15,8 +15,8 @@ from frugal.kernels.memory.plan import (
     TEXT,
     Decoding,
     Job,
+    MemoryOptions,
     Phase,
-    Switches,
     Weights,
     make_plan,
 )
@@ -26,10 +26,10 @@ JOB = Job(832, 480, 81)
 LATENTS = 12 * 4 * 16 * 21 * 60 * 104
 
 
-def peak(switches: Switches) -> int:
+def peak(memory_options: MemoryOptions) -> int:
     """Two conditions of 4 GB each; feed-forward 3 of them, self-attention 2 beside 1."""
-    size = GB + max(3 * GB // switches.pieces, 2 * GB // switches.attention)
-    return size if switches.sequential else 2 * size
+    size = GB + max(3 * GB // memory_options.pieces, 2 * GB // memory_options.attention)
+    return size if memory_options.sequential else 2 * size
 
 
 def plan(budget: float, weights: float = 5, peak=peak, **options):
@@ -47,18 +47,18 @@ def test_tokens_and_latents():
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (14, Switches()),
-        (9.5, Switches(True)),
-        (8.5, Switches(True, 2)),
-        (7.6, Switches(True, 4, 2)),
+        (14, MemoryOptions()),
+        (9.5, MemoryOptions(True)),
+        (8.5, MemoryOptions(True, 2)),
+        (7.6, MemoryOptions(True, 4, 2)),
     ],
 )
 def test_the_least_costly_switches_that_fit(budget, expected):
     found = plan(budget)
-    assert found.fits and not found.streamed and found.switches == expected
+    assert found.fits and not found.streamed and found.memory_options == expected
     assert found.phases[-1].total == 5 * GB + peak(expected) + LATENTS <= budget * GB
     # One notch less does not fit.
-    if expected != Switches():
+    if expected != MemoryOptions():
         assert 5 * GB + LATENTS + found.peaks[-2][1] > budget * GB
 
 
@@ -66,15 +66,15 @@ def test_without_guidance_there_is_nothing_to_separate():
     found = plan(
         7.6,
         job=Job(832, 480, 81, guided=False),
-        peak=lambda s: peak(Switches(True, s.pieces, s.attention)),
+        peak=lambda s: peak(MemoryOptions(True, s.pieces, s.attention)),
     )
-    assert found.switches == Switches(False, 4, 2)
+    assert found.memory_options == MemoryOptions(False, 4, 2)
 
 
 def test_weights_are_streamed_once_the_switches_are_used_up():
     found = plan(3)
-    least = peak(Switches(True, 8, 8))
-    assert peak(found.switches) == least
+    least = peak(MemoryOptions(True, 8, 8))
+    assert peak(found.memory_options) == least
     assert found.fits and found.phases[-1].total == 3 * GB
     # Two layers are on their way while one computes.
     assert found.streamed == 5 * GB + least + LATENTS - 3 * GB + 2 * GB // 10

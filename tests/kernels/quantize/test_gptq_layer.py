@@ -41,9 +41,9 @@ def test_the_words_say_what_was_chosen(bed, group, calibrated):
     known = statistics_of("layer", bed.seen) if calibrated else None
     made = gptq_layer.encode(bed.weight, group, "cpu", known)
     shape = tuple(bed.weight.shape)
-    assert {leaf: (t.dtype, tuple(t.shape)) for leaf, t in made.items()} == gptq_layer.leaves(
-        shape, group
-    )
+    assert {
+        suffix: (t.dtype, tuple(t.shape)) for suffix, t in made.items()
+    } == gptq_layer.by_suffix(shape, group)
     assert np.array_equal(gptq_layer.decode(made, shape, group).numpy(), unpacked(made, group))
     # Symmetric: all zero points in the middle.
     assert set(made["qzeros"].unique().tolist()) == {0x77777777}

@@ -32,7 +32,7 @@ def wan_like(blocks: int, seed: int, dim: int = 256) -> dict[str, LayerCurve]:
     typical = dict(zip(table.TARGETS, (0, 0.026, 0.006, 0.07, 0.085, 0.1), strict=True))
     shapes = {"head.head": (64, dim), "time_projection.1": (6 * dim, dim)}
     for place in range(blocks):
-        shapes |= {f"blocks.{place}.self_attn.{leaf}": (dim, dim) for leaf in "qkvo"}
+        shapes |= {f"blocks.{place}.self_attn.{suffix}": (dim, dim) for suffix in "qkvo"}
         shapes[f"blocks.{place}.ffn.0"] = (3 * dim, dim)
         shapes[f"blocks.{place}.ffn.2"] = (dim, 3 * dim)
     curves = {}

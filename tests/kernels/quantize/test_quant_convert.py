@@ -78,7 +78,7 @@ def test_large_layers_change_and_nothing_else(target, dtype, floats, tmp_path):
         layer = name.removesuffix(".weight")
         if layer in layers and name.endswith(".weight"):
             parts = codec.encode(target, tensor, "cpu")
-            expected |= {f"{layer}.{leaf}": value for leaf, value in parts.items()}
+            expected |= {f"{layer}.{suffix}": value for suffix, value in parts.items()}
             if target != table.BF16:
                 own = json.loads(bytes(made[f"{layer}.comfy_quant"].tolist()))
                 assert own == declared[layer] == table.options(target, tuple(tensor.shape))
@@ -236,8 +236,8 @@ def test_merge_comes_before_rounding(target, floats, tmp_path):
         assert same(made[name], held[name] * 2)
     weight = held["blocks.0.ffn.0.weight"].float() * 2
     weight = weight.half() if target == table.BF16 else weight
-    for leaf, tensor in codec.encode(target, weight, "cpu").items():
-        assert same(made[f"blocks.0.ffn.0.{leaf}"], tensor), leaf
+    for suffix, tensor in codec.encode(target, weight, "cpu").items():
+        assert same(made[f"blocks.0.ffn.0.{suffix}"], tensor), suffix
     assert same(made["blocks.0.ffn.2.bias"], held["blocks.0.ffn.2.bias"])
 
 

@@ -45,8 +45,8 @@ def test_halves_the_output_error_of_rounding(target, bed):
     errors = [output_error(bed.weight, each, bed.held_out) for each in (nearest, solved)]
     assert errors[1] < 0.5 * errors[0]
     # The same tensors of the same sizes, so the file is no larger.
-    assert {leaf: (t.dtype, t.shape) for leaf, t in made.items()} == {
-        leaf: (t.dtype, t.shape) for leaf, t in plain.items()
+    assert {suffix: (t.dtype, t.shape) for suffix, t in made.items()} == {
+        suffix: (t.dtype, t.shape) for suffix, t in plain.items()
     }
     # It is the output that is kept: the weights themselves are further away.
     assert (solved - bed.weight).norm() > 1.05 * (nearest - bed.weight).norm()
@@ -57,8 +57,8 @@ def test_the_same_inputs_give_the_same_bytes(target, small):
     weight, seen, _ = small
     before = weight.clone()
     made = [held(target, weight, statistics_of("layer", seen))[1] for _ in range(2)]
-    for leaf, tensor in made[0].items():
-        other = made[1][leaf]
+    for suffix, tensor in made[0].items():
+        other = made[1][suffix]
         assert torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (tensor, other)))
     assert torch.equal(weight, before)
 
@@ -162,8 +162,8 @@ def test_codes_stand_for_the_native_levels(target, small):
     plain = codec.encode(target, weight, "cpu")
     moved = made["weight_s_rel"].view(torch.int8) - plain["weight_s_rel"].view(torch.int8)
     assert int(moved.abs().max()) <= 2 and float((moved != 0).float().mean()) > 0.1
-    for leaf in ("weight_s_channel", "weight_codebook"):
-        assert torch.equal(made[leaf], plain[leaf])
+    for suffix in ("weight_s_channel", "weight_codebook"):
+        assert torch.equal(made[suffix], plain[suffix])
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])

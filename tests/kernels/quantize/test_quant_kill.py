@@ -38,7 +38,7 @@ random.seed(7)
 
 def work(step):
     held = Weights(source)
-    return convert(held, target, uniform(held, formats.INT8), progress=lambda done, total: step())
+    return convert(held, target, uniform(held, table.INT8), progress=lambda done, total: step())
 
 def journal():
     path = target.with_name(target.name + ".part.json")

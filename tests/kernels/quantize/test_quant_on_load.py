@@ -61,8 +61,8 @@ def decoded(made: dict[str, torch.Tensor], layout: LayerLayout) -> torch.Tensor:
 def test_only_the_large_layers_change(target, tmp_path):
     held, plan = planned(tmp_path, target)
     inside = [f"blocks.0.{part}" for part in ("ffn.0", "ffn.2")]
-    for attention, leaves in {"self_attn": "qkvo", "cross_attn": "qkvo"}.items():
-        inside += [f"blocks.0.{attention}.{leaf}" for leaf in leaves]
+    for attention, by_suffix in {"self_attn": "qkvo", "cross_attn": "qkvo"}.items():
+        inside += [f"blocks.0.{attention}.{suffix}" for suffix in by_suffix]
     inside += ["blocks.0.cross_attn.k_img", "blocks.0.cross_attn.v_img"]
     assert sorted(plan.layers) == sorted(inside)
     steps = []
@@ -107,8 +107,8 @@ def test_pieces_give_what_the_whole_gives(target, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "PIECE", 300)
     parts = on_load.quantiser("f", CPU)(weight, layout)
     if target != W4A8_NAME:
-        for leaf, tensor in parts.items():
-            assert torch.equal(tensor.float(), whole[leaf].float()), leaf
+        for suffix, tensor in parts.items():
+            assert torch.equal(tensor.float(), whole[suffix].float()), suffix
         return
     # comfy-kitchen rotates by a matrix product: scales agree within its rounding, and a value that
     # lies between two codes may take the other one.

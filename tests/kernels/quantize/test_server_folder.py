@@ -90,10 +90,10 @@ def test_diffusers_finds_every_key(made, source):
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held, found, packed = weights_of(folder), {}, 0
     for name, tensor in held.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf not in PACKED:
+        layer, _, suffix = name.rpartition(".")
+        if suffix not in PACKED:
             found[name] = tensor
-        elif leaf == PACKED[0]:
+        elif suffix == PACKED[0]:
             parts = {each: held[f"{layer}.{each}"] for each in PACKED}
             shape = expected[f"{layer}.weight"]
             found[f"{layer}.weight"] = gptq_layer.decode(parts, shape, GROUP)

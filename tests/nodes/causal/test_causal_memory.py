@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.memory import chunks
-from frugal.kernels.memory.plan import CAUSAL_KV, LATENTS, SAMPLE, WORK, Job, Switches
+from frugal.kernels.memory.plan import CAUSAL_KV, LATENTS, SAMPLE, WORK, Job, MemoryOptions
 from frugal.kernels.memory.trace import trace
 from frugal.nodes._comfy import CAUSAL_NEEDS_KEY
 from frugal.nodes.memory import memory_plan_run, meta_models, policy
@@ -120,11 +120,11 @@ def test_the_node_counts_it_and_says_what_would_fit(plain):
 @pytest.mark.parametrize("first", [True, False], ids=["plan first", "plan last"])
 def test_the_video_is_the_same(plain, first):
     """Wherever the plan is put, its pieces change no bit; causal self-attention stays whole."""
-    switches = Switches(True, 2, 2)
+    memory_options = MemoryOptions(True, 2, 2)
 
     def planned(model):
         plan, peaks = memory_plan_run.plan_of(model, job_of(6, True), 0, block=BLOCK)
-        object.__setattr__(plan, "switches", switches)
+        object.__setattr__(plan, "switches", memory_options)
         return memory_plan_run.apply(model, plan, peaks, False, None)
 
     expected = run(videos.causal(plain, window=4), 6, 3.0)

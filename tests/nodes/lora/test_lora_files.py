@@ -34,8 +34,8 @@ def noise(*shape, seed=7):
 def renamed(tensors, name, up=".lora_up.weight", down=".lora_down.weight"):
     found = {}
     for key, value in tensors.items():
-        layer, _, leaf = key.removeprefix("diffusion_model.").partition(".lora_")
-        found[name(layer) + (up if leaf.startswith("B") else down)] = value
+        layer, _, suffix = key.removeprefix("diffusion_model.").partition(".lora_")
+        found[name(layer) + (up if suffix.startswith("B") else down)] = value
     return found
 
 

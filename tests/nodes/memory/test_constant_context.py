@@ -59,7 +59,7 @@ def test_same_latent_and_fewer_weights(kind, dtype, tmp_path):
     spared = {
         name
         for name in stock[0]
-        if any(f"cross_attn.{leaf}." in name for leaf in ("k", "v", "k_img", "v_img"))
+        if any(f"cross_attn.{suffix}." in name for suffix in ("k", "v", "k_img", "v_img"))
     }
     assert len(spared) == 2 * layers
     assert stock == [stock[0]] * runs.STEPS

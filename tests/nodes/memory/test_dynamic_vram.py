@@ -9,7 +9,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from frugal.kernels.memory.plan import BUFFERS, Job, Switches, latent_bytes
+from frugal.kernels.memory.plan import BUFFERS, Job, MemoryOptions, latent_bytes
 from frugal.nodes.memory import dynamic_vram, memory_plan_run, run_report_run
 from frugal.tests.helpers import sampling as bed
 
@@ -173,7 +173,7 @@ def test_a_run_shares_what_its_forward_leaves(wan, prompts, monkeypatch):
         memory_plan_run.apply(wan, plan, peaks, False, None), plan, peaks, True, None
     )
     bed.sample(clone, prompts, 1)
-    needed = peaks.of(2, shape, Switches()) + latent_bytes(1, shape)
+    needed = peaks.of(2, shape, MemoryOptions()) + latent_bytes(1, shape)
     assert shared == [(10**8 - needed, BUFFERS * memory_plan_run.weights_of(wan).largest)]
     # Neither a plan without a budget nor the MODEL itself is limited.
     bed.sample(memory_plan_run.apply(wan, plan, peaks, False, None), prompts, 1)

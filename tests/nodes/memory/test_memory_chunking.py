@@ -12,7 +12,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
 from frugal.kernels.memory import chunks
-from frugal.kernels.memory.plan import Switches
+from frugal.kernels.memory.plan import MemoryOptions
 from frugal.kernels.memory.trace import trace
 from frugal.nodes.memory import meta_models
 from frugal.nodes.memory.chunked_blocks import InForce, forwards
@@ -23,7 +23,7 @@ from frugal.tests.helpers.memory import allocator_peak
 CPU = torch.device("cpu")
 SHAPE, LONGER = (3, 20, 20), (3, 40, 40)
 TOKENS = 3 * 10 * 10
-EVERY = [Switches(False, 2), Switches(False, 1, 2), Switches(False, 4, 4)]
+EVERY = [MemoryOptions(False, 2), MemoryOptions(False, 1, 2), MemoryOptions(False, 4, 4)]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def arguments(model, dtype, batch=1):
 
 
 def in_pieces_of(model) -> InForce:
-    state = InForce.of(Switches())
+    state = InForce.of(MemoryOptions())
 
     def module(path):
         return model.get_submodule(path.rpartition(".")[0])
@@ -85,13 +85,13 @@ def test_the_same_up_to_rounding(config, dtype, batch):
     with torch.no_grad():
         whole = model(**given)
         state = in_pieces_of(model)
-        for switches in EVERY:
-            state.now = switches
-            assert rounding.distance(model(**given), whole) <= limit, switches
+        for memory_options in EVERY:
+            state.now = memory_options
+            assert rounding.distance(model(**given), whole) <= limit, memory_options
             # The same kernels on the same shapes.
             assert torch.equal(model(**given), model(**given))
         # The pieces are at work: with another layer below them the result is another one.
-        state.now = Switches(False, 2)
+        state.now = MemoryOptions(False, 2)
         model.blocks[0].ffn[2].weight.mul_(1.01 if dtype == torch.float32 else -1)
         assert rounding.distance(model(**given), whole) > limit
 
@@ -109,7 +109,7 @@ def test_patches_of_others_on_self_attention_still_get_everything():
     with torch.no_grad():
         whole = model(**given)
         state = in_pieces_of(model)
-        state.now = Switches(False, 4, 4)
+        state.now = MemoryOptions(False, 4, 4)
         given["transformer_options"]["patches"] = {"attn1_patch": [patch]}
         limit = rounding.bound(torch.float32, rounding.terms(model, TOKENS, torch.float32))
         assert rounding.distance(model(**given), whole) <= limit
@@ -118,13 +118,15 @@ def test_patches_of_others_on_self_attention_still_get_everything():
 
 
 @pytest.mark.parametrize("config", [bed.T2V, bed.I2V, bed.VACE], ids=["T2V", "I2V", "VACE"])
-@pytest.mark.parametrize("switches", [Switches(), Switches(False, 4, 4)], ids=["whole", "pieces"])
-def test_predicted_memory_is_counted_memory(config, switches):
+@pytest.mark.parametrize(
+    "switches", [MemoryOptions(), MemoryOptions(False, 4, 4)], ids=["whole", "pieces"]
+)
+def test_predicted_memory_is_counted_memory(config, memory_options):
     patcher = patcher_of(config, torch.float32)
     model = patcher.model.diffusion_model
-    predicted = meta_models.ForwardPeaks(patcher.model, CPU).of(1, LONGER, switches)
+    predicted = meta_models.ForwardPeaks(patcher.model, CPU).of(1, LONGER, memory_options)
     state = in_pieces_of(model)
-    state.now = switches
+    state.now = memory_options
     decomposed, _ = meta_models.kernels(CPU)
 
     def call():
@@ -138,10 +140,10 @@ def test_predicted_memory_is_counted_memory(config, switches):
 def test_fused_kernels_of_a_card_need_less(monkeypatch):
     patcher = patcher_of(bed.T2V, torch.float32)
     patcher.model.manual_cast_dtype = torch.bfloat16
-    here = meta_models.ForwardPeaks(patcher.model, CPU).trace(3, 1, LONGER, Switches())
+    here = meta_models.ForwardPeaks(patcher.model, CPU).trace(3, 1, LONGER, MemoryOptions())
     monkeypatch.setattr(meta_models.facts, "eager_rotation", lambda _: None)
     card = meta_models.ForwardPeaks(patcher.model, torch.device("cuda")).trace(
-        3, 1, LONGER, Switches()
+        3, 1, LONGER, MemoryOptions()
     )
     assert card.phases["self_attn 1"] < here.phases["self_attn 1"]
 
@@ -149,14 +151,16 @@ def test_fused_kernels_of_a_card_need_less(monkeypatch):
 def test_pieces_lower_the_prediction_and_layers_do_not_change_it():
     patcher = patcher_of(bed.I2V, torch.float32)
     peaks = meta_models.ForwardPeaks(patcher.model, CPU)
-    most = [peaks.of(1, SHAPE, switches) for switches in (Switches(), *EVERY)]
+    most = [peaks.of(1, SHAPE, memory_options) for memory_options in (MemoryOptions(), *EVERY)]
     assert most[0] > most[1] > most[3] and most[0] > most[3]
-    deep = peaks.trace(8, 1, SHAPE, Switches()).peak
+    deep = peaks.trace(8, 1, SHAPE, MemoryOptions()).peak
     assert deep == most[0]
 
 
-@pytest.mark.parametrize("switches", [Switches(), Switches(False, 8), Switches(False, 8, 8)])
-def test_the_peak_never_lies_in_norms_and_modulation(switches):
+@pytest.mark.parametrize(
+    "switches", [MemoryOptions(), MemoryOptions(False, 8), MemoryOptions(False, 8, 8)]
+)
+def test_the_peak_never_lies_in_norms_and_modulation(memory_options):
     """Which are left whole: in a 14B at 480p it is inside attention or feed-forward."""
     config = dict(
         image_model="wan2.1", model_type="i2v", dim=5120, ffn_dim=13824, num_heads=40,
@@ -169,6 +173,6 @@ def test_the_peak_never_lies_in_norms_and_modulation(switches):
             **config, device="meta", operations=comfy.ops.disable_weight_init
         ),
     )
-    found = meta_models.ForwardPeaks(model, CPU).trace(3, 1, (21, 60, 104), switches)
+    found = meta_models.ForwardPeaks(model, CPU).trace(3, 1, (21, 60, 104), memory_options)
     parts = {name: size for name, size in found.phases.items() if not name.startswith("block")}
     assert len(parts) == 9 and max(parts.values()) == found.peak

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from frugal.kernels.memory import chunks, cross_kv_report
-from frugal.kernels.memory.plan import CROSS_KV, SAMPLE, WEIGHTS, Job, Switches
+from frugal.kernels.memory.plan import CROSS_KV, SAMPLE, WEIGHTS, Job, MemoryOptions
 from frugal.nodes.memory import cross_kv_run, memory_plan_run, policy
 from frugal.nodes.wan import experts_run, load_run
 from frugal.tests.helpers import cross_kv as contexts
@@ -18,7 +18,7 @@ from frugal.tests.helpers import sampling as runs
 from frugal.tests.helpers import wan as bed
 
 JOB, STEPS = Job(64, 64, 5), 4
-SWITCHES = Switches(True, 2, 2)
+SWITCHES = MemoryOptions(True, 2, 2)
 
 
 def load(folder, name, seed, config=bed.T2V):
@@ -40,9 +40,9 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(chunks, "ROWS", 8)
 
 
-def planned(model, switches=SWITCHES):
+def planned(model, memory_options=SWITCHES):
     plan, peaks = memory_plan_run.plan_of(model, JOB, 0)
-    object.__setattr__(plan, "switches", switches)
+    object.__setattr__(plan, "switches", memory_options)
     return memory_plan_run.apply(model, plan, peaks, False, None)
 
 
@@ -82,7 +82,7 @@ def test_both_experts_work_as_planned(experts, prompts):
         out = runs.sample(model, prompts, STEPS)
         assert rounding.distance(out, expected) <= limit
         assert all("memory_required" not in vars(each.model) for each in experts)
-    one_by_one = runs.sample(planned(join(*experts), Switches(True)), prompts, STEPS)
+    one_by_one = runs.sample(planned(join(*experts), MemoryOptions(True)), prompts, STEPS)
     again = runs.sample(planned(join(*experts)), prompts, STEPS)
     assert rounding.distance(again, one_by_one) <= limit
 
@@ -124,7 +124,7 @@ def test_memory_that_runs_out_in_either_expert_is_told(experts, prompts):
     for each, name in zip(experts, ("high", "low"), strict=True):
         pair.append(each.clone())
         pair[-1].add_wrapper_with_key("apply_model", "test.oom", once(name))
-    model = planned(join(*pair), Switches())
+    model = planned(join(*pair), MemoryOptions())
     out = runs.sample(model, prompts, STEPS)
     assert failed == ["high", "low"]
     assert len(model.get_attachment(memory_plan_run.PLAN_KEY).changes) == 2

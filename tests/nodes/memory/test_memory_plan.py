@@ -13,7 +13,7 @@ import torch
 from frugal.demo.tiny_wan import fill, vae_shapes
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.memory import chunks, fit
-from frugal.kernels.memory.plan import CROSS_KV, DECODE, SAMPLE, Job, Switches, latent_bytes
+from frugal.kernels.memory.plan import CROSS_KV, DECODE, SAMPLE, Job, MemoryOptions, latent_bytes
 from frugal.nodes.memory import cross_kv_run, memory_plan_run, meta_models
 from frugal.nodes.memory.memory_plan import FrugalMemoryPlan
 from frugal.tests.helpers import rounding
@@ -34,9 +34,9 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(chunks, "ROWS", 8)
 
 
-def planned(model, switches: Switches):
+def planned(model, memory_options: MemoryOptions):
     plan, peaks = memory_plan_run.plan_of(model, JOB, 0)
-    object.__setattr__(plan, "switches", switches)
+    object.__setattr__(plan, "switches", memory_options)
     return memory_plan_run.apply(model, plan, peaks, False, None)
 
 
@@ -45,16 +45,18 @@ def state_of(model) -> dict:
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("switches", [Switches(True), Switches(True, 2), Switches(True, 4, 2)])
-def test_the_video_is_the_same_and_the_model_too(wan, prompts, switches):
+@pytest.mark.parametrize(
+    "switches", [MemoryOptions(True), MemoryOptions(True, 2), MemoryOptions(True, 4, 2)]
+)
+def test_the_video_is_the_same_and_the_model_too(wan, prompts, memory_options):
     plain, calls = bed.counted(wan)
     before, expected = state_of(wan), bed.sample(plain, prompts, STEPS)
     # ComfyUI joins the two conditions here, so separating them shows.
     assert calls == [2] * STEPS
-    separate, calls = bed.counted(planned(wan, switches))
+    separate, calls = bed.counted(planned(wan, memory_options))
     out = bed.sample(separate, prompts, STEPS)
     assert calls == [1] * (2 * STEPS)
-    one_by_one = bed.sample(planned(wan, Switches(True)), prompts, STEPS)
+    one_by_one = bed.sample(planned(wan, MemoryOptions(True)), prompts, STEPS)
     limit = bed.rounding_of(wan, STEPS)
     assert rounding.distance(out, one_by_one) <= limit
     assert rounding.distance(out, expected) <= limit
@@ -68,12 +70,12 @@ def test_the_video_is_the_same_and_the_model_too(wan, prompts, switches):
 
 
 def test_a_clone_without_the_plan_does_not_follow_it(wan, prompts):
-    first = planned(wan, Switches(True, 4, 4))
+    first = planned(wan, MemoryOptions(True, 4, 4))
     bed.sample(first, prompts, 1)
     plain, calls = bed.counted(wan)
     bed.sample(plain, prompts, 1)
     assert calls == [2]
-    second, calls = bed.counted(planned(first, Switches(False, 2)))
+    second, calls = bed.counted(planned(first, MemoryOptions(False, 2)))
     bed.sample(second, prompts, 1)
     assert calls == [2]
     keys = [name for name in second.object_patches if name.endswith("ffn.forward")]
@@ -93,13 +95,13 @@ def test_comfyui_is_told_the_traced_memory(wan, prompts, monkeypatch):
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", spy)
     peaks = meta_models.ForwardPeaks(wan.model, torch.device("cpu"))
-    for switches, rows in ((Switches(), 2), (Switches(True), 1)):
-        bed.sample(planned(wan, switches), prompts, 1)
+    for memory_options, rows in ((MemoryOptions(), 2), (MemoryOptions(True), 1)):
+        bed.sample(planned(wan, memory_options), prompts, 1)
         shape = tuple(bed.latent_of().shape[2:])
         around = latent_bytes(1, shape)
         assert asked[-1] == (
-            peaks.of(rows, shape, switches) + around,
-            peaks.of(1, shape, switches) + around,
+            peaks.of(rows, shape, memory_options) + around,
+            peaks.of(1, shape, memory_options) + around,
         )
 
 
@@ -121,7 +123,7 @@ def test_a_budget_holds_back_what_lies_beyond_it(wan, monkeypatch):
     "hurt", [KeyboardInterrupt, comfy.model_management.InterruptProcessingException]
 )
 def test_a_cancelled_run_leaves_nothing(wan, prompts, hurt):
-    clone = planned(wan, Switches(True, 2))
+    clone = planned(wan, MemoryOptions(True, 2))
 
     def stop(*_):
         raise hurt()
@@ -130,7 +132,7 @@ def test_a_cancelled_run_leaves_nothing(wan, prompts, hurt):
         bed.sample(clone, prompts, STEPS, callback=stop)
     assert "memory_required" not in vars(wan.model)
     (policy,) = (w.__self__ for w in clone.wrappers["outer_sample"]["frugal.memory_plan"])
-    assert policy.state.now == policy.state.planned == Switches(True, 2)
+    assert policy.state.now == policy.state.planned == MemoryOptions(True, 2)
 
 
 def test_report_data_and_chart(wan, vae):
@@ -160,9 +162,9 @@ def test_kept_text_is_counted_and_changes_no_bit(wan, prompts):
     # Two prompts: what the layers are given, and two layers' keys and values of it, 512 tokens.
     assert memory_plan_run.weights_of(kept).caches == {CROSS_KV: 2 * (1 + 2 * 2) * 512 * 256 * 4}
     assert memory_plan_run.weights_of(wan).caches == {}
-    switches = Switches(True, 2, 2)
-    out = bed.sample(planned(kept, switches), prompts, STEPS)
-    assert torch.equal(out, bed.sample(planned(wan, switches), prompts, STEPS))
+    memory_options = MemoryOptions(True, 2, 2)
+    out = bed.sample(planned(kept, memory_options), prompts, STEPS)
+    assert torch.equal(out, bed.sample(planned(wan, memory_options), prompts, STEPS))
 
 
 def test_other_models_are_refused(wan, vae):
@@ -218,5 +220,7 @@ def test_the_plan_agrees_with_the_table_of_known_models():
             **config, device="meta", operations=meta_models.comfy.ops.disable_weight_init
         ),
     )
-    peak = meta_models.ForwardPeaks(model, torch.device("cpu")).of(1, (21, 60, 104), Switches())
+    peak = meta_models.ForwardPeaks(model, torch.device("cpu")).of(
+        1, (21, 60, 104), MemoryOptions()
+    )
     assert peak == pytest.approx(fit.wan_work(5120, 832, 480, 81)[1], rel=0.01)

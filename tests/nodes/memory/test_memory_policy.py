@@ -8,7 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from frugal.kernels.memory import chunks
-from frugal.kernels.memory.plan import Job, Switches
+from frugal.kernels.memory.plan import Job, MemoryOptions
 from frugal.nodes._memory import is_out_of_memory
 from frugal.nodes.memory import memory_plan_run, policy
 from frugal.tests.helpers import sampling as bed
@@ -27,7 +27,7 @@ def planned(model, monkeypatch):
     said = []
     monkeypatch.setattr(memory_plan_run, "show_text", lambda _, line: said.append(line))
     plan, peaks = memory_plan_run.plan_of(model, Job(64, 64, 5), 0)
-    assert plan.switches == Switches()
+    assert plan.memory_options == MemoryOptions()
     clone = memory_plan_run.apply(model, plan, peaks, False, None)
     (run,) = (each.__self__ for each in clone.wrappers["outer_sample"][policy.KEY])
     return clone, run, said
@@ -61,7 +61,7 @@ def test_the_step_is_repeated_and_the_run_goes_on(wan, prompts, monkeypatch):
     assert len(said) == 1 and "out of memory: this step is repeated" in said[0]
     assert "one after the other" in said[0]
     # The next run starts as planned.
-    assert run.state.now == Switches()
+    assert run.state.now == MemoryOptions()
     assert "memory_required" not in vars(wan.model)
 
 
@@ -71,7 +71,7 @@ def test_each_failure_takes_one_notch_that_lowers_something(wan, prompts, monkey
     latent = torch.zeros(1, 16, 4, 32, 32)
     bed.sample(clone, prompts, 1, latent=latent)
     notches = [now for _, now in calls]
-    assert notches[0] == Switches() and notches[1] == Switches(True)
+    assert notches[0] == MemoryOptions() and notches[1] == MemoryOptions(True)
     assert notches[-1].attention == 2 and len(said) == len(set(notches)) - 1
     shape = tuple(latent.shape[2:])
     sizes = [run.peaks.of(1 if now.sequential else 2, shape, now) for now in dict.fromkeys(notches)]
@@ -83,7 +83,7 @@ def test_when_nothing_is_left_it_says_what_to_do(wan, prompts, monkeypatch):
     clone, _ = failing(clone, run, lambda *_: True)
     with pytest.raises(OOM, match=r"no room for a forward of .* choose a smaller size or fewer"):
         bed.sample(clone, prompts, 1)
-    assert said and run.state.now == Switches()
+    assert said and run.state.now == MemoryOptions()
     assert "memory_required" not in vars(wan.model)
     # ComfyUI puts all models away when it sees its own type.
     assert is_out_of_memory(OOM("x"))

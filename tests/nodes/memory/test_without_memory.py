@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from frugal.demo.tiny_wan import fill, vae_shapes
-from frugal.kernels.memory.plan import Switches
+from frugal.kernels.memory.plan import MemoryOptions
 from frugal.nodes.memory import meta_models, without_memory
 
 VARIANTS = {
@@ -49,7 +49,7 @@ def peaks_of(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_trace_needs_no_file_under_dynamic_vram(variant, monkeypatch, request):
-    shape = 2, (2, 8, 8), Switches(True, 2, 2)
+    shape = 2, (2, 8, 8), MemoryOptions(True, 2, 2)
     static = peaks_of(variant).of(*shape)
     request.getfixturevalue("dynamic")
     assert peaks_of(variant).of(*shape) == static > 0

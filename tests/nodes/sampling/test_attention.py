@@ -38,14 +38,15 @@ def backends(monkeypatch):
 
     def put(*wanted):
         monkeypatch.setattr(attention_run, "BACKENDS", wanted)
-        monkeypatch.setattr(selector.Chooser.__init__, "__defaults__", defaults(wanted))
+        monkeypatch.setattr(selector.KernelSelector.__init__, "__defaults__", defaults(wanted))
 
     return put
 
 
 def defaults(wanted):
     return tuple(
-        wanted if value is BACKENDS else value for value in selector.Chooser.__init__.__defaults__
+        wanted if value is BACKENDS else value
+        for value in selector.KernelSelector.__init__.__defaults__
     )
 
 
@@ -74,9 +75,9 @@ def rows(model):
 # Layouts, outside a model: the wrapped function of ComfyUI with our override in its options.
 
 
-def run_options(earlier=None, **chooser):
+def run_options(earlier=None, **kernel_selector):
     token = "here"
-    run = attention_run.Run(selector.Chooser(CPU, **chooser), [True])
+    run = attention_run.Run(selector.KernelSelector(CPU, **kernel_selector), [True])
     override = attention_run.make_override(token, earlier)
     return {attention_run.ATTENTION_OVERRIDE: override, attention_run.KEY: {token: run}}, run
 
@@ -141,11 +142,11 @@ def test_two_stacked_overrides_both_run(backends):
     assert off(long, 1.02 * plain.double()) < 1e-5
     assert off(marked, plain.double()) < 1e-5 and torch.equal(marked, precise)
     assert off(short, core.optimized_attention(q, k[:, :257], v[:, :257], heads=2).double()) < 1e-6
-    handed = {(r.call.k_len, r.names[0]) for (_, c), r in run.chooser.routes.items() if c}
+    handed = {(r.call.k_len, r.names[0]) for (_, c), r in run.kernel_selector.routes.items() if c}
     assert handed == {(1024, "eight"), (1024, "handed on"), (257, "handed on")}
     # The first one's own call of ComfyUI's function comes back to our exact kernels.
-    rest = {r.call.k_len: r.calls for (_, c), r in run.chooser.routes.items() if not c}
-    assert rest == {1024: 2, 257: 1} and run.chooser.handed_on == 3
+    rest = {r.call.k_len: r.calls for (_, c), r in run.kernel_selector.routes.items() if not c}
+    assert rest == {1024: 2, 257: 1} and run.kernel_selector.handed_on == 3
 
 
 def test_auto_does_not_drop_an_override_that_does_more(tmp_path):
@@ -212,7 +213,7 @@ def test_wan_image_keys_stay_exact(tmp_path, backends):
         k: v.to(dtype) if k in ("x", "context", "clip_fea") else v for k, v in arguments.items()
     }
     net(**cast, transformer_options=options)
-    used = {r.call.k_len: r.names[0] for r in run.chooser.routes.values()}
+    used = {r.call.k_len: r.names[0] for r in run.kernel_selector.routes.values()}
     assert used.keys() == {1024, 257, 12} and used[1024] == "eight"
     assert "eight" not in (used[257], used[12])
 
@@ -231,8 +232,8 @@ def test_catvton_unet(tmp_path):
     options, run = run_options()
     after = net(x.to(dtype), t, transformer_options=options)
     assert off(after, before.double()) < (1e-4 if dtype == torch.float32 else 2e-2)
-    assert {route.call.width for route in run.chooser.routes.values()} == {32, 48}
-    assert sum(route.calls for route in run.chooser.routes.values()) >= 5
+    assert {route.call.width for route in run.kernel_selector.routes.values()} == {32, 48}
+    assert sum(route.calls for route in run.kernel_selector.routes.values()) >= 5
 
 
 def test_a_second_run_measures_nothing(tmp_path, no_memory, monkeypatch):

@@ -15,7 +15,7 @@ from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
 import nodes as stock
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.memory.plan import Job, Switches
+from frugal.kernels.memory.plan import Job, MemoryOptions
 from frugal.kernels.sampling.presets import PRESETS
 from frugal.nodes import _services
 from frugal.nodes.memory import memory_plan_run, meta_models
@@ -226,7 +226,7 @@ def test_presets_plan_the_memory_and_say_what_it_took(wan, prompts, preset):
 
 def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(wan, prompts):
     plan, peaks = memory_plan_run.plan_of(wan, Job(64, 64, 5), 0)
-    object.__setattr__(plan, "switches", Switches(True, 2))
+    object.__setattr__(plan, "switches", MemoryOptions(True, 2))
     model = memory_plan_run.apply(wan, plan, peaks, False, None)
     # Even with the preset off, since the plan is at work.
     mine, text, data = ours(model, prompts, steps=2)

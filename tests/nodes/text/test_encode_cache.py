@@ -244,7 +244,9 @@ REFUSED = {
     ),
     "cut short": ({"encoder.final_layer_norm.weight": None}, None, "lacks encoder.final_layer_n"),
     "another vocabulary": ({"shared.weight": torch.zeros(3, 2)}, None, r"weight as \[3, 2\]"),
-    "another width": ({cached_encode_run.TELLING: torch.zeros(3, 2)}, None, r"as \[3, 2\]; expected"),
+    "another width": (
+        {cached_encode_run.TELLING: torch.zeros(3, 2)}, None, r"as \[3, 2\]; expected",
+    ),
     "scale_weight bare": (
         QUANT | {"a.scale_weight": torch.ones(1)}, None, "scale_weight tensors that nothing",
     ),

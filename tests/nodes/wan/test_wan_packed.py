@@ -190,8 +190,8 @@ def test_known_w4a16_is_handed_to_comfyui():
     assert stated[LAYERS[0]] == {"format": W4A16, "group_size": 64}
     state = normalise(plan, tensors)
     assert take_packed(plan, state) == {}
-    for leaf in ("weight", "weight_scale", "weight_zeros"):
-        assert torch.equal(state[f"{LAYERS[0]}.{leaf}"], tensors[f"{LAYERS[0]}.{leaf}"])
+    for suffix in ("weight", "weight_scale", "weight_zeros"):
+        assert torch.equal(state[f"{LAYERS[0]}.{suffix}"], tensors[f"{LAYERS[0]}.{suffix}"])
     tensors[f"{LAYERS[0]}.weight_zeros"][0, 0] = float("inf")
     with pytest.raises(FrugalError, match="weight_zeros holds 1 values that are not finite"):
         normalise(plan, tensors)

@@ -109,13 +109,13 @@ def test_the_kubernetes_example_starts_what_there_is(monkeypatch):
     assert application.import_path == f"{build.__module__}:{build.__name__}"
     monkeypatch.setenv("FRUGAL_FLEET_TOKEN", "t" * 20)
     built = build(application.args)
-    desk = built._bound_deployment
-    assert desk.name == "desk"
-    assert desk.ray_actor_options["resources"] == {"fleet_store": 0.001}
+    scheduler = built._bound_deployment
+    assert scheduler.name == "desk"
+    assert scheduler.ray_actor_options["resources"] == {"fleet_store": 0.001}
     head = service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["resources"]
     # Quoted twice: once for YAML, once for the shell that KubeRay writes.
     assert json.loads(json.loads(head.strip("'"))) == {"fleet_store": 1}
-    worker = desk.init_args[1]._bound_deployment
+    worker = scheduler.init_args[1]._bound_deployment
     assert worker._deployment_config.autoscaling_config.max_replicas == 8
 
 
@@ -226,15 +226,15 @@ def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
         handle = Handle(lambda: make(Worker, fleet))
         front = await make(app.FrontDesk, fleet, handle)
         try:
-            jobs = [front.desk.accept(job(color))[0].id for color in (5, 13, 6)]
-            await comes(lambda: not front.desk.store.open_jobs())
-            done = [front.desk.store.job(each) for each in jobs]
+            jobs = [front.scheduler.accept(job(color))[0].id for color in (5, 13, 6)]
+            await comes(lambda: not front.scheduler.store.open_jobs())
+            done = [front.scheduler.store.job(each) for each in jobs]
             assert [each.status for each in done] == ["completed", "failed", "completed"]
             assert "lost in each of 2 attempts" in done[1].error
             for each, text in ((jobs[0], b"in 5"), (jobs[2], b"in 6")):
-                assert front.desk.store.file(each, "r.txt").read_bytes() == text
-            assert front.desk.memory == 5 * 10**9
-            assert front.desk.rules.at_once == 4 and front.desk.rules.attempts == 2
+                assert front.scheduler.store.file(each, "r.txt").read_bytes() == text
+            assert front.scheduler.memory == 5 * 10**9
+            assert front.scheduler.rules.at_once == 4 and front.scheduler.rules.attempts == 2
             with pytest.raises(RuntimeError, match="has ended"):
                 await handle.workers[0].check_health()
             await comes(lambda: len(gone) == 2)
@@ -243,7 +243,7 @@ def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
             assert len(handle.workers) in (2, 3) and done[2].attempts == 1
             assert not handle.workers[0].comfy.place.folder.exists()
         finally:
-            await front.desk.close()
+            await front.scheduler.close()
             for worker in handle.workers:
                 worker._watcher.cancel()
                 await worker.comfy.stop()

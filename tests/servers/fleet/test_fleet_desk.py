@@ -37,59 +37,59 @@ def at_desk(folder, body, *acts, **rules):
 
     async def main():
         pretended = Pretended([*acts])
-        desk = d.Desk(Store(folder, patience=0), pretended.run, d.Rules(**rules))
-        desk.open()
+        scheduler = d.JobScheduler(Store(folder, patience=0), pretended.run, d.Rules(**rules))
+        scheduler.open()
         try:
-            return await body(desk, pretended)
+            return await body(scheduler, pretended)
         finally:
-            await desk.close()
+            await scheduler.close()
 
     return asyncio.run(main())
 
 
-async def ended(desk, *jobs):
+async def ended(scheduler, *jobs):
     """Those jobs when they have ended."""
 
     def found():
-        return [desk.store.job(job) for job in jobs]
+        return [scheduler.store.job(job) for job in jobs]
 
     await comes(lambda: all(job.status in d.ENDED for job in found()), found)
     return found()
 
 
 def test_a_result_is_put_together_from_its_pieces(tmp_path):
-    async def body(desk, pretended):
-        job, new = desk.accept(an_order(42))
+    async def body(scheduler, pretended):
+        job, new = scheduler.accept(an_order(42))
         assert new
-        (done,) = await ended(desk, job.id)
+        (done,) = await ended(scheduler, job.id)
         assert done.status == "completed" and done.attempts == 1 and done.worker == "w1"
         assert done.files == [{"name": "empty.txt", "bytes": 0}, {"name": "out/p.txt", "bytes": 2}]
-        assert desk.store.file(job.id, "out/p.txt").read_bytes() == b"42"
-        assert done.shown == {"2": {"text": ["x"]}} and desk.memory == MEMORY
-        assert desk.store.counters() == {"accepted": 1, "completed": 1}
+        assert scheduler.store.file(job.id, "out/p.txt").read_bytes() == b"42"
+        assert done.shown == {"2": {"text": ["x"]}} and scheduler.memory == MEMORY
+        assert scheduler.store.counters() == {"accepted": 1, "completed": 1}
 
     at_desk(tmp_path, body, works)
 
 
 def test_a_lost_worker_costs_nothing_but_time(tmp_path):
-    async def body(desk, pretended):
-        job, _ = desk.accept(an_order(7))
-        (done,) = await ended(desk, job.id)
+    async def body(scheduler, pretended):
+        job, _ = scheduler.accept(an_order(7))
+        (done,) = await ended(scheduler, job.id)
         assert done.status == "completed" and done.attempts == 3
-        assert desk.store.file(job.id, "out/p.txt").read_bytes() == b"7"
+        assert scheduler.store.file(job.id, "out/p.txt").read_bytes() == b"7"
         assert done.notes == [
             f"attempt {n} on w1: RuntimeError: the card fell off the bus" for n in (1, 2)
         ]
-        assert not list((desk.store.jobs / job.id).glob("attempt-*"))
-        assert desk.store.counters()["workers_lost"] == 2
+        assert not list((scheduler.store.jobs / job.id).glob("attempt-*"))
+        assert scheduler.store.counters()["workers_lost"] == 2
 
     at_desk(tmp_path, body, dies, dies, works)
 
 
 def test_a_job_that_kills_every_worker_is_given_up(tmp_path):
-    async def body(desk, pretended):
-        job, _ = desk.accept(an_order())
-        (done,) = await ended(desk, job.id)
+    async def body(scheduler, pretended):
+        job, _ = scheduler.accept(an_order())
+        (done,) = await ended(scheduler, job.id)
         assert done.status == "failed" and done.attempts == 3 == len(pretended.begun)
         assert "lost in each of 3 attempts, at last with RuntimeError: the card" in done.error
         assert done.files == []
@@ -98,18 +98,18 @@ def test_a_job_that_kills_every_worker_is_given_up(tmp_path):
 
 
 def test_a_worker_lost_before_the_start_is_no_attempt(tmp_path):
-    async def body(desk, pretended):
-        job, _ = desk.accept(an_order())
-        (done,) = await ended(desk, job.id)
+    async def body(scheduler, pretended):
+        job, _ = scheduler.accept(an_order())
+        (done,) = await ended(scheduler, job.id)
         assert done.status == "completed" and done.attempts == 1 and len(pretended.begun) == 9
 
     at_desk(tmp_path, body, *[is_lost_before] * 8, works, attempts=1)
 
 
 def test_no_worker_for_too_long(tmp_path):
-    async def body(desk, pretended):
-        job, _ = desk.accept(an_order())
-        (done,) = await ended(desk, job.id)
+    async def body(scheduler, pretended):
+        job, _ = scheduler.accept(an_order())
+        (done,) = await ended(scheduler, job.id)
         assert done.status == "failed" and done.attempts == 0
         assert "no worker began with it within 0.02 s, at last ConnectionError" in done.error
 
@@ -119,18 +119,18 @@ def test_no_worker_for_too_long(tmp_path):
 def test_a_worker_that_says_nothing_more(tmp_path, monkeypatch):
     monkeypatch.setattr(d, "GRACE", 0.02)
 
-    async def body(desk, pretended):
-        job, _ = desk.accept(an_order())
-        (done,) = await ended(desk, job.id)
+    async def body(scheduler, pretended):
+        job, _ = scheduler.accept(an_order())
+        (done,) = await ended(scheduler, job.id)
         assert done.status == "failed" and done.attempts == 2 and "TimeoutError" in done.error
 
     at_desk(tmp_path, body, hangs, attempts=2, job_seconds=0.02)
 
 
 def test_a_graph_that_fails_is_not_tried_again(tmp_path):
-    async def body(desk, pretended):
-        job, _ = desk.accept(an_order())
-        (done,) = await ended(desk, job.id)
+    async def body(scheduler, pretended):
+        job, _ = scheduler.accept(an_order())
+        (done,) = await ended(scheduler, job.id)
         assert (done.status, done.error) == ("failed", "node 1 (EmptyImage): no")
         assert len(pretended.begun) == 1
 
@@ -144,9 +144,9 @@ def test_a_worker_cannot_write_elsewhere(tmp_path, name):
         yield {"kind": "file", "name": name, "data": b"x"}
         yield {"kind": "done", "shown": {}}
 
-    async def body(desk, pretended):
-        job, _ = desk.accept(an_order())
-        (done,) = await ended(desk, job.id)
+    async def body(scheduler, pretended):
+        job, _ = scheduler.accept(an_order())
+        (done,) = await ended(scheduler, job.id)
         assert done.status == "failed" and "a worker sent a file called" in done.error
 
     at_desk(tmp_path / "store", body, sends, attempts=1)
@@ -154,28 +154,28 @@ def test_a_worker_cannot_write_elsewhere(tmp_path, name):
 
 
 def test_a_key_is_one_job_and_one_result(tmp_path):
-    async def body(desk, pretended):
-        told = [desk.accept(an_order(1), "k") for _ in range(5)]
+    async def body(scheduler, pretended):
+        told = [scheduler.accept(an_order(1), "k") for _ in range(5)]
         assert [new for _, new in told] == [True, False, False, False, False]
-        await ended(desk, told[0][0].id)
-        assert not desk.accept(an_order(1), "k")[1] and len(pretended.begun) == 1
+        await ended(scheduler, told[0][0].id)
+        assert not scheduler.accept(an_order(1), "k")[1] and len(pretended.begun) == 1
         with pytest.raises(KeyReusedError):
-            desk.accept(an_order(2), "k")
-        assert desk.store.counters()["accepted"] == 1
+            scheduler.accept(an_order(2), "k")
+        assert scheduler.store.counters()["accepted"] == 1
 
     at_desk(tmp_path, body, works)
 
 
 def test_a_full_queue_refuses_and_a_known_key_does_not_count(tmp_path):
-    async def body(desk, pretended):
-        first = desk.accept(an_order(0), "k")[0]
-        desk.accept(an_order(1))
+    async def body(scheduler, pretended):
+        first = scheduler.accept(an_order(0), "k")[0]
+        scheduler.accept(an_order(1))
         with pytest.raises(FullError, match="2 jobs wait or run"):
-            desk.accept(an_order(2))
-        assert not desk.accept(an_order(0), "k")[1]
-        assert await desk.cancel(first.id)
-        desk.accept(an_order(2))
-        assert desk.store.counters()["refused_full"] == 1
+            scheduler.accept(an_order(2))
+        assert not scheduler.accept(an_order(0), "k")[1]
+        assert await scheduler.cancel(first.id)
+        scheduler.accept(an_order(2))
+        assert scheduler.store.counters()["refused_full"] == 1
 
     at_desk(tmp_path, body, hangs, queue=2)
 
@@ -190,14 +190,14 @@ def test_cancel_stops_the_worker(tmp_path):
         finally:
             stopped.append(job)
 
-    async def body(desk, pretended):
-        job = desk.accept(an_order())[0].id
-        await comes(lambda: desk.store.job(job).status == "running")
-        assert await desk.cancel(job) and not await desk.cancel(job)
+    async def body(scheduler, pretended):
+        job = scheduler.accept(an_order())[0].id
+        await comes(lambda: scheduler.store.job(job).status == "running")
+        assert await scheduler.cancel(job) and not await scheduler.cancel(job)
         await comes(lambda: stopped == [job])
-        assert desk.store.job(job).error == "cancelled by request"
+        assert scheduler.store.job(job).error == "cancelled by request"
         with pytest.raises(KeyError):
-            await desk.cancel("unknown")
+            await scheduler.cancel("unknown")
 
     at_desk(tmp_path, body, slow)
 
@@ -213,12 +213,12 @@ def test_orders_wait_on_disk_until_their_turn(tmp_path):
         async for event in works(job, wanted):
             yield event
 
-    async def body(desk, pretended):
-        jobs = [desk.accept(an_order(color))[0].id for color in range(6)]
+    async def body(scheduler, pretended):
+        jobs = [scheduler.accept(an_order(color))[0].id for color in range(6)]
         await comes(lambda: len(inside) >= 2)
-        await desk.cancel(jobs[5])
+        await scheduler.cancel(jobs[5])
         gate.set()
-        await ended(desk, *jobs)
+        await ended(scheduler, *jobs)
         assert [job for job, _ in pretended.begun] == jobs[:5] and max(most) == 2
 
     at_desk(tmp_path, body, gated, at_once=2)
@@ -232,40 +232,40 @@ def test_a_plan_is_held_against_the_worker(tmp_path):
     def planned(size):
         return order(json.dumps(picture_graph()), {}, plan(size))
 
-    async def body(desk, pretended):
+    async def body(scheduler, pretended):
         with pytest.raises(d.NotYetError):
-            desk.accept(planned(1))
-        await ended(desk, desk.accept(an_order())[0].id)
+            scheduler.accept(planned(1))
+        await ended(scheduler, scheduler.accept(an_order())[0].id)
         with pytest.raises(d.TooLargeError, match=r"needs 8\.00 GB and a worker has 8\.00 GB"):
-            desk.accept(planned(MEMORY + 1))
-        job = desk.accept(planned(MEMORY))[0]
+            scheduler.accept(planned(MEMORY + 1))
+        job = scheduler.accept(planned(MEMORY))[0]
         assert job.needs == MEMORY
-        await ended(desk, job.id)
-        desk.seen("small", MEMORY // 2)
+        await ended(scheduler, job.id)
+        scheduler.seen("small", MEMORY // 2)
         with pytest.raises(d.TooLargeError):
-            desk.accept(planned(MEMORY))
-        assert desk.store.counters()["refused_memory"] == 2
+            scheduler.accept(planned(MEMORY))
+        assert scheduler.store.counters()["refused_memory"] == 2
 
     at_desk(tmp_path, body, works)
 
 
 def test_a_new_desk_takes_everything_up_again(tmp_path):
-    async def first(desk, pretended):
-        ready = desk.accept(an_order(1), "one")[0].id
-        await ended(desk, ready)
-        jobs = [desk.accept(an_order(color))[0].id for color in (2, 3)]
-        await comes(lambda: all(desk.store.job(job).status == "running" for job in jobs))
+    async def first(scheduler, pretended):
+        ready = scheduler.accept(an_order(1), "one")[0].id
+        await ended(scheduler, ready)
+        jobs = [scheduler.accept(an_order(color))[0].id for color in (2, 3)]
+        await comes(lambda: all(scheduler.store.job(job).status == "running" for job in jobs))
         return ready, jobs
 
-    async def second(desk, pretended):
-        done = await ended(desk, *jobs)
+    async def second(scheduler, pretended):
+        done = await ended(scheduler, *jobs)
         assert [job.status for job in done] == ["completed"] * 2
         assert [job.attempts for job in done] == [2, 2]
-        colors = [desk.store.file(job, "out/p.txt").read_bytes() for job in (ready, *jobs)]
+        colors = [scheduler.store.file(job, "out/p.txt").read_bytes() for job in (ready, *jobs)]
         assert colors == [b"1", b"2", b"3"]
-        assert desk.accept(an_order(1), "one")[0].id == ready
+        assert scheduler.accept(an_order(1), "one")[0].id == ready
         assert [color for _, color in pretended.begun] == [2, 3]
-        assert desk.store.counters()["taken_up_again"] == 2
+        assert scheduler.store.counters()["taken_up_again"] == 2
 
     ready, jobs = at_desk(tmp_path, first, works, hangs)
     at_desk(tmp_path, second, works)
@@ -281,14 +281,14 @@ def test_many_jobs_on_workers_that_keep_dying_end_exactly_once(tmp_path):
         async for event in (works, works, dies, is_lost_before)[dice.randrange(4)](job, wanted):
             yield event
 
-    async def body(desk, pretended):
-        jobs = [desk.accept(an_order(color), f"k{color}")[0].id for color in range(24)]
-        done = await ended(desk, *jobs)
+    async def body(scheduler, pretended):
+        jobs = [scheduler.accept(an_order(color), f"k{color}")[0].id for color in range(24)]
+        done = await ended(scheduler, *jobs)
         assert {job.status for job in done} == {"completed"}
         for color, job in enumerate(jobs):
-            assert desk.store.file(job, "out/p.txt").read_bytes() == str(color).encode()
+            assert scheduler.store.file(job, "out/p.txt").read_bytes() == str(color).encode()
             assert pretended.ended.count(job) <= 1
-        counted = desk.store.counters()
+        counted = scheduler.store.counters()
         assert counted["completed"] == 24 and counted["workers_lost"] > 0
 
     at_desk(tmp_path, body, fickle, attempts=40)

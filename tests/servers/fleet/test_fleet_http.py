@@ -161,7 +161,7 @@ def test_refused_forms(tmp_path, parts, status, told):
     with running(tmp_path, works, largest=50000) as fleet:
         got, _, body = post(fleet.url, *parts)
         assert got == status and told in json.loads(body)["error"]
-        assert not list(fleet.desk.store.jobs.iterdir())
+        assert not list(fleet.scheduler.store.jobs.iterdir())
 
 
 def test_a_body_without_a_length_is_counted_too(tmp_path):
@@ -214,13 +214,13 @@ def test_the_client_waits_for_room(tmp_path):
                 await client.submit(GRAPH, {}, "three")
 
     with running(tmp_path, hangs, queue=1) as fleet:
-        fleet.desk.retry_after = lambda: 0
+        fleet.scheduler.retry_after = lambda: 0
         asyncio.run(main())
 
 
 async def refused(fleet, times):
     """So many more orders have found the queue full."""
-    told = fleet.desk.store.counters
+    told = fleet.scheduler.store.counters
     before = told().get("refused_full", 0)
     await comes(lambda: told().get("refused_full", 0) >= before + times, told)
 
@@ -283,7 +283,7 @@ def test_a_fleet_that_goes_away_while_its_queue_is_full_is_waited_for_too(tmp_pa
             assert (await waiting)["status"] == "queued"
 
     with running(tmp_path, hangs, queue=1) as fleet:
-        fleet.desk.retry_after = lambda: 0
+        fleet.scheduler.retry_after = lambda: 0
         asyncio.run(main())
 
 
@@ -352,7 +352,7 @@ def test_a_table_is_worked_through_and_resumed(tmp_path, table, capsys):
         with (out / "results.csv").open(newline="") as file:
             told = list(csv.DictReader(file))
         assert [row["status"] for row in told] == ["completed"] * 3
-        assert fleet.desk.store.list() == [], "--delete forgets what was fetched"
+        assert fleet.scheduler.store.list() == [], "--delete forgets what was fetched"
         assert run(fleet, *words) == 0 and len(fleet.pretended.begun) == 3
         assert capsys.readouterr().err.count("was here already") == 3
         (out / "0002" / "out" / "p.txt").unlink()
@@ -370,10 +370,10 @@ def test_a_row_that_fails_stops_no_other(tmp_path, table, capsys):
         assert run(fleet, "status") == 0
         said = capsys.readouterr().out
         assert "2 completed, 1 failed" in said and "no" in said
-        (failed,) = fleet.desk.store.list("failed")
+        (failed,) = fleet.scheduler.store.list("failed")
         assert run(fleet, "status", failed.id) == 0
         assert json.loads(capsys.readouterr().out)["error"] == "node 1 (EmptyImage): no"
-        done = fleet.desk.store.list("completed")[0].id
+        done = fleet.scheduler.store.list("completed")[0].id
         assert run(fleet, "fetch", done, "--out", str(tmp_path / "again")) == 0
         assert (tmp_path / "again" / "out" / "p.txt").is_file()
         assert run(fleet, "cancel", done) == 0
