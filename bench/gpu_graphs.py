@@ -220,7 +220,7 @@ def measured(server: Any, prompt: dict[str, Any]) -> dict[str, Any]:
 
 def planned(plan: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """What the memory plan foresaw of sampling, beside what was there."""
-    kept = ("totals", "switches", "fits", "streamed", "budget", "budget_from", "notes")
+    kept = ("totals", "memory_options", "fits", "streamed", "budget", "budget_from", "notes")
     found = {name: plan[name] for name in kept if name in plan}
     phases = plan.get("totals", {}).items()
     predicted = max((size for name, size in phases if name.startswith("sampling")), default=0)

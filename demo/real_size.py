@@ -52,9 +52,9 @@ def mask_of(person: Path, mask: Path | None) -> Image.Image:
         if (alpha < 128).any():
             return Image.fromarray(np.where(alpha < 128, 255, 0).astype(np.uint8))
     raise RealSizeError(
+        "paint a mask in any editor, or in ComfyUI's mask editor, and run again: "
         f"{person.name} has no mask; expected --mask FILE (white over the clothes to replace) or a "
-        "picture whose clothes are erased to transparent; paint one in any editor, or in ComfyUI's "
-        "mask editor, and run again."
+        "picture whose clothes are erased to transparent."
     )
 
 

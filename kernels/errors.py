@@ -1,11 +1,14 @@
-"""The one error people see: what was found, what was expected, what to do, in one sentence."""
+"""The one error people see: what to do, what was found, what was expected, in one sentence."""
 
 from __future__ import annotations
 
 
 class FrugalError(ValueError):
-    """A refusal with its remedy. ComfyUI shows the first sentence, so the whole message is one
-    sentence.
+    """A refusal that begins with its remedy. ComfyUI shows the first sentence, so the whole message
+    is one.
+
+    found, expected: what was there, with file and number, and what should have been. do: what works
+    in that very case, as an imperative. All ASCII.
     """
 
     # ComfyUI puts the module before the name, twice; a pack's module is the path of its folder, and
@@ -13,5 +16,5 @@ class FrugalError(ValueError):
     __module__ = "frugal"
 
     def __init__(self, found: str, expected: str, do: str):
-        super().__init__(f"{found}; expected {expected}; {do.rstrip('.')}.")
+        super().__init__(f"{do.rstrip('.')}: {found}; expected {expected}.")
         self.found, self.expected, self.do = found, expected, do

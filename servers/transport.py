@@ -105,7 +105,7 @@ async def exchange(
         ) from None
     except aiohttp.ClientPayloadError:
         raise FrugalError(
-            f"the answer of {where} broke off", "a whole answer", "run it again"
+            f"the answer of {where} broke off", "a whole answer", "run the node again"
         ) from None
     except (aiohttp.ClientError, ConnectionError) as error:
         raise _unreachable(server, error) from None
@@ -157,7 +157,7 @@ def _unreachable(server: Server, error: BaseException) -> FrugalError:
     return FrugalError(
         f"{server.name} cannot be reached ({reason})",
         "a running server there",
-        "start it, or correct the address",
+        "start the server, or correct its address",
     )
 
 
@@ -171,7 +171,7 @@ def refusal(server: Server, reply: Reply) -> FrugalError:
         remedy = "correct the address (it often ends in /v1) or the model's name"
         return FrugalError(said, "a server that knows this address and model", remedy)
     if reply.status in LATER:
-        return FrugalError(said, "a server with room for the request", "run it again later")
+        return FrugalError(said, "a server with room for the request", "run the node again later")
     if reply.status >= 500:
         return FrugalError(said, "an answer without an error", "look into the server's log")
     return FrugalError(said, "a request that the server takes", "change what it complains about")

@@ -239,7 +239,7 @@ async def _watch(desk: Desk, server: Server, job: str) -> None:
         heard = time.monotonic()
         if reply.status == 404:
             raise LostServerError(
-                f"{server.name} does not know job {job} any more", "the job", "run it again"
+                f"{server.name} does not know job {job} any more", "the job", "run the node again"
             )
         status = _status(reply, server)
         if status in FAILED:

@@ -152,7 +152,7 @@ class KernelSelector:
         if not decision.ranking:
             reasons |= decision.refused
             fallback = [each for each in candidates if each.fallback]
-            decision, source = self._decide(exact, fallback, q, k, v, mask, scale, "spare")
+            decision, source = self._decide(exact, fallback, q, k, v, mask, scale, "fallback")
         names = [name for name, _ in decision.ranking]
         # The rest has not been turned down for this call; it is there if the measured ones fail.
         names += [each.name for each in candidates if each.name not in (*names, *decision.refused)]

@@ -105,7 +105,7 @@ class VideoCache:
                 raise FrugalError(
                     f"{name} {now} for a video whose cache was made with {name} {before}",
                     "the same for all of a video",
-                    "set it as before, or start a new video",
+                    f"set {name} as before, or start a new video",
                 )
         self.pool.budget = options.budget
         other = VideoCache(self.fmt, self.layers, self.device, options, self.pool)

@@ -127,13 +127,13 @@ def _check_length(path: Path, head: bytes, length: int, file_size: int) -> None:
         raise FrugalError(
             f"{path.name} is a GGUF file under another name",
             "a safetensors file",
-            "rename it to .gguf",
+            "rename the file to .gguf",
         )
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
         raise FrugalError(
             f"{path.name} is a PyTorch pickle file under another name",
             "a safetensors file",
-            "rename it to .pt",
+            "rename the file to .pt",
         )
     if head[:1] in (b"<", b"{") or head.startswith(b"version "):
         raise FrugalError(

@@ -215,14 +215,14 @@ def _options(
 ) -> list[Option]:
     if importance is not None and curve.name not in importance:
         raise FrugalError(
-            f"no importance for {curve.name}", "one for every layer", "measure it again"
+            f"no importance for {curve.name}", "one for every layer", "measure the model again"
         )
     missing = set(allowed or ()) - set(curve.formats) - set(curve.refused)
     if missing:
         raise FrugalError(
             f"{curve.name} was not measured in {', '.join(sorted(missing))}",
             "curves of every format allowed",
-            "measure it again with these formats",
+            "measure the model again with these formats",
         )
     weight = 1.0 if importance is None else float(importance[curve.name])
     rows = []
@@ -235,7 +235,7 @@ def _options(
             raise FrugalError(
                 f"{curve.name} in {target} has the error {error:g} at importance {weight:g}",
                 "finite numbers, 0 or more",
-                "measure it again",
+                "measure the model again",
             )
         rows.append((target, made.bytes, error))
     if not rows:

@@ -302,7 +302,7 @@ def _check_finite(file: str, tensors: Mapping[str, torch.Tensor]) -> None:
             raise FrugalError(
                 f"{file}: {name} holds a value that is not finite",
                 "finite weights that stay so in the type written",
-                "download it again, or choose another file of the same model",
+                "download the file again, or choose another file of the same model",
             )
 
 

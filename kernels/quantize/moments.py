@@ -181,7 +181,7 @@ class Gatherer:
             raise FrugalError(
                 "a sketch of statistics that is not positive",
                 "sums of squares",
-                "allow more memory, or report it to ComfyUI-Frugal",
+                "allow more memory, or report this to ComfyUI-Frugal",
             )
         half = torch.linalg.solve_triangular(lower, shifted.t(), upper=False).t()
         # The small side's eigenvectors give the large side's: half is [in, columns].

@@ -142,4 +142,4 @@ def _check_inputs(control: Any, inputs: dict[str, Any]) -> None:
                 "remove that conditioning",
             )
     if control is not None:
-        raise FrugalError("a ControlNet", "none", "remove it from the conditioning")
+        raise FrugalError("a ControlNet", "none", "remove the ControlNet from the conditioning")

@@ -50,7 +50,7 @@ def check(model: Any, causal: bool = False) -> None:
         raise FrugalError(
             f"the MODEL is a {type(model).__name__} ({name})",
             "a Wan 2.1 or 2.2 text-to-video, image-to-video, VACE or camera model",
-            "connect one, or leave Memory Plan out of this graph",
+            "connect a Wan model, or leave Memory Plan out of this graph",
         )
 
 

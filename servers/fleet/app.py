@@ -165,7 +165,7 @@ def build(arguments: Mapping[str, Any]) -> Any:
         fleet = replace(fleet, token_hash=hashed(from_environment(fleet.token_env)))
     if not fleet.token_hash:
         raise FrugalError(
-            "a fleet without a token", "token_env, a variable that holds one", "set it"
+            "a fleet without a token", "token_env, a variable that holds one", "set token_env"
         )
     resources = {fleet.store_resource: 0.001} if fleet.store_resource else {}
     most = max(fleet.workers, fleet.most_workers)

@@ -175,7 +175,7 @@ class FleetClient:
                 raise FrugalError(
                     f"{file['name']} came with {len(reply.body)} bytes",
                     f"{file['bytes']}",
-                    "fetch it again",
+                    "fetch the result again",
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as unfinished:

@@ -81,8 +81,8 @@ class Guarded:
                 self.scheduler().store.count("refused_token")
                 answer = _error(
                     401,
-                    "no valid token; expected the header Authorization: Bearer TOKEN; send the "
-                    "token that the fleet was started with.",
+                    "send the token that the fleet was started with: no valid token; expected the "
+                    "header Authorization: Bearer TOKEN.",
                     {"WWW-Authenticate": "Bearer"},
                 )
                 await answer(scope, receive, send)
@@ -198,7 +198,7 @@ class Pages:
             if name in texts:
                 texts[name] = data
             elif name != "input" or isinstance(value, str):
-                said = f"an unknown part {ascii(name)[:60]}; expected workflow, plan, input files."
+                said = f"send workflow, plan and input files only: an unknown part {ascii(name)[:60]}."
                 return _error(400, said), {}, b""
             elif value.filename in files:
                 return _error(400, f"two files {value.filename!a}; rename one."), {}, b""

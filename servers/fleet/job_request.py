@@ -81,13 +81,13 @@ def _workflow(text: bytes | str) -> Mapping[str, Any]:
         raise FrugalError(
             "a workflow as the web page saves it",
             "the API form",
-            "export it with Workflow > Export (API)",
+            "export the workflow with Workflow > Export (API)",
         )
     if not isinstance(found, Mapping) or not found:
         raise FrugalError(
             "a workflow without nodes",
             "an object of node id -> {class_type, inputs}",
-            "export it with Workflow > Export (API)",
+            "export the workflow with Workflow > Export (API)",
         )
     for name, node in found.items():
         if (
@@ -98,7 +98,7 @@ def _workflow(text: bytes | str) -> Mapping[str, Any]:
             raise FrugalError(
                 f"node {ascii(name)[:40]} of the workflow",
                 "an object with class_type and inputs",
-                "export it with Workflow > Export (API)",
+                "export the workflow with Workflow > Export (API)",
             )
     return found
 
@@ -128,4 +128,4 @@ def _json(text: bytes | str, what: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = ascii(str(error) or type(error).__name__)[1:-1][:120]
-        raise FrugalError(f"{what} is no JSON ({reason})", "JSON", "export it again") from None
+        raise FrugalError(f"{what} is no JSON ({reason})", "JSON", "export the workflow again") from None

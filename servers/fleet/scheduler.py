@@ -122,7 +122,7 @@ class JobScheduler:
             raise NotYetError(
                 "no worker has said yet how much memory it has",
                 "a worker that is up, to hold the plan against",
-                "send it again in a minute",
+                "send the job again in a minute",
             )
         if order.needs > self.memory:
             raise TooLargeError(

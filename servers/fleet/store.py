@@ -131,7 +131,7 @@ class Store:
                 )
             return found, False
         if self.open_jobs() >= most:
-            raise FullError(f"{most} jobs wait or run", "room for one more", "send it again later")
+            raise FullError(f"{most} jobs wait or run", "room for one more", "send the job again later")
         job = uuid.uuid4().hex
         place = self.jobs / job / PLACE
         place.mkdir(parents=True)
@@ -277,7 +277,7 @@ class Store:
         one that is open.
         """
         if self.job(job).status in OPEN:
-            raise FrugalError(f"job {job} has not ended", "an ended job", "cancel it first")
+            raise FrugalError(f"job {job} has not ended", "an ended job", "cancel the job first")
         self._base.execute("DELETE FROM jobs WHERE id = ?", (job,))
         shutil.rmtree(self.jobs / job, ignore_errors=True)
 

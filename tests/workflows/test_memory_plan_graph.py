@@ -63,7 +63,7 @@ def test_the_same_frames_with_a_plan(server):
         "guided": False,
         "block": 0,
     }
-    assert data["streamed"] > 0 and not data["switches"]["sequential"]
+    assert data["streamed"] > 0 and not data["memory_options"]["sequential"]
     assert "fit in 10.0 MB" in shown["6"]["text"][0]
     _, plain = run(server, graph(files, False))
     assert plain.shape == (5, 64, 64, 3) and plain.std() > 10

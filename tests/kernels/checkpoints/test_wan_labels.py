@@ -57,7 +57,7 @@ def test_what_may_be_part_of_a_model_is_refused(name, tensor, tmp_path):
         plan_of(tmp_path, SOURCE | {name: tensor})
 
 
-@pytest.mark.parametrize("leaf", ["input_scale", "scale_input"])
+@pytest.mark.parametrize("suffix", ["input_scale", "scale_input"])
 @pytest.mark.parametrize("form", ["int8_tensorwise", "none declared"])
 @pytest.mark.parametrize("value", [1.0, 0.02])
 def test_activation_scale_of_int8(form, suffix, value, tmp_path):

@@ -117,7 +117,7 @@ def test_text_data_and_picture_show_the_same():
     found = plan(8.5, decoding=Decoding(GB // 2, 6 * GB, 4 * GB, 2 * GB))
     data = json.loads(found.json())
     assert data["totals"] == {phase.name: phase.total for phase in found.phases}
-    assert data["switches"] == {"sequential": True, "pieces": 2, "attention": 1}
+    assert data["memory_options"] == {"sequential": True, "pieces": 2, "attention": 1}
     assert "fits in 8.50 GB" in found.text() and found.text().isascii()
     image = plan_picture.picture(found)
     assert image.shape == (560, 1024, 3) and image.dtype == np.uint8

@@ -124,7 +124,7 @@ def test_the_video_is_the_same(plain, first):
 
     def planned(model):
         plan, peaks = memory_plan_run.plan_of(model, job_of(6, True), 0, block=BLOCK)
-        object.__setattr__(plan, "switches", memory_options)
+        object.__setattr__(plan, "memory_options", memory_options)
         return memory_plan_run.apply(model, plan, peaks, False, None)
 
     expected = run(videos.causal(plain, window=4), 6, 3.0)

@@ -119,7 +119,7 @@ def test_patches_of_others_on_self_attention_still_get_everything():
 
 @pytest.mark.parametrize("config", [bed.T2V, bed.I2V, bed.VACE], ids=["T2V", "I2V", "VACE"])
 @pytest.mark.parametrize(
-    "switches", [MemoryOptions(), MemoryOptions(False, 4, 4)], ids=["whole", "pieces"]
+    "memory_options", [MemoryOptions(), MemoryOptions(False, 4, 4)], ids=["whole", "pieces"]
 )
 def test_predicted_memory_is_counted_memory(config, memory_options):
     patcher = patcher_of(config, torch.float32)
@@ -158,7 +158,7 @@ def test_pieces_lower_the_prediction_and_layers_do_not_change_it():
 
 
 @pytest.mark.parametrize(
-    "switches", [MemoryOptions(), MemoryOptions(False, 8), MemoryOptions(False, 8, 8)]
+    "memory_options", [MemoryOptions(), MemoryOptions(False, 8), MemoryOptions(False, 8, 8)]
 )
 def test_the_peak_never_lies_in_norms_and_modulation(memory_options):
     """Which are left whole: in a 14B at 480p it is inside attention or feed-forward."""

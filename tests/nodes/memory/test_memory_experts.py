@@ -42,7 +42,7 @@ def small_pieces(monkeypatch):
 
 def planned(model, memory_options=SWITCHES):
     plan, peaks = memory_plan_run.plan_of(model, JOB, 0)
-    object.__setattr__(plan, "switches", memory_options)
+    object.__setattr__(plan, "memory_options", memory_options)
     return memory_plan_run.apply(model, plan, peaks, False, None)
 
 

@@ -36,7 +36,7 @@ def small_pieces(monkeypatch):
 
 def planned(model, memory_options: MemoryOptions):
     plan, peaks = memory_plan_run.plan_of(model, JOB, 0)
-    object.__setattr__(plan, "switches", memory_options)
+    object.__setattr__(plan, "memory_options", memory_options)
     return memory_plan_run.apply(model, plan, peaks, False, None)
 
 
@@ -46,7 +46,7 @@ def state_of(model) -> dict:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(
-    "switches", [MemoryOptions(True), MemoryOptions(True, 2), MemoryOptions(True, 4, 2)]
+    "memory_options", [MemoryOptions(True), MemoryOptions(True, 2), MemoryOptions(True, 4, 2)]
 )
 def test_the_video_is_the_same_and_the_model_too(wan, prompts, memory_options):
     plain, calls = bed.counted(wan)
@@ -153,7 +153,7 @@ def test_report_data_and_chart(wan, vae):
     assert names == [SAMPLE, DECODE]
     assert chart.shape == (1, 560, 1024, 3) and 0 <= chart.min() < chart.max() <= 1
     # 12 MB is less than the weights.
-    assert found["streamed"] > 0 and found["switches"]["sequential"]
+    assert found["streamed"] > 0 and found["memory_options"]["sequential"]
 
 
 @pytest.mark.numeric

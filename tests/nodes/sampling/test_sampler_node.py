@@ -226,7 +226,7 @@ def test_presets_plan_the_memory_and_say_what_it_took(wan, prompts, preset):
 
 def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(wan, prompts):
     plan, peaks = memory_plan_run.plan_of(wan, Job(64, 64, 5), 0)
-    object.__setattr__(plan, "switches", MemoryOptions(True, 2))
+    object.__setattr__(plan, "memory_options", MemoryOptions(True, 2))
     model = memory_plan_run.apply(wan, plan, peaks, False, None)
     # Even with the preset off, since the plan is at work.
     mine, text, data = ours(model, prompts, steps=2)
@@ -235,7 +235,7 @@ def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(wan, prompts):
     assert data["notes"] == []
     _, _, data = ours(model, prompts, "distilled", steps=2, cfg=1.0)
     assert data["notes"] == ["the memory plan that is on the model stays as it was made there"]
-    assert "2 pieces" in data["memory"]["switches"]
+    assert "2 pieces" in data["memory"]["memory_options"]
 
 
 def test_off_makes_no_plan_and_what_cannot_be_planned_is_said(wan, prompts, monkeypatch):
