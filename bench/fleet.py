@@ -115,12 +115,12 @@ async def burst(client, number: int) -> dict[str, int]:
 
 
 def memory(fleet) -> dict[str, int]:
-    """Resident MB of the workers, of the desk's process."""
+    """Resident MB of the workers, of the scheduler's process."""
     workers = sorted(each.memory_info().rss // 10**6 for each in fleet.comfys())
     scheduler = [
-        each.memory_info().rss // 10**6 for each in fleet.named("ray::ServeReplica:fleet:desk")
+        each.memory_info().rss // 10**6 for each in fleet.named("ray::ServeReplica:fleet:scheduler")
     ]
-    return {"workers": workers, "desk": scheduler[0] if scheduler else 0}
+    return {"workers": workers, "scheduler": scheduler[0] if scheduler else 0}
 
 
 async def steady(client, fleet) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """One question to an OpenAI-compatible chat endpoint (vLLM, TensorRT-LLM, llama.cpp, transformers).
 
-Fields beyond the common ones are wishes: a server that complains about one by name is asked again
+Fields beyond the common ones are optional: a server that complains about one by name is asked again
 without it. Neither a key, nor `/models`, nor `response_format` is needed.
 """
 
@@ -19,7 +19,7 @@ from .transport import exchange, refusal
 
 # Qwen 3 and 3.5 think aloud unless their template is told not to; OpenAI's own API has no such
 # field, and its newer models want another name for the limit.
-WISHES = ("chat_template_kwargs", "seed", "temperature")
+OPTIONAL_FIELDS = ("chat_template_kwargs", "seed", "temperature")
 NAMES = {"max_tokens": "max_completion_tokens"}
 
 
@@ -97,7 +97,9 @@ async def ask(server: Server, question: Question, timeout: float) -> Answer:
 def _complaint(status: int, said: str, fields: Mapping[str, Any]) -> str | None:
     if status not in (400, 422):
         return None
-    return next((name for name in (*WISHES, *NAMES) if name in fields and name in said), None)
+    return next(
+        (name for name in (*OPTIONAL_FIELDS, *NAMES) if name in fields and name in said), None
+    )
 
 
 async def _only_model(session: aiohttp.ClientSession, server: Server, timeout: float) -> str:

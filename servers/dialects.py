@@ -1,7 +1,7 @@
 """How three servers want a video to be asked for on POST /v1/videos.
 
 All omit what a client leaves out and put a default of their own in its place, often not the
-model's. So every field goes along, and a wish that a dialect has no field for is refused here
+model's. So every field goes along, and a field that a dialect has no field for is refused here
 rather than dropped there.
 """
 
@@ -21,7 +21,7 @@ SIDE = 16
 
 
 @dataclass(frozen=True)
-class VideoWish:
+class VideoRequest:
     """width, height in px; frames 4 n + 1; flow_shift 0: the server's own; image: PNG bytes or
     none.
     """
@@ -47,27 +47,27 @@ class VideoWish:
 
 @dataclass(frozen=True)
 class Dialect:
-    """body(wish): arguments of one request, made anew for each try. flow_shift: the server heeds
-    that field for Wan. SGLang accepts it and does so for other models only.
+    """body(request): arguments of one request, made again for each try. flow_shift: the server
+    heeds that field for Wan. SGLang accepts it and does so for other models only.
     """
 
     name: str
-    body: Callable[[VideoWish], Mapping[str, Any]]
+    body: Callable[[VideoRequest], Mapping[str, Any]]
     flow_shift: bool = False
 
 
-def _common(wish: VideoWish) -> dict[str, Any]:
+def _common(request: VideoRequest) -> dict[str, Any]:
     fields = {
-        "prompt": wish.prompt,
-        "negative_prompt": wish.negative,
-        "size": wish.size,
-        "num_frames": wish.frames,
-        "fps": wish.fps,
-        "num_inference_steps": wish.steps,
-        "guidance_scale": wish.guidance,
-        "seed": wish.seed % 2**31,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative,
+        "size": request.size,
+        "num_frames": request.frames,
+        "fps": request.fps,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "seed": request.seed % 2**31,
     }
-    return fields | ({"model": wish.model} if wish.model else {})
+    return fields | ({"model": request.model} if request.model else {})
 
 
 def _form(fields: Mapping[str, Any], image: bytes) -> Mapping[str, Any]:
@@ -80,24 +80,24 @@ def _form(fields: Mapping[str, Any], image: bytes) -> Mapping[str, Any]:
     return {"data": form}
 
 
-def _vllm_omni(wish: VideoWish) -> Mapping[str, Any]:
-    fields = _common(wish)
-    if wish.flow_shift:
-        fields["flow_shift"] = wish.flow_shift
-    return _form(fields, wish.image)
+def _vllm_omni(request: VideoRequest) -> Mapping[str, Any]:
+    fields = _common(request)
+    if request.flow_shift:
+        fields["flow_shift"] = request.flow_shift
+    return _form(fields, request.image)
 
 
-def _tensorrt_llm(wish: VideoWish) -> Mapping[str, Any]:
-    fields = _common(wish)
-    if wish.image:
-        picture = base64.b64encode(wish.image).decode()
+def _tensorrt_llm(request: VideoRequest) -> Mapping[str, Any]:
+    fields = _common(request)
+    if request.image:
+        picture = base64.b64encode(request.image).decode()
         fields["image_reference"] = {"content": f"data:image/png;base64,{picture}"}
     return {"json": fields}
 
 
-def _sglang(wish: VideoWish) -> Mapping[str, Any]:
-    fields = _common(wish)
-    return _form(fields, wish.image) if wish.image else {"json": fields}
+def _sglang(request: VideoRequest) -> Mapping[str, Any]:
+    fields = _common(request)
+    return _form(fields, request.image) if request.image else {"json": fields}
 
 
 VLLM, TRTLLM, SGLANG = "vLLM-Omni", "TensorRT-LLM", "SGLang"
@@ -108,32 +108,32 @@ DIALECTS = {
 }
 
 
-def checked(wish: VideoWish, dialect: Dialect) -> VideoWish:
-    """The wish, if the server can fulfil it as it is; its prompt without blanks around it.
+def checked(request: VideoRequest, dialect: Dialect) -> VideoRequest:
+    """The request, if the server can fulfil it as it is; its prompt without blanks around it.
 
     Raises FrugalError for what a server would change or drop without a word.
     """
-    if not wish.prompt.strip():
+    if not request.prompt.strip():
         raise FrugalError("an empty prompt", "what the video shows", "type a prompt")
-    if wish.width % SIDE or wish.height % SIDE:
+    if request.width % SIDE or request.height % SIDE:
         raise FrugalError(
-            f"a video of {wish.size}",
+            f"a video of {request.size}",
             f"sides that are multiples of {SIDE}",
-            f"use {wish.width // SIDE * SIDE}x{wish.height // SIDE * SIDE}",
+            f"use {request.width // SIDE * SIDE}x{request.height // SIDE * SIDE}",
         )
-    if wish.frames % 4 != 1:
+    if request.frames % 4 != 1:
         raise FrugalError(
-            f"{wish.frames} frames",
+            f"{request.frames} frames",
             "4 n + 1, since Wan has one latent frame for four",
-            f"use {(wish.frames - 1) // 4 * 4 + 1} or {(wish.frames + 2) // 4 * 4 + 1}",
+            f"use {(request.frames - 1) // 4 * 4 + 1} or {(request.frames + 2) // 4 * 4 + 1}",
         )
-    if wish.flow_shift and not dialect.flow_shift:
+    if request.flow_shift and not dialect.flow_shift:
         raise FrugalError(
-            f"flow_shift {wish.flow_shift:g} for {dialect.name}",
+            f"flow_shift {request.flow_shift:g} for {dialect.name}",
             "0, since it takes none for Wan and uses its own",
             "set flow_shift to 0",
         )
-    return replace(wish, prompt=wish.prompt.strip())
+    return replace(request, prompt=request.prompt.strip())
 
 
 def takes_images(listed: Any) -> bool | None:

@@ -21,7 +21,7 @@ import aiohttp
 from ..kernels.errors import FrugalError
 from . import response_cache
 from .address import Server
-from .dialects import SGLANG, Dialect, VideoWish, takes_images
+from .dialects import SGLANG, Dialect, VideoRequest, takes_images
 from .transport import LATER, Reply, exchange, refusal
 from .waiting import within
 
@@ -59,14 +59,14 @@ class LostServerError(FrugalError):
 
 
 @dataclass(frozen=True)
-class Desk:
+class JobContext:
     """What all steps of one order share. progress: called with 0..100. folder: for the names of
     jobs. patience: seconds for the whole job.
     """
 
     session: aiohttp.ClientSession
     dialect: Dialect
-    wish: VideoWish
+    request: VideoRequest
     folder: Path
     progress: Callable[[float], None]
     patience: float
@@ -76,7 +76,7 @@ class Desk:
 async def order(
     servers: Sequence[Server],
     dialect: Dialect,
-    wish: VideoWish,
+    request: VideoRequest,
     folder: Path,
     patience: float,
     progress: Callable[[float], None] = lambda share: None,
@@ -85,74 +85,76 @@ async def order(
     cancelled, the job is taken off its server.
     """
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-        desk = Desk(session, dialect, wish, folder, progress, patience, [])
+        context = JobContext(session, dialect, request, folder, progress, patience, [])
         for place, server in enumerate(servers):
             try:
-                return await _from(desk, server)
+                return await _from(context, server)
             except LostServerError as error:
                 if place + 1 == len(servers):
                     raise
-                desk.notes.append(f"{server.name} was left: {error}")
+                context.notes.append(f"{server.name} was left: {error}")
     raise FrugalError("no server", "at least one address", "type the address of a server")
 
 
-async def _from(desk: Desk, server: Server) -> RemoteVideo:
+async def _from(context: JobContext, server: Server) -> RemoteVideo:
     began = time.monotonic()
-    name = response_cache.key([desk.dialect.name, server.base, _words(desk.wish)], desk.wish.image)
-    job = await _known(desk, server, name)
+    name = response_cache.key(
+        [context.dialect.name, server.base, _words(context.request)], context.request.image
+    )
+    job = await _known(context, server, name)
     if job is None:
-        await _check_image(desk, server)
-        job = await _create(desk, server)
+        await _check_image(context, server)
+        job = await _create(context, server)
         with contextlib.suppress(OSError):
-            response_cache.write(desk.folder, name, {"job": job})
+            response_cache.write(context.folder, name, {"job": job})
     try:
-        async with within(desk.patience):
-            await _watch(desk, server, job)
-        reply = await _fetch(desk, server, job)
+        async with within(context.patience):
+            await _watch(context, server, job)
+        reply = await _fetch(context, server, job)
     except asyncio.CancelledError:
-        await asyncio.shield(_remove(desk, server, job))
+        await asyncio.shield(_remove(context, server, job))
         raise
     except asyncio.TimeoutError:
         raise FrugalError(
-            f"job {job} on {server.name} is not done after {desk.patience:g} s",
+            f"job {job} on {server.name} is not done after {context.patience:g} s",
             "a video by then",
             "run it again to go on waiting for the same job, with a longer timeout if need be",
         ) from None
     seconds = time.monotonic() - began
-    return RemoteVideo(reply.body, reply.kind, server.name, job, seconds, tuple(desk.notes))
+    return RemoteVideo(reply.body, reply.kind, server.name, job, seconds, tuple(context.notes))
 
 
-def _words(wish: VideoWish) -> dict[str, Any]:
-    fields = asdict(wish)
+def _words(request: VideoRequest) -> dict[str, Any]:
+    fields = asdict(request)
     del fields["image"]
     return fields
 
 
-async def _known(desk: Desk, server: Server, name: str) -> str | None:
-    """A job of an earlier run for the same wish that the server still has and did not fail."""
-    job = (response_cache.read(desk.folder, name) or {}).get("job")
+async def _known(context: JobContext, server: Server, name: str) -> str | None:
+    """A job of an earlier run for the same request that the server still has and did not fail."""
+    job = (response_cache.read(context.folder, name) or {}).get("job")
     if not isinstance(job, str) or not JOB.fullmatch(job):
         return None
-    reply = await _ask(desk, server, f"/videos/{job}")
+    reply = await _ask(context, server, f"/videos/{job}")
     if reply.status >= 400 or _status(reply, server) in FAILED:
         return None
-    desk.notes.append(f"found the job of an earlier run again: {job}")
+    context.notes.append(f"found the job of an earlier run again: {job}")
     return job
 
 
-async def _check_image(desk: Desk, server: Server) -> None:
-    wanted, takes = bool(desk.wish.image), None
+async def _check_image(context: JobContext, server: Server) -> None:
+    wanted, takes = bool(context.request.image), None
     # SGLang tells the kind of its model beside the API, not in it.
     for each in (server, replace(server, base=server.base.removesuffix("/v1"))):
-        reply = await _ask(desk, each, "/models")
+        reply = await _ask(context, each, "/models")
         if reply.status in (401, 403):
             raise refusal(server, reply)
         if reply.status < 400 and "json" in reply.kind:
             takes = takes_images(reply.json(server.name))
-        if takes is not None or desk.dialect.name != SGLANG:
+        if takes is not None or context.dialect.name != SGLANG:
             break
     if takes is None:
-        desk.notes.append("the server does not say whether its model takes a start image")
+        context.notes.append("the server does not say whether its model takes a start image")
     elif takes != wanted:
         raise FrugalError(
             f"{server.name} has a model for {'image' if takes else 'text'} to video",
@@ -161,27 +163,29 @@ async def _check_image(desk: Desk, server: Server) -> None:
         )
 
 
-async def _create(desk: Desk, server: Server) -> str:
-    before = await _listed(desk, server)
+async def _create(context: JobContext, server: Server) -> str:
+    before = await _listed(context, server)
     try:
         reply = await exchange(
-            desk.session,
+            context.session,
             server,
             "POST",
             "/videos",
             timeout=ANSWER,
             repeat=False,
-            body=lambda: desk.dialect.body(desk.wish),
+            body=lambda: context.dialect.body(context.request),
         )
     except asyncio.CancelledError:
-        await asyncio.shield(_take_off(desk, server, before))
+        await asyncio.shield(_take_off(context, server, before))
         raise
     except FrugalError as error:
         # It may have arrived all the same.
-        job = await _arrived(desk, server, before)
+        job = await _arrived(context, server, before)
         if job is None:
             raise LostServerError.of(error) from None
-        desk.notes.append(f"the answer to the order was lost; the job was found in the list: {job}")
+        context.notes.append(
+            f"the answer to the order was lost; the job was found in the list: {job}"
+        )
         return job
     if reply.status in LATER:
         raise LostServerError.of(refusal(server, reply))
@@ -198,11 +202,11 @@ async def _create(desk: Desk, server: Server) -> str:
     return job
 
 
-async def _listed(desk: Desk, server: Server) -> dict[str, Mapping[str, Any]] | None:
+async def _listed(context: JobContext, server: Server) -> dict[str, Mapping[str, Any]] | None:
     """The server's newest jobs, newest first; None where it does not tell."""
     try:
         reply = await exchange(
-            desk.session, server, "GET", "/videos?limit=20&order=desc", timeout=ANSWER
+            context.session, server, "GET", "/videos?limit=20&order=desc", timeout=ANSWER
         )
         return {
             each["id"]: each
@@ -213,24 +217,26 @@ async def _listed(desk: Desk, server: Server) -> dict[str, Mapping[str, Any]] | 
         return None
 
 
-async def _arrived(desk: Desk, server: Server, before: Mapping[str, Any] | None) -> str | None:
-    """The newest job in the server's list that is this wish and was not there `before`: one from
+async def _arrived(
+    context: JobContext, server: Server, before: Mapping[str, Any] | None
+) -> str | None:
+    """The newest job in the server's list that is this request and was not there `before`: one from
     before may have another seed, which lists do not tell.
     """
-    wanted = desk.wish.prompt, desk.wish.size
-    now = None if before is None else await _listed(desk, server)
+    wanted = context.request.prompt, context.request.size
+    now = None if before is None else await _listed(context, server)
     for job, said in (now or {}).items():
         if job not in (before or {}) and (said.get("prompt"), said.get("size")) == wanted:
             return job
     return None
 
 
-async def _watch(desk: Desk, server: Server, job: str) -> None:
+async def _watch(context: JobContext, server: Server, job: str) -> None:
     """Until the job is done. Raises FrugalError if it failed, LostServerError if nobody answers."""
     heard = time.monotonic()
     while True:
         try:
-            reply = await _ask(desk, server, f"/videos/{job}")
+            reply = await _ask(context, server, f"/videos/{job}")
         except FrugalError as error:
             if time.monotonic() - heard > PATIENCE:
                 raise LostServerError.of(error) from None
@@ -249,10 +255,10 @@ async def _watch(desk: Desk, server: Server, job: str) -> None:
                 "change what it complains about, or look into the server's log",
             )
         if status in DONE:
-            desk.progress(100.0)
+            context.progress(100.0)
             return
         with contextlib.suppress(TypeError, ValueError):
-            desk.progress(float(reply.json(server.name).get("progress") or 0))
+            context.progress(float(reply.json(server.name).get("progress") or 0))
         await asyncio.sleep(POLL)
 
 
@@ -265,9 +271,9 @@ def _status(reply: Reply, server: Server) -> str:
     return status
 
 
-async def _ask(desk: Desk, server: Server, path: str) -> Reply:
+async def _ask(context: JobContext, server: Server, path: str) -> Reply:
     try:
-        reply = await exchange(desk.session, server, "GET", path, timeout=ANSWER)
+        reply = await exchange(context.session, server, "GET", path, timeout=ANSWER)
     except FrugalError as error:
         raise LostServerError.of(error) from None
     if reply.status in LATER:
@@ -275,13 +281,13 @@ async def _ask(desk: Desk, server: Server, path: str) -> Reply:
     return reply
 
 
-async def _fetch(desk: Desk, server: Server, job: str) -> Reply:
+async def _fetch(context: JobContext, server: Server, job: str) -> Reply:
     reply = await exchange(
-        desk.session,
+        context.session,
         server,
         "GET",
         f"/videos/{job}/content",
-        timeout=max(ANSWER, desk.patience),
+        timeout=max(ANSWER, context.patience),
         limit=VIDEO_LIMIT,
     )
     if reply.status >= 400:
@@ -295,18 +301,18 @@ async def _fetch(desk: Desk, server: Server, job: str) -> Reply:
     return reply
 
 
-async def _take_off(desk: Desk, server: Server, before: Mapping[str, Any] | None) -> None:
+async def _take_off(context: JobContext, server: Server, before: Mapping[str, Any] | None) -> None:
     """Remove what an order that was cancelled on its way has become."""
     job = None
     with contextlib.suppress(asyncio.TimeoutError):
         async with within(GOODBYE):
-            job = await _arrived(desk, server, before)
+            job = await _arrived(context, server, before)
     if job is not None:
-        await _remove(desk, server, job)
+        await _remove(context, server, job)
 
 
-async def _remove(desk: Desk, server: Server, job: str) -> None:
+async def _remove(context: JobContext, server: Server, job: str) -> None:
     with contextlib.suppress(FrugalError):
         await exchange(
-            desk.session, server, "DELETE", f"/videos/{job}", timeout=GOODBYE, repeat=False
+            context.session, server, "DELETE", f"/videos/{job}", timeout=GOODBYE, repeat=False
         )

@@ -38,7 +38,9 @@ def normalise(
     for raw, name in plan.rename.items():
         if raw not in tensors:
             raise FrugalError(
-                f"{plan.file} no longer holds {raw}", "the file as it was planned", "load the model again"
+                f"{plan.file} no longer holds {raw}",
+                "the file as it was planned",
+                "load the model again",
             )
         layer, _, suffix = name.rpartition(".")
         layout = plan.layers.get(layer)

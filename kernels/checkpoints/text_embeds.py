@@ -88,7 +88,9 @@ def read_text_embeds(path: Path) -> list[list[Any]]:
         entries = [(dict(entry["plain"]), list(entry["order"])) for entry in content["entries"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FrugalError(
-            f"{path.name} has damaged entries", "entries written by this pack", "save the prompt again"
+            f"{path.name} has damaged entries",
+            "entries written by this pack",
+            "save the prompt again",
         ) from error
     if version != VERSION or not entries:
         raise FrugalError(

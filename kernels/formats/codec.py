@@ -72,7 +72,9 @@ def pieces(
         piece = weight[start : start + rows].to(device=device, dtype=torch.float32)
         if not bool(torch.isfinite(piece).all()):
             raise FrugalError(
-                f"{where} holds a weight that is not finite", "finite weights", "download the model again"
+                f"{where} holds a weight that is not finite",
+                "finite weights",
+                "download the model again",
             )
         yield slice(start, start + piece.shape[0]), piece
 

@@ -75,7 +75,9 @@ def encode(
         s[rows] = scale.to(weight.device)
     if finite and not bool(torch.stack(finite).all()):
         raise FrugalError(
-            f"{where} holds a weight that is not finite", "finite weights", "download the model again"
+            f"{where} holds a weight that is not finite",
+            "finite weights",
+            "download the model again",
         )
     return q, s if whole is None else whole.reshape(()).to(weight.device)
 

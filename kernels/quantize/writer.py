@@ -256,7 +256,9 @@ class Writer:
         """
         if self.written != len(self.groups) or self._position != self.size:
             raise FrugalError(
-                f"{self.written} groups in {self.part.name}", f"{len(self.groups)}", "run the conversion again"
+                f"{self.written} groups in {self.part.name}",
+                f"{len(self.groups)}",
+                "run the conversion again",
             )
         self._refuse_existing()
         self.commit()

@@ -79,7 +79,9 @@ class VideoWriter:
     ):
         if width % 2 or height % 2:
             raise FrugalError(
-                f"the frames are {width} x {height}", "an even width and height", "crop the frames first"
+                f"the frames are {width} x {height}",
+                "an even width and height",
+                "crop the frames first",
             )
         self.av = pyav()
         self.path, self.form = path, FORMATS[format]

@@ -127,6 +127,8 @@ class FrugalPromptExtend(io.ComfyNode):
     ) -> io.NodeOutput:
         widgets["text"] = widgets["text"] or ""
         typed = glue.typed(cls.hidden, {**widgets, "if_it_fails": if_it_fails})
-        result = prompt_run.rewrite(prompt_run.Wish(**widgets), image, clip, if_it_fails, typed)
+        result = prompt_run.rewrite(
+            prompt_run.PromptRequest(**widgets), image, clip, if_it_fails, typed
+        )
         show_text(cls.hidden.unique_id, result.report)
         return io.NodeOutput(result.text, result.report)

@@ -23,7 +23,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Wish:
+class PromptRequest:
     """What the widgets say."""
 
     text: str
@@ -50,31 +50,31 @@ class Rewritten:
 
 
 def rewrite(
-    wish: Wish, image: Any, clip: Any, if_it_fails: str, typed: Mapping[str, Any]
+    request: PromptRequest, image: Any, clip: Any, if_it_fails: str, typed: Mapping[str, Any]
 ) -> Rewritten:
     """The rewritten prompt; with KEEP the prompt as it is, and the reason in the report, where no
     answer came. `typed`: the widgets, for `failures`. Raises FrugalError for inputs that contradict
     each other, and with STOP.
     """
-    wanted = bool(wish.server_url.strip())
+    wanted = bool(request.server_url.strip())
     if wanted == (clip is not None):
         raise FrugalError(
             "a server and a CLIP input" if wanted else "neither a server nor a CLIP input",
             "one of them to ask",
             "clear server_url to ask the CLIP input, or type an address and take CLIP off",
         )
-    if not wish.text.strip():
+    if not request.text.strip():
         raise FrugalError("an empty prompt", "a few words to rewrite", "type a prompt")
     folder = glue.prompts_folder()
     try:
-        return _from_server(wish, image, folder) if wanted else _from_clip(wish, image, clip)
+        return _from_server(request, image, folder) if wanted else _from_clip(request, image, clip)
     except FrugalError as error:
         with contextlib.suppress(OSError):
             response_cache.failed(folder, _failure(typed))
         if if_it_fails == STOP:
             raise
         logging.warning("[Frugal] the prompt was not rewritten: %s", error)
-        return Rewritten(wish.text, f"the original prompt is used: {error}\n\n{wish.text}")
+        return Rewritten(request.text, f"the original prompt is used: {error}\n\n{request.text}")
 
 
 def failures(typed: Mapping[str, Any]) -> int:
@@ -88,31 +88,31 @@ def _failure(typed: Mapping[str, Any]) -> str:
     return response_cache.key({name: value for name, value in typed.items() if value is not None})
 
 
-def _from_server(wish: Wish, image: Any, folder: Path) -> Rewritten:
-    where = server(wish.server_url, wish.key_variable)
+def _from_server(request: PromptRequest, image: Any, folder: Path) -> Rewritten:
+    where = server(request.server_url, request.key_variable)
     pixels = glue.png(image)
-    name = wish.key(pixels)
+    name = request.key(pixels)
     found = response_cache.read(folder, name)
     if found is not None and isinstance(found.get("text"), str):
         notes = ("answered before: kept in the user folder",)
         return _told(found["text"], str(found.get("model")), where.name, notes)
     question = Question(
-        instructions(wish.task, wish.language, wish.style),
-        wish.text,
-        wish.model.strip(),
+        instructions(request.task, request.language, request.style),
+        request.text,
+        request.model.strip(),
         pixels,
-        wish.seed,
-        wish.max_tokens,
+        request.seed,
+        request.max_tokens,
         HEAT,
     )
-    answer = glue.wait_for(ask(where, question, wish.timeout_s))
+    answer = glue.wait_for(ask(where, question, request.timeout_s))
     text, notes = cleaned(answer.text, answer.cut)
     with contextlib.suppress(OSError):
         response_cache.write(folder, name, {"text": text, "model": answer.model})
     return _told(text, answer.model, where.name, (*answer.notes, *notes))
 
 
-def _from_clip(wish: Wish, image: Any, clip: Any) -> Rewritten:
+def _from_clip(request: PromptRequest, image: Any, clip: Any) -> Rewritten:
     if not glue.writes_text(clip):
         raise FrugalError(
             "a CLIP input that cannot write",
@@ -120,10 +120,10 @@ def _from_clip(wish: Wish, image: Any, clip: Any) -> Rewritten:
             "load one with Load CLIP, or type the address of a server",
         )
     asked = (
-        f"{instructions(wish.task, wish.language, wish.style)}\n\nThe prompt to rewrite:\n"
-        f"{wish.text}"
+        f"{instructions(request.task, request.language, request.style)}\n\nThe prompt to rewrite:\n"
+        f"{request.text}"
     )
-    said = glue.write_text(clip, asked, image, wish.seed, wish.max_tokens, HEAT)
+    said = glue.write_text(clip, asked, image, request.seed, request.max_tokens, HEAT)
     text, notes = cleaned(said)
     return _told(text, "CLIP input", "this ComfyUI", notes)
 

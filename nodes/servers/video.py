@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import InputImpl, io, ui
 
-from ...servers.dialects import DIALECTS, VideoWish
+from ...servers.dialects import DIALECTS, VideoRequest
 from .._comfy import CATEGORY, known, show_text
 from . import glue, video_run
 from .common_inputs import key_input
@@ -140,12 +140,12 @@ class FrugalRemoteVideo(io.ComfyNode):
         guidance, flow_shift, seed, timeout_minutes, filename_prefix, key_variable, image=None,
     ) -> io.NodeOutput:  # fmt: skip
         first = glue.fitted_png(image, width, height)
-        wish = VideoWish(
+        request = VideoRequest(
             prompt, negative_prompt, model.strip(), width, height, frames, fps, steps, guidance,
             flow_shift, seed, first,
         )  # fmt: skip
         made = video_run.make(
-            wish, servers, dialect, key_variable, timeout_minutes, filename_prefix
+            request, servers, dialect, key_variable, timeout_minutes, filename_prefix
         )
         show_text(cls.hidden.unique_id, made.report)
         shown = ui.SavedResult(made.path.name, made.subfolder, io.FolderType.output)

@@ -15,7 +15,7 @@ from ...kernels.atomic_write import atomic_write
 from ...kernels.errors import FrugalError
 from ...kernels.video.reader import frames, pixels
 from ...servers.address import server
-from ...servers.dialects import DIALECTS, VideoWish, checked
+from ...servers.dialects import DIALECTS, VideoRequest, checked
 from ...servers.videos import RemoteVideo, order
 from . import glue
 
@@ -34,31 +34,31 @@ class Received:
 
 
 def make(
-    wish: VideoWish,
+    request: VideoRequest,
     servers: str,
     dialect: str,
     key_variable: str,
     minutes: float,
     prefix: str,
 ) -> Received:
-    """Raises FrugalError for a wish that the server would change, and if no server makes it."""
+    """Raises FrugalError for a request that the server would change, and if no server makes it."""
     spoken = DIALECTS[dialect]
-    wish = checked(wish, spoken)
+    request = checked(request, spoken)
     addresses = [server(line, key_variable) for line in servers.splitlines() if line.strip()]
     # The cancel button is asked for in between, so only the last value has to be there.
     bar, told = comfy.utils.ProgressBar(100), [0.0]
     folder = Path(folder_paths.get_user_directory()) / FOLDER
     work = order(
-        addresses, spoken, wish, folder, 60 * minutes, lambda share: told.__setitem__(0, share)
+        addresses, spoken, request, folder, 60 * minutes, lambda share: told.__setitem__(0, share)
     )
     video = glue.wait_for(work, lambda: bar.update_absolute(int(told[0]), 100))
     path, subfolder = _written(video, prefix)
-    images = _read(path, wish)
+    images = _read(path, request)
     seen = f"{len(images)} frames of {images.shape[2]}x{images.shape[1]}"
     lines = [
         f"made by {video.server} ({dialect}) in {video.seconds:.1f} s: {seen}",
         f"job {video.job}, {len(video.data)} bytes, {path.name}",
-        *(f"note: {note}" for note in (*video.notes, *_differences(images, wish))),
+        *(f"note: {note}" for note in (*video.notes, *_differences(images, request))),
     ]
     return Received(images, path, subfolder, "\n".join(lines))
 
@@ -73,7 +73,7 @@ def _written(video: RemoteVideo, prefix: str) -> tuple[Path, str]:
     return path, subfolder
 
 
-def _read(path: Path, wish: VideoWish) -> torch.Tensor:
+def _read(path: Path, request: VideoRequest) -> torch.Tensor:
     import av
 
     images = None
@@ -82,7 +82,7 @@ def _read(path: Path, wish: VideoWish) -> torch.Tensor:
         for frame in frames(str(path)):
             picture = pixels(frame)
             if images is None:
-                images = np.empty((wish.frames, *picture.shape), np.float32)
+                images = np.empty((request.frames, *picture.shape), np.float32)
             if count == len(images):
                 images = np.concatenate([images, np.empty_like(images)])
             images[count] = picture
@@ -99,10 +99,10 @@ def _read(path: Path, wish: VideoWish) -> torch.Tensor:
     return torch.from_numpy(images[:count])
 
 
-def _differences(images: torch.Tensor, wish: VideoWish) -> list[str]:
+def _differences(images: torch.Tensor, request: VideoRequest) -> list[str]:
     found = []
-    if len(images) != wish.frames:
-        found.append(f"{wish.frames} frames were asked for")
-    if (images.shape[2], images.shape[1]) != (wish.width, wish.height):
-        found.append(f"{wish.size} was asked for")
+    if len(images) != request.frames:
+        found.append(f"{request.frames} frames were asked for")
+    if (images.shape[2], images.shape[1]) != (request.width, request.height):
+        found.append(f"{request.size} was asked for")
     return found

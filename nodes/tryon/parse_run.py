@@ -144,7 +144,9 @@ def load(folder: str):
     file = next((f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))), None)
     if file is None:
         raise FrugalError(
-            f"the folder {base} has no weights", " or ".join(WEIGHTS), "copy the weights into the folder"
+            f"the folder {base} has no weights",
+            " or ".join(WEIGHTS),
+            "copy the weights into the folder",
         )
     names = {int(number): name for number, name in config.get("id2label", {}).items()}
     order = parsing.label_order(names)

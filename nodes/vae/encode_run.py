@@ -36,12 +36,16 @@ def encode(
         images = video.get_components().images
     count, height, width = _of_file(video) if images is None else tuple(images.shape[:3])
     if not count:
-        raise FrugalError("the clip has no frames", "at least one", "choose another part of the clip")
+        raise FrugalError(
+            "the clip has no frames", "at least one", "choose another part of the clip"
+        )
     scale = vae.spacial_compression_encode()
     rows, columns = height // scale, width // scale
     if not rows or not columns:
         raise FrugalError(
-            f"the frames are {width} x {height}", f"at least {scale} x {scale}", "enlarge the frames"
+            f"the frames are {width} x {height}",
+            f"at least {scale} x {scale}",
+            "enlarge the frames",
         )
     half = encoder_of(vae, count, rows, columns)
     stream = VaeStream(vae, half, rows, columns, tile // scale, overlap // scale)

@@ -1,7 +1,7 @@
-"""The Ray Serve application: one front desk, one ComfyUI in each worker replica.
+"""The Ray Serve application: one scheduler, one ComfyUI in each worker replica.
 
 A worker's process and its ComfyUI end together, whichever goes first; Serve then starts another
-one. The desk alone keeps state, on disk, so that losing any process loses no accepted job.
+one. The scheduler alone keeps state, on disk, so that losing any process loses no accepted job.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Fleet(Limits):
     """Everything that a fleet is started with; the fields are also the arguments of `build`.
 
     comfyui, python, comfy_arguments: what a worker runs. store: folder of the jobs, on a disk that
-    outlives the desk. work: folder of the workers' own files. workers, most_workers: replicas, the
-    latter for autoscaling. gpus, cpus: what Ray reserves per worker. store_resource: name of a Ray
-    resource that only the machine with the store has. token_env: the variable that holds the token
+    outlives the scheduler. work: folder of the workers' own files. workers, most_workers: replicas,
+    the latter for autoscaling. gpus, cpus: what Ray reserves per worker. store_resource: name of a
+    Ray resource that only the machine with the store has. token_env: the variable that holds the token
     where the application is built; or token_hash, its SHA-256 as hex.
     The rest: see Limits.
     """
@@ -50,7 +50,7 @@ class Fleet(Limits):
     largest_request: int = 256 * 10**6
 
     def rules(self) -> Rules:
-        """The part of it that the front desk goes by."""
+        """The part of it that the scheduler goes by."""
         limits = {each.name: getattr(self, each.name) for each in fields(Limits)}
         return Rules(**limits, at_once=2 * max(self.workers, self.most_workers) + 2)
 
@@ -182,7 +182,7 @@ def build(arguments: Mapping[str, Any]) -> Any:
         Worker,
         name="worker",
         max_ongoing_requests=1,
-        # The desk bounds the queue; a second bound here could only break its promises.
+        # The scheduler bounds the queue; a second bound here could only break its promises.
         max_queued_requests=-1,
         health_check_period_s=3,
         health_check_timeout_s=30,
@@ -200,7 +200,7 @@ def build(arguments: Mapping[str, Any]) -> Any:
 
     scheduler = serve.deployment(
         serve.ingress(pages)(FrontDesk),
-        name="desk",
+        name="scheduler",
         num_replicas=1,
         max_ongoing_requests=ASKING,
         health_check_period_s=3,

@@ -22,7 +22,7 @@ from .store import ENDED
 JOBS = "/v1/jobs"
 ANSWER, TRANSFER = 120.0, 1800.0
 POLL, LONGEST_POLL = 0.3, 3.0
-# Ray starts a lost front desk or proxy again; on a busy machine that takes a while.
+# Ray starts a lost scheduler or proxy again; on a busy machine that takes a while.
 OUTAGE = 180.0
 LARGEST_RESULT = 4 * 10**9
 # The status of a queue without room.

@@ -48,10 +48,14 @@ def rows(table: Path, workflow: bytes, named: Mapping[str, str] | None = None) -
         header = [cell.strip() for cell in next(read, [])]
         lines = [line for line in read if any(cell.strip() for cell in line)]
     if not lines:
-        raise FrugalError(f"{table.name} has no rows", "a header and a row per job", "fill in the table")
+        raise FrugalError(
+            f"{table.name} has no rows", "a header and a row per job", "fill in the table"
+        )
     if len(set(header)) != len(header) or "" in header:
         raise FrugalError(
-            f"{table.name} has an empty column name, or one twice", "different ones", "rename the columns"
+            f"{table.name} has an empty column name, or one twice",
+            "different ones",
+            "rename the columns",
         )
     if unknown := sorted(set(named or {}) - set(header)):
         raise FrugalError(

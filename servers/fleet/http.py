@@ -47,8 +47,8 @@ def hashed(token: str) -> str:
 def application(
     scheduler: Callable[[], JobScheduler], token: str, largest: int = LARGEST_BODY
 ) -> ASGIApp:
-    """The ASGI app of a desk. token: as `hashed` gives it; empty: everybody may. largest: bytes of
-    a request.
+    """The ASGI app. token: as `hashed` gives it; empty: everybody may. largest: bytes
+    of a request.
     """
     pages = Pages(scheduler, largest)
     routes = [
@@ -198,7 +198,9 @@ class Pages:
             if name in texts:
                 texts[name] = data
             elif name != "input" or isinstance(value, str):
-                said = f"send workflow, plan and input files only: an unknown part {ascii(name)[:60]}."
+                said = (
+                    f"send workflow, plan and input files only: an unknown part {ascii(name)[:60]}."
+                )
                 return _error(400, said), {}, b""
             elif value.filename in files:
                 return _error(400, f"two files {value.filename!a}; rename one."), {}, b""

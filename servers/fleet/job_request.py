@@ -128,4 +128,6 @@ def _json(text: bytes | str, what: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = ascii(str(error) or type(error).__name__)[1:-1][:120]
-        raise FrugalError(f"{what} is no JSON ({reason})", "JSON", "export the workflow again") from None
+        raise FrugalError(
+            f"{what} is no JSON ({reason})", "JSON", "export the workflow again"
+        ) from None

@@ -18,7 +18,7 @@ COUNTED = {
     "refused_memory": "Orders refused because their plan exceeds a worker's memory.",
     "refused_token": "Requests without the right token.",
     "workers_lost": "Attempts that ended with the loss of their worker.",
-    "taken_up_again": "Running jobs queued again after a restart of the front desk.",
+    "taken_up_again": "Running jobs queued again after a restart of the scheduler.",
 }
 
 

@@ -1,4 +1,4 @@
-"""The front desk: takes orders in, hands them to workers, tries again when a worker is lost.
+"""The scheduler: takes orders in, hands them to workers, tries again when a worker is lost.
 
 `Run` is whatever runs one order and tells what happens as events; under Ray Serve that is a call to
 a worker replica, in a test a few lines. An exception from it means that the worker is lost, since a

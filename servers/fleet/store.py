@@ -131,7 +131,9 @@ class Store:
                 )
             return found, False
         if self.open_jobs() >= most:
-            raise FullError(f"{most} jobs wait or run", "room for one more", "send the job again later")
+            raise FullError(
+                f"{most} jobs wait or run", "room for one more", "send the job again later"
+            )
         job = uuid.uuid4().hex
         place = self.jobs / job / PLACE
         place.mkdir(parents=True)

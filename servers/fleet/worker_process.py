@@ -178,7 +178,7 @@ class Comfy:
     # One graph
 
     async def run(self, job: str, order: JobRequest) -> AsyncIterator[Event]:
-        """Events of one order (see desk.py). Raises LostError when the process is lost."""
+        """Events of one order (see scheduler.py). Raises LostError when the process is lost."""
         # Begun on a process that the job before took down, a job would lose an attempt for nothing.
         try:
             await self._ask("GET", "/prompt")

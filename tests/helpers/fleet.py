@@ -101,7 +101,7 @@ async def hangs(job: str, wanted: JobRequest) -> AsyncIterator[Event]:
 
 @dataclass
 class Running:
-    """A desk that answers at `url`; `desk` belongs to the thread's loop."""
+    """A scheduler that answers at `url`; `scheduler` belongs to the thread's loop."""
 
     url: str
     scheduler: JobScheduler

@@ -78,7 +78,7 @@ class FleetProcess:
         self._until(lambda: "the fleet answers at" in self.said())
 
     def wait_for_http(self) -> None:
-        """Until the front desk answers; workers may still be starting."""
+        """Until the scheduler answers; workers may still be starting."""
 
         def answers() -> bool:
             with contextlib.suppress(OSError):

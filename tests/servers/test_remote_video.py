@@ -14,13 +14,21 @@ from aiohttp import web
 from frugal.kernels.errors import FrugalError
 from frugal.servers import transport, videos
 from frugal.servers.address import server
-from frugal.servers.dialects import DIALECTS, SGLANG, TRTLLM, VLLM, VideoWish, checked, takes_images
+from frugal.servers.dialects import (
+    DIALECTS,
+    SGLANG,
+    TRTLLM,
+    VLLM,
+    VideoRequest,
+    checked,
+    takes_images,
+)
 from frugal.servers.waiting import run
 from frugal.tests.helpers.patience import FOREVER, HANG
 from frugal.tests.helpers.servers import scripted
 from frugal.tests.helpers.video_server import Videos
 
-WISH = VideoWish("a cat", "blur", "m", 64, 32, 5, 16, 7, 5.5, 0.0, 2**33 + 5)
+WISH = VideoRequest("a cat", "blur", "m", 64, 32, 5, 16, 7, 5.5, 0.0, 2**33 + 5)
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +45,9 @@ def served(*handlers):
         yield [stack.enter_context(scripted(handler)).url + "/v1" for handler in handlers]
 
 
-def put(urls, folder, wish=WISH, dialect=VLLM, patience=20.0, **more):
+def put(urls, folder, request=WISH, dialect=VLLM, patience=20.0, **more):
     servers = [server(url) for url in urls]
-    return run(videos.order(servers, DIALECTS[dialect], wish, folder, patience, **more))
+    return run(videos.order(servers, DIALECTS[dialect], request, folder, patience, **more))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -70,13 +78,13 @@ def test_a_first_image_goes_along(dialect, tmp_path):
 
 
 def test_flow_shift_is_sent_or_refused(tmp_path):
-    one, wish = Videos(VLLM), replace(WISH, flow_shift=3.0)
+    one, request = Videos(VLLM), replace(WISH, flow_shift=3.0)
     with served(one) as urls:
-        put(urls, tmp_path, wish)
+        put(urls, tmp_path, request)
     assert one.asked[0]["flow_shift"] == "3.0"
     for other in (TRTLLM, SGLANG):
         with pytest.raises(FrugalError, match="flow_shift"):
-            checked(wish, DIALECTS[other])
+            checked(request, DIALECTS[other])
 
 
 @pytest.mark.parametrize(

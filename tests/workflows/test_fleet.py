@@ -156,7 +156,7 @@ def test_results_outlive_the_fleet(fleet):
     assert fleet.token == secret
 
     def answers():
-        # Serve's proxy answers before it knows the desk.
+        # Serve's proxy answers before it knows the scheduler.
         with contextlib.suppress(FrugalError):
             return asyncio.run(main(client_of))
 

@@ -55,7 +55,7 @@ def test_words_become_more_words_and_a_video(server, picture):
                     node["inputs"] |= {"servers": f"{videos.url}/v1", **SMALL}
         result = server.run(prompt)
     assert (result.status, result.errors) == ("success", [])
-    assert [wish["prompt"] for wish in films.asked] == [LONGER]
+    assert [request["prompt"] for request in films.asked] == [LONGER]
     assert bool(films.asked[0].get("input_reference")) == picture
     names = [entry["filename"] for _, entry in result.files()]
     assert sum(name.endswith(".mp4") for name in names) == 1

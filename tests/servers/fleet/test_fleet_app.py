@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[3]
 WITHOUT = "import sys\nfor name in {names!r}: sys.modules[name] = None\n"
 CLIENT = (
     "import importlib\n"
-    "for name in ('client', 'sheet', 'batch', 'orders', 'store', 'desk', 'comfy', 'token'):\n"
+    "names = 'client', 'csv_jobs', 'batch', 'job_request', 'store', 'scheduler', 'worker_process'\n"
+    "for name in (*names, 'token'):\n"
     "    importlib.import_module('frugal.servers.fleet.' + name)\n"
 )
 COMMAND = (
@@ -110,7 +111,7 @@ def test_the_kubernetes_example_starts_what_there_is(monkeypatch):
     monkeypatch.setenv("FRUGAL_FLEET_TOKEN", "t" * 20)
     built = build(application.args)
     scheduler = built._bound_deployment
-    assert scheduler.name == "desk"
+    assert scheduler.name == "scheduler"
     assert scheduler.ray_actor_options["resources"] == {"fleet_store": 0.001}
     head = service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["resources"]
     # Quoted twice: once for YAML, once for the shell that KubeRay writes.
@@ -196,7 +197,7 @@ class Events:
         self.cancelled = True
 
 
-def test_desk_and_workers_without_ray(tmp_path, monkeypatch):
+def test_scheduler_and_workers_without_ray(tmp_path, monkeypatch):
     from frugal.servers.fleet import app
     from frugal.servers.fleet.job_request import order
 

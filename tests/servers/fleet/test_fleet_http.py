@@ -288,7 +288,7 @@ def test_a_fleet_that_goes_away_while_its_queue_is_full_is_waited_for_too(tmp_pa
 
 
 def test_a_fleet_that_fails_for_a_moment_loses_no_row(tmp_path, monkeypatch):
-    """When its front desk dies the proxy before it answers 500, at every step of a job."""
+    """When its scheduler dies the proxy before it answers 500, at every step of a job."""
     monkeypatch.setattr(client_module, "LONGEST_POLL", 0.05)
     asked = []
 

@@ -1,4 +1,4 @@
-"""The front desk with pretended workers: retries, limits, cancelling, going on after a restart."""
+"""The scheduler with pretended workers: retries, limits, cancelling, going on after a restart."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def short_pauses(monkeypatch):
     monkeypatch.setattr(d, "LONGEST_PAUSE", 0.002)
 
 
-def at_desk(folder, body, *acts, **rules):
-    """Run `body(desk, pretended)` at a desk of its own."""
+def with_scheduler(folder, body, *acts, **rules):
+    """Run `body(scheduler, pretended)` at a scheduler of its own."""
 
     async def main():
         pretended = Pretended([*acts])
@@ -68,7 +68,7 @@ def test_a_result_is_put_together_from_its_pieces(tmp_path):
         assert done.shown == {"2": {"text": ["x"]}} and scheduler.memory == MEMORY
         assert scheduler.store.counters() == {"accepted": 1, "completed": 1}
 
-    at_desk(tmp_path, body, works)
+    with_scheduler(tmp_path, body, works)
 
 
 def test_a_lost_worker_costs_nothing_but_time(tmp_path):
@@ -83,7 +83,7 @@ def test_a_lost_worker_costs_nothing_but_time(tmp_path):
         assert not list((scheduler.store.jobs / job.id).glob("attempt-*"))
         assert scheduler.store.counters()["workers_lost"] == 2
 
-    at_desk(tmp_path, body, dies, dies, works)
+    with_scheduler(tmp_path, body, dies, dies, works)
 
 
 def test_a_job_that_kills_every_worker_is_given_up(tmp_path):
@@ -94,7 +94,7 @@ def test_a_job_that_kills_every_worker_is_given_up(tmp_path):
         assert "lost in each of 3 attempts, at last with RuntimeError: the card" in done.error
         assert done.files == []
 
-    at_desk(tmp_path, body, dies, attempts=3)
+    with_scheduler(tmp_path, body, dies, attempts=3)
 
 
 def test_a_worker_lost_before_the_start_is_no_attempt(tmp_path):
@@ -103,7 +103,7 @@ def test_a_worker_lost_before_the_start_is_no_attempt(tmp_path):
         (done,) = await ended(scheduler, job.id)
         assert done.status == "completed" and done.attempts == 1 and len(pretended.begun) == 9
 
-    at_desk(tmp_path, body, *[is_lost_before] * 8, works, attempts=1)
+    with_scheduler(tmp_path, body, *[is_lost_before] * 8, works, attempts=1)
 
 
 def test_no_worker_for_too_long(tmp_path):
@@ -113,7 +113,7 @@ def test_no_worker_for_too_long(tmp_path):
         assert done.status == "failed" and done.attempts == 0
         assert "no worker began with it within 0.02 s, at last ConnectionError" in done.error
 
-    at_desk(tmp_path, body, is_lost_before, wait_seconds=0.02)
+    with_scheduler(tmp_path, body, is_lost_before, wait_seconds=0.02)
 
 
 def test_a_worker_that_says_nothing_more(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_worker_that_says_nothing_more(tmp_path, monkeypatch):
         (done,) = await ended(scheduler, job.id)
         assert done.status == "failed" and done.attempts == 2 and "TimeoutError" in done.error
 
-    at_desk(tmp_path, body, hangs, attempts=2, job_seconds=0.02)
+    with_scheduler(tmp_path, body, hangs, attempts=2, job_seconds=0.02)
 
 
 def test_a_graph_that_fails_is_not_tried_again(tmp_path):
@@ -134,7 +134,7 @@ def test_a_graph_that_fails_is_not_tried_again(tmp_path):
         assert (done.status, done.error) == ("failed", "node 1 (EmptyImage): no")
         assert len(pretended.begun) == 1
 
-    at_desk(tmp_path, body, complains)
+    with_scheduler(tmp_path, body, complains)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//b", "a\\b", "C:x", "\0"])
@@ -149,7 +149,7 @@ def test_a_worker_cannot_write_elsewhere(tmp_path, name):
         (done,) = await ended(scheduler, job.id)
         assert done.status == "failed" and "a worker sent a file called" in done.error
 
-    at_desk(tmp_path / "store", body, sends, attempts=1)
+    with_scheduler(tmp_path / "store", body, sends, attempts=1)
     assert [each.name for each in tmp_path.iterdir()] == ["store"]
 
 
@@ -163,7 +163,7 @@ def test_a_key_is_one_job_and_one_result(tmp_path):
             scheduler.accept(an_order(2), "k")
         assert scheduler.store.counters()["accepted"] == 1
 
-    at_desk(tmp_path, body, works)
+    with_scheduler(tmp_path, body, works)
 
 
 def test_a_full_queue_refuses_and_a_known_key_does_not_count(tmp_path):
@@ -177,7 +177,7 @@ def test_a_full_queue_refuses_and_a_known_key_does_not_count(tmp_path):
         scheduler.accept(an_order(2))
         assert scheduler.store.counters()["refused_full"] == 1
 
-    at_desk(tmp_path, body, hangs, queue=2)
+    with_scheduler(tmp_path, body, hangs, queue=2)
 
 
 def test_cancel_stops_the_worker(tmp_path):
@@ -199,7 +199,7 @@ def test_cancel_stops_the_worker(tmp_path):
         with pytest.raises(KeyError):
             await scheduler.cancel("unknown")
 
-    at_desk(tmp_path, body, slow)
+    with_scheduler(tmp_path, body, slow)
 
 
 def test_orders_wait_on_disk_until_their_turn(tmp_path):
@@ -221,7 +221,7 @@ def test_orders_wait_on_disk_until_their_turn(tmp_path):
         await ended(scheduler, *jobs)
         assert [job for job, _ in pretended.begun] == jobs[:5] and max(most) == 2
 
-    at_desk(tmp_path, body, gated, at_once=2)
+    with_scheduler(tmp_path, body, gated, at_once=2)
 
 
 def plan(size: int) -> bytes:
@@ -246,10 +246,10 @@ def test_a_plan_is_held_against_the_worker(tmp_path):
             scheduler.accept(planned(MEMORY))
         assert scheduler.store.counters()["refused_memory"] == 2
 
-    at_desk(tmp_path, body, works)
+    with_scheduler(tmp_path, body, works)
 
 
-def test_a_new_desk_takes_everything_up_again(tmp_path):
+def test_a_new_scheduler_takes_everything_up_again(tmp_path):
     async def first(scheduler, pretended):
         ready = scheduler.accept(an_order(1), "one")[0].id
         await ended(scheduler, ready)
@@ -267,8 +267,8 @@ def test_a_new_desk_takes_everything_up_again(tmp_path):
         assert [color for _, color in pretended.begun] == [2, 3]
         assert scheduler.store.counters()["taken_up_again"] == 2
 
-    ready, jobs = at_desk(tmp_path, first, works, hangs)
-    at_desk(tmp_path, second, works)
+    ready, jobs = with_scheduler(tmp_path, first, works, hangs)
+    with_scheduler(tmp_path, second, works)
 
 
 def test_many_jobs_on_workers_that_keep_dying_end_exactly_once(tmp_path):
@@ -291,4 +291,4 @@ def test_many_jobs_on_workers_that_keep_dying_end_exactly_once(tmp_path):
         counted = scheduler.store.counters()
         assert counted["completed"] == 24 and counted["workers_lost"] > 0
 
-    at_desk(tmp_path, body, fickle, attempts=40)
+    with_scheduler(tmp_path, body, fickle, attempts=40)
