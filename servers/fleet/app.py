@@ -30,9 +30,8 @@ class Fleet(Limits):
     comfyui, python, comfy_arguments: what a worker runs. store: folder of the jobs, on a disk that
     outlives the scheduler. work: folder of the workers' own files. workers, most_workers: replicas,
     the latter for autoscaling. gpus, cpus: what Ray reserves per worker. store_resource: name of a
-    Ray resource that only the machine with the store has. token_env: the variable that holds the token
-    where the application is built; or token_hash, its SHA-256 as hex.
-    The rest: see Limits.
+    Ray resource that only the machine with the store has. token_env: the variable that holds the
+    token where the application is built; or token_hash, its SHA-256 as hex. The rest: see Limits.
     """
 
     comfyui: str
