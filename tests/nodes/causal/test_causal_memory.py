@@ -160,7 +160,7 @@ def test_comfyui_is_told_of_the_block_and_the_pages(plain, monkeypatch):
     run(model, 12, 3.0)
     assert asked[-1] == parts[WORK] + parts[CAUSAL_KV] + parts[LATENTS]
     # What the sampler says of the run counts more than what was planned.
-    needs = memory_plan_run.causal.Needs(1, 0, 2)
+    needs = memory_plan_run.causal_trace.Needs(1, 0, 2)
     model.model_options["transformer_options"][CAUSAL_NEEDS_KEY] = needs
     run(model, 12, 3.0)
     assert asked[-1] < parts[WORK] + parts[CAUSAL_KV] + parts[LATENTS]

@@ -141,7 +141,7 @@ def test_fused_kernels_of_a_card_need_less(monkeypatch):
     patcher = patcher_of(bed.T2V, torch.float32)
     patcher.model.manual_cast_dtype = torch.bfloat16
     here = meta_models.ForwardPeaks(patcher.model, CPU).trace(3, 1, LONGER, MemoryOptions())
-    monkeypatch.setattr(meta_models.facts, "eager_rotation", lambda _: None)
+    monkeypatch.setattr(meta_models.doctor_run, "eager_rotation", lambda _: None)
     card = meta_models.ForwardPeaks(patcher.model, torch.device("cuda")).trace(
         3, 1, LONGER, MemoryOptions()
     )

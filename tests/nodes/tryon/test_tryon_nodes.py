@@ -104,7 +104,7 @@ def test_a_name_in_two_folders_takes_the_folder_with_it(models):
         assert sorted(glue.base_choices()) == sorted([*both, "merged.safetensors", "sd"])
         assert [glue.base_path(choice) for choice in both] == [str(models / it) for it in both]
         said = check(base=name)
-        assert said.endswith(f"choose '{both[0]}' or '{both[1]}' from the list.")
+        assert said.startswith(f"choose '{both[0]}' or '{both[1]}' from the list: ")
         with pytest.raises(FrugalError, match="is there 2 times"):
             glue.base_path(name)
     finally:
