@@ -90,7 +90,7 @@ def encode(
         )
     packed = pack_gptq(codes, scales, spec(shape, group))
     assert packed.zeros is not None
-    return {"qweight": packed.words, "qzeros": packed.zeros, "scales": packed.scales}
+    return {"qweight": packed.words, "qzeros": packed.zeros, "scales": scales}
 
 
 def decode(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], group: int) -> torch.Tensor:

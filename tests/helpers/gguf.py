@@ -13,18 +13,19 @@ from frugal.kernels.checkpoints.wan_shapes import WanConfig
 from frugal.kernels.formats.gguf_blocks import TYPES
 from frugal.tests.helpers import wan as bed
 
-# Types without a quantiser in the library: (where the float16 numbers of a block are, bytes). Every
-# other bit of a block may be anything.
+# Types without a quantiser in the library: where the float16 numbers of a block are, bytes, and how
+# large they are beside each other, so that weights are around 0, as trained ones are. Every other
+# bit of a block may be anything.
 BLOCKS = {
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-    "IQ3_S": (0,),
-    "IQ2_XXS": (0,),
+    "Q2_K": {80: 1, 82: 1.5},
+    "Q3_K": {108: 1},
+    "Q4_K": {0: 1, 2: 7.5},
+    "Q5_K": {0: 1, 2: 15.5},
+    "Q6_K": {208: 1},
+    "IQ4_NL": {0: 1},
+    "IQ4_XS": {0: 1},
+    "IQ3_S": {0: 1},
+    "IQ2_XXS": {0: 1},
 }
 WRITTEN = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
@@ -91,9 +92,9 @@ def _stored(values: np.ndarray, form, seed: int) -> np.ndarray:
     count, size = gguf.GGML_QUANT_SIZES[form]
     rows, width = values.shape
     blocks = chance.integers(0, 256, (rows, width // count, size), dtype=np.uint8)
-    for place in BLOCKS[form.name]:
-        scales = chance.uniform(2e-4, 1e-3, (rows, width // count)).astype(np.float16)
-        blocks[..., place : place + 2] = scales[..., None].view(np.uint8)
+    scales = chance.uniform(2e-4, 1e-3, (rows, width // count, 1))
+    for place, share in BLOCKS[form.name].items():
+        blocks[..., place : place + 2] = (share * scales).astype(np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 
