@@ -235,6 +235,15 @@ def largest_of_three(left, middle, right, out):
 
 
 @njit_no_refcount
+def largest_and_highest(left, middle, right, highest, out):
+    """The maximum of three rows into `out`; it raises `highest` too."""
+    for x in range(out.shape[0]):
+        value = max(max(left[x], right[x]), middle[x])
+        out[x] = value
+        highest[x] = max(highest[x], value)
+
+
+@njit_no_refcount
 def largest_of_six(left, middle, right, above, below, tallest, out):
     """Raise `tallest` to the maximum of `above` and `below`, and write its maximum with three rows
     into `out`.
@@ -298,6 +307,11 @@ def dilate_grey_square(image, radius, flip, blocks, lines, highest, out):
     lines[1] = LOWEST
     blocks[0] = LOWEST
     blocks[1] = LOWEST
+    # What `widen_columns` would reach in all steps but the last, which writes to the block.
+    covered = 0
+    while 2 * covered + 1 < radius:
+        covered = 2 * covered + 1
+    rest = radius - covered
     now = 0
     for entering in range(height + radius):
         j = entering % size
@@ -310,9 +324,14 @@ def dilate_grey_square(image, radius, flip, blocks, lines, highest, out):
         row = blocks[now, j]
         if entering < height:
             keys(image[entering], flip, lines[0, radius : radius + width])
-            side = widen_columns(lines, 0, radius, width)
-            assign(lines[side, radius : radius + width], row)
-            larger(highest, row, highest)
+            line = lines[widen_columns(lines, 0, covered, width)]
+            largest_and_highest(
+                line[radius - rest : radius - rest + width],
+                line[radius : radius + width],
+                line[radius + rest : radius + rest + width],
+                highest,
+                row,
+            )
         else:
             row[:] = LOWEST
         if entering >= radius:

@@ -51,6 +51,7 @@ def sampling(plan):
     return phase.parts
 
 
+@pytest.mark.counts_memory
 @pytest.mark.parametrize(
     ("options", "cfg"),
     [

@@ -117,6 +117,7 @@ def test_patches_of_others_on_self_attention_still_get_everything():
     assert set(seen) <= {TOKENS}
 
 
+@pytest.mark.counts_memory
 @pytest.mark.parametrize("config", [bed.T2V, bed.I2V, bed.VACE], ids=["T2V", "I2V", "VACE"])
 @pytest.mark.parametrize(
     "memory_options", [MemoryOptions(), MemoryOptions(False, 4, 4)], ids=["whole", "pieces"]
