@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .log import plain
+
 
 class FrugalError(ValueError):
     """A refusal that begins with its remedy. ComfyUI shows the first sentence, so the whole message
@@ -16,5 +18,5 @@ class FrugalError(ValueError):
     __module__ = "frugal"
 
     def __init__(self, found: str, expected: str, do: str):
-        super().__init__(f"{do.rstrip('.')}: {found}; expected {expected}.")
+        super().__init__(plain(f"{do.rstrip('.')}: {found}; expected {expected}."))
         self.found, self.expected, self.do = found, expected, do

@@ -7,13 +7,13 @@ tokens.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..attention import check
+from ..log import LOG
 from ..report import megabytes
 from . import paged_kernels
 from .offload import sent, to_device
@@ -165,7 +165,7 @@ class InPlace:
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
-        logging.warning("[Frugal] %s", self.text())
+        LOG.warning("[Frugal] %s", self.text())
 
     def _prepared(
         self, kernel: Kernel, slab: Slab, table: tuple[tuple[int, ...], ...], queries: int

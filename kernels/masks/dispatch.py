@@ -7,7 +7,6 @@ by the full reach.
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..log import LOG
 from . import pages, pool, reference
 from .pool import Progress
 from .settings import RefineSettings
@@ -31,7 +31,7 @@ def numba_chain() -> ModuleType | None:
     try:
         from . import numba_chain as chain
     except (ImportError, SystemError) as error:  # SystemError: an old Numba on a newer NumPy
-        logging.warning(
+        LOG.warning(
             "[Frugal] mask nodes run on SciPy, several times slower: Numba is off (%s).", error
         )
         return None

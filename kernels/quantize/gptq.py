@@ -19,7 +19,6 @@ inputs on the same device give the same bytes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +30,7 @@ from ..errors import FrugalError
 from ..formats import codec
 from ..formats import table as formats
 from ..formats.rotation import rotate
+from ..log import LOG
 from .grids import AffineGrid, CodebookGrid, Grid
 from .shrinkage import shrink_
 
@@ -142,7 +142,7 @@ def prepare(
                 "statistics of at least as many inputs as the layer has, without NaN",
                 "calibrate again with more steps",
             )
-        logging.warning("[Frugal] %s: damping raised to %g of the mean diagonal", name, damping)
+        LOG.warning("[Frugal] %s: damping raised to %g of the mean diagonal", name, damping)
     return Curvature(made, upper, order, added, shrunk)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import comfy.model_management
 import torch
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.report import megabytes
 from ...kernels.video.latent_file import GrowingLatent
 from ...kernels.video.writer import VideoWriter
@@ -122,7 +122,7 @@ class LiveVideo:
             return
         self._kept.write()
         left = self._left()
-        logging.warning("[Frugal] %s", left)
+        LOG.warning("[Frugal] %s", left)
         if isinstance(error, Exception) and not _cancelled(error):
             said = ascii(str(error))[1:-1][:300].rstrip(".")
             raise FrugalError(

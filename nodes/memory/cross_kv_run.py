@@ -10,7 +10,6 @@ Before and after a call nothing of the model is different; what is kept lives as
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.memory.cross_kv_report import ContextPlan, ContextReport
 from ...kernels.memory.projected_rows import keep
 from ...kernels.memory.prompt_table import Context, Contexts
@@ -336,4 +336,4 @@ def release(patcher: Any, layers: list[torch.nn.Module]) -> int:
 
 def log(report: ContextReport) -> None:
     for line in report.text().splitlines():
-        logging.info("[Frugal] %s", line)
+        LOG.info("[Frugal] %s", line)

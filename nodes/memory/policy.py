@@ -6,7 +6,6 @@ decides how many conditions share a forward; while a planned run lasts it gets t
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import comfy.model_management
 import comfy.patcher_extension
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.memory.plan import MemoryOptions, notches
 from ...kernels.report import megabytes
 from ...kernels.retry import NothingLeftError, retry
@@ -172,7 +172,7 @@ class Policy:
 
     def tell(self, what: str) -> None:
         line = f"out of memory: this step is repeated and the run {what}"
-        logging.warning("[Frugal] %s", line)
+        LOG.warning("[Frugal] %s", line)
         self.changes.append(line)
         self.say(line)
 

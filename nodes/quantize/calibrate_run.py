@@ -12,7 +12,6 @@ how far H can be trusted.
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.quantize.calibration import Calibration, Shares, read_calibration, write_calibration
 from ...kernels.quantize.moments import Directions, Gatherer, Moment, columns_within, merged
 from ...kernels.report import LoadReport, megabytes
@@ -100,7 +100,7 @@ class Capture:
             text = self._recording.write()
         finally:
             self._recording = None
-        logging.info("[Frugal] %s", text)
+        LOG.info("[Frugal] %s", text)
         self.settings.say(text)
         return out
 

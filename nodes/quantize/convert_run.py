@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import comfy.utils
 import folder_paths
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.quantize.convert import Merge
 from ...kernels.quantize.curve_cache import SUFFIX as CURVES
 from ...kernels.quantize.quality import SUFFIX as QUALITY
@@ -131,6 +131,6 @@ def convert(
                 "what is done is kept: queue the same again to go on, or delete "
                 f"{job.output.name}{PART}*"
             )
-            logging.warning("[Frugal] %s", text)
+            LOG.warning("[Frugal] %s", text)
             say(text)
     return outcome

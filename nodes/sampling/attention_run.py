@@ -7,7 +7,6 @@ the options of that run and goes with it. Choices that were measured are kept in
 from __future__ import annotations
 
 import functools
-import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from ...kernels.attention.call import belong, device_kind
 from ...kernels.attention.call_report import Table, table
 from ...kernels.attention.selector import absences, check_choice
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from .._comfy import ATTENTION_KEY, ATTENTION_OVERRIDE, for_each_expert, show_text
 
 KEY = ATTENTION_KEY
@@ -148,7 +148,7 @@ def run_wrapper(
             last.table = table(kernel_selector)
             keep(kernel_selector)
             show_text(node_id, last.table.text())
-            logging.info("[Frugal] %s", last.table.text().replace("\n", "; "))
+            LOG.info("[Frugal] %s", last.table.text().replace("\n", "; "))
 
     return wrapper
 
@@ -160,7 +160,7 @@ def keep(kernel_selector: KernelSelector) -> None:
     try:
         tuning_cache.save(choices_file(), kernel_selector.fresh)
     except OSError as error:
-        logging.warning("[Frugal] attention: the measured choices were not kept: %s", error)
+        LOG.warning("[Frugal] attention: the measured choices were not kept: %s", error)
 
 
 def allowed_steps(patcher: Any, sigmas: torch.Tensor, span: tuple[float, float]) -> list[bool]:

@@ -8,7 +8,6 @@ blocks runs as ever.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from ...kernels.compile.graphs import Graphs, probe
 from ...kernels.compile.report import CompileReport
 from ...kernels.compile.shadow import plain, shadow
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from .._comfy import ATTENTION_OVERRIDE, PLAN_KEY, for_each_expert
 
 KEY = "frugal.compile"
@@ -77,7 +77,7 @@ def present(model: Any) -> bool:
 
 
 def log(report: CompileReport) -> None:
-    logging.info("[Frugal] %s", report.text())
+    LOG.info("[Frugal] %s", report.text())
 
 
 def blocks_of(network: torch.nn.Module) -> list[torch.nn.Module]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import nodes as comfy_nodes
 
+from ...kernels.log import LOG
 from ...kernels.sampling.presets import PRESETS
 from ...kernels.sampling.sampler_report import SamplerReport
 from ...kernels.sampling.step_report import FEW_STEPS, StepCacheReport
@@ -68,7 +68,7 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
         None if planned is None else planned.outcome(),
         None if compiled is None else compiled.report,
     )
-    logging.info("[Frugal] %s", report.text())
+    LOG.info("[Frugal] %s", report.text())
     return result, report
 
 

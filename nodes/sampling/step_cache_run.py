@@ -8,7 +8,6 @@ start, in the sampler's own copy of the options, and is gone when they end, are 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.sampling.step_cache import StepCache, StepCacheSettings
 from ...kernels.sampling.step_report import StepCacheReport, advice
 from .._comfy import CAUSAL_KEY, for_each_expert
@@ -75,7 +75,7 @@ def present(model: Any) -> bool:
 
 
 def log(report: StepCacheReport) -> None:
-    logging.info("[Frugal] %s", report.text())
+    LOG.info("[Frugal] %s", report.text())
 
 
 def _each_run(options: Options, show: Callable[[StepCacheReport], None]) -> Callable[..., Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...servers import response_cache
 from ...servers.address import server
 from ...servers.chat import Question, ask
@@ -73,7 +73,7 @@ def rewrite(
             response_cache.failed(folder, _failure(typed))
         if if_it_fails == STOP:
             raise
-        logging.warning("[Frugal] the prompt was not rewritten: %s", error)
+        LOG.warning("[Frugal] the prompt was not rewritten: %s", error)
         return Rewritten(request.text, f"the original prompt is used: {error}\n\n{request.text}")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import time
@@ -28,6 +27,7 @@ import torch
 from ...kernels.checkpoints.header import read_header
 from ...kernels.checkpoints.text_embeds import read_text_embeds, write_text_embeds
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.report import megabytes
 from .._models import file_path, state_of
 
@@ -255,7 +255,7 @@ def _read(maker: dict[str, Any], text: str) -> tuple[Entry | None, str]:
     try:
         conditioning = read_text_embeds(path)
     except (FrugalError, OSError) as error:
-        logging.warning("[Frugal] a text embedding in the cache is damaged: %s", error)
+        LOG.warning("[Frugal] a text embedding in the cache is damaged: %s", error)
         return None, "damaged in the cache"
     # The order of last use is what pruning goes by.
     os.utime(path)
@@ -272,7 +272,7 @@ def _make(clip: Any, maker: dict[str, Any], text: str, why: str) -> Entry:
     try:
         write_text_embeds(conditioning, path)
     except OSError as error:
-        logging.warning("[Frugal] a text embedding could not be kept: %s", error)
+        LOG.warning("[Frugal] a text embedding could not be kept: %s", error)
         return Entry(conditioning, f"{source}, not kept ({error.strerror or 'write failed'})")
     return Entry(conditioning, f"{source}, kept ({megabytes(path.stat().st_size)})")
 

@@ -5,7 +5,6 @@ Three passes, so that VAE and UNet take turns on the device once and not once pe
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import comfy.utils
 import torch
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.tryon import batching, canvas, latents, pictures, plan
 from .._comfy import compute_dtype
 from .._memory import is_out_of_memory
@@ -175,7 +175,7 @@ class Batch:
             kept = save_partial.save(self._finish_others(finished))
             if isinstance(error, FrugalError):
                 raise FrugalError(error.found, error.expected, f"{error.do}; {kept}") from error
-            logging.warning("[Frugal] the batch stopped at '%s'; %s.", error, kept)
+            LOG.warning("[Frugal] the batch stopped at '%s'; %s.", error, kept)
             raise
         times.append(time.perf_counter())
         passes = zip(("encode", "sample", "decode"), times, times[1:], strict=False)
@@ -199,7 +199,7 @@ class Batch:
                 try:
                     finished[number] = self._finish(number)
                 except (FrugalError, RuntimeError, MemoryError) as error:
-                    logging.warning("[Frugal] picture %d is lost: %s", number + 1, error)
+                    LOG.warning("[Frugal] picture %d is lost: %s", number + 1, error)
         return finished
 
     def _place(self, person: int, size: tuple[int, int]):

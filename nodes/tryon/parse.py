@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 
 from comfy_api.v0_0_2 import io, ui
 
+from ...kernels.log import LOG
 from ...kernels.tryon import parsing
 from .._comfy import known, show_text
 from .._models import offered
@@ -81,4 +81,4 @@ NODES: list[type[io.ComfyNode]] = []
 if importlib.util.find_spec("transformers"):
     NODES.append(FrugalHumanParse)
 else:
-    logging.warning("[Frugal] Human Parse is off: install 'transformers' to get it.")
+    LOG.warning("[Frugal] Human Parse is off: install 'transformers' to get it.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.masks.labels import voc_palette
 from ...kernels.tryon import parsing, pictures, segformer_names
 
@@ -119,7 +119,7 @@ def fashn_package(folder: str):
     try:
         from fashn_human_parser import FashnHumanParser
     except ImportError as error:
-        logging.warning("[Frugal] Human Parse reads photos without %s: %s", FASHN_PACKAGE, error)
+        LOG.warning("[Frugal] Human Parse reads photos without %s: %s", FASHN_PACKAGE, error)
         return None
     return FashnHumanParser(model_id=os.path.abspath(folder), device="cpu")
 

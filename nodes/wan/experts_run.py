@@ -9,7 +9,6 @@ and 0.9 (image to video) of the largest timestep; a flow model's sigma is that f
 from __future__ import annotations
 
 import copy
-import logging
 import uuid
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -21,6 +20,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.report import LoadReport
 from .._comfy import EXPERTS_KEY, REPORT_KEY
 
@@ -104,7 +104,7 @@ class ExpertSwitch:
         """
         guider, steps = executor.class_obj, len(sigmas) - 1
         count = high_steps(sigmas, self.boundary)
-        logging.info("[Frugal] %d steps with the high noise expert, %d low", count, steps - count)
+        LOG.info("[Frugal] %d steps with the high noise expert, %d low", count, steps - count)
         if count == steps:
             return executor(
                 noise, latent, sampler, sigmas, mask, callback, disable_pbar, seed, **more

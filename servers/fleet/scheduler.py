@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import hashlib
 import math
 import os
+import sqlite3
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.report import megabytes
 from .job_request import FILE_NAME, JobRequest
 from .store import CANCELLED, ENDED, FAILED, RUNNING, FullError, Job, Store
@@ -32,6 +36,8 @@ PAUSE, LONGEST_PAUSE = 0.5, 15.0
 GRACE = 120.0
 SWEEP = 60.0
 RECENT = 20
+LONGEST_NAME = 200
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
 class TooLargeError(FrugalError):
@@ -165,16 +171,30 @@ class JobScheduler:
         """One job to its end, whatever happens."""
         # An order is read when its turn comes: the pictures of all that wait would fill the memory.
         async with self._turn:
-            await self._tries(job)
+            pause = PAUSE
+            while True:
+                try:
+                    await self._tries(job)
+                    return
+                except (OSError, sqlite3.Error) as error:
+                    # The disk is full or gone: no worker's fault, and no end for the job.
+                    LOG.error("[Frugal] the fleet's store cannot be written: %s", _short(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _tries(self, job: str) -> None:
         began, pause = time.monotonic(), PAUSE
         while True:
-            before = self.store.job(job).attempts
+            now = self.store.job(job)
+            if now.status in ENDED:
+                return
+            before = now.attempts
             try:
                 await self._attempt(job)
                 return
             except Exception as error:
+                if isinstance(error, sqlite3.Error) or getattr(error, "errno", None) in DISK:
+                    raise
                 lost = f"{type(error).__name__}: {_short(error)}"
             row = self.store.job(job)
             if row.status in ENDED:
@@ -257,17 +277,29 @@ class JobScheduler:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Where a result of that name goes; its folders are made."""
+    """Where a result of that name goes; its folders are made. What a name of Windows or of a disk
+    cannot be is replaced, so that `%date:hh-mm%` in a prefix costs no picture.
+    """
     parts = name.split("/")
-    if not all(FILE_NAME.fullmatch(part) or _plain(part) for part in parts):
+    if {"", ".", ".."} & set(parts):
         raise RuntimeError(f"a worker sent a file called {ascii(name)[:80]}")
-    path = folder.joinpath(*parts)
+    path = folder.joinpath(*map(_storable, parts))
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def _plain(part: str) -> bool:
-    return part not in ("", ".", "..") and part.isprintable() and not set(part) & set('\\:*?"<>|')
+def _storable(part: str) -> str:
+    if FILE_NAME.fullmatch(part):
+        return part
+    plain = "".join("_" if c in '\\:*?"<>|' or not c.isprintable() else c for c in part)
+    if plain == part and len(part.encode()) <= LONGEST_NAME:
+        return part
+    # Two names must not become one.
+    mark = hashlib.sha256(part.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    stem, dot, suffix = plain.rpartition(".")
+    stem, suffix = (stem, suffix) if dot and len(suffix) < 12 else (plain, "")
+    short = stem.encode()[: LONGEST_NAME - 32].decode("utf-8", "ignore")
+    return f"{short}-{mark}{dot if suffix else ''}{suffix}"
 
 
 def _keep(folder: Path) -> None:

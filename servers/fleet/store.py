@@ -4,18 +4,22 @@
 a folder beside and renamed before the index calls it finished, so a reader never sees half of it.
 One process at a time has the store (a lock file says so): whoever opens it may therefore take
 every job that is marked as running for one whose runner is gone.
+
+Only what the store made itself is ever deleted: a folder that it did not begin is refused, links
+are left alone, and results that the index does not know (it was lost, or is older) are taken back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +46,11 @@ FIELDS = (
     "id", "key", "status", "attempts", "needs", "created", "started", "ended", "worker", "error",
     "shown", "files", "notes",
 )  # fmt: skip
-PLACE = "input"
+PLACE, OUTPUT, WORKFLOW = "input", "output", "workflow.json"
+MARKER = "frugal-fleet-store"
+LOCK, INDEX = "in-use.lock", "index.sqlite"
+DELETED = "deleted-"
+JOB = re.compile(rf"({DELETED})?([0-9a-f]{{32}})")
 
 
 class FullError(FrugalError):
@@ -83,8 +91,10 @@ class Store:
         from filelock import FileLock, Timeout
 
         self.folder, self.jobs = folder, folder / "jobs"
-        self.jobs.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = FileLock(folder / "in-use.lock")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._claim()
+        self.jobs.mkdir(exist_ok=True, mode=0o700)
+        self._lock = FileLock(folder / LOCK)
         try:
             self._lock.acquire(timeout=patience)
         except Timeout:
@@ -94,9 +104,7 @@ class Store:
                 "stop the other one, or name another folder",
             ) from None
         # Serve may build the object in one thread and use it in another, one after the other.
-        self._base = sqlite3.connect(
-            folder / "index.sqlite", isolation_level=None, check_same_thread=False
-        )
+        self._base = sqlite3.connect(folder / INDEX, isolation_level=None, check_same_thread=False)
         self._base.execute("PRAGMA journal_mode=WAL")
         self._base.execute("PRAGMA synchronous=FULL")
         self._base.executescript(TABLE)
@@ -107,11 +115,42 @@ class Store:
         self._base.close()
         self._lock.release()
 
+    def _claim(self) -> None:
+        """Mark the folder as a store. Raises FrugalError for one with files of somebody else."""
+        there = {each.name for each in self.folder.iterdir()}
+        if not there & {MARKER, INDEX} and there - {LOCK}:
+            raise FrugalError(
+                f"the folder {self.folder} holds {sorted(there - {LOCK})[0]!a} and is no store",
+                "an empty folder, or a store",
+                "name an empty folder for the store",
+            )
+        (self.folder / MARKER).touch()
+
     def _sweep(self) -> None:
+        """Delete orders that were never accepted; take back results that are not listed."""
         known = {row[0] for row in self._base.execute("SELECT id FROM jobs")}
-        for folder in self.jobs.iterdir():
-            if folder.name not in known:
+        for folder in list(self.jobs.iterdir()):
+            ours = JOB.fullmatch(folder.name)
+            if folder.name in known or folder.is_symlink() or not ours:
+                continue
+            if ours[1]:
+                self._base.execute("DELETE FROM jobs WHERE id = ?", (ours[2],))
                 shutil.rmtree(folder, ignore_errors=True)
+            elif (folder / OUTPUT).is_dir():
+                self._take_back(folder)
+            elif not any(folder.glob("attempt-*")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _take_back(self, folder: Path) -> None:
+        made = (folder / OUTPUT).stat().st_mtime
+        self._base.execute(
+            "INSERT INTO jobs (id, digest, status, created, ended, files, notes)"
+            " VALUES (?, '', ?, ?, ?, ?, ?)",
+            (
+                folder.name, COMPLETED, made, time.time(), json.dumps(_files(folder / OUTPUT)),
+                json.dumps(["its result was found on disk; the index did not know it"]),
+            ),
+        )  # fmt: skip
 
     # Orders come in
 
@@ -139,7 +178,7 @@ class Store:
         place.mkdir(parents=True)
         for name, data in order.files.items():
             _write(place / name, data)
-        _write(self.jobs / job / "workflow.json", json.dumps(order.workflow).encode())
+        _write(self.jobs / job / WORKFLOW, json.dumps(order.workflow).encode())
         self._base.execute(
             "INSERT INTO jobs (id, key, digest, status, needs, created) VALUES (?, ?, ?, ?, ?, ?)",
             (job, key or None, digest, QUEUED, order.needs, time.time()),
@@ -150,7 +189,7 @@ class Store:
         """What `job` is to run."""
         place = self.jobs / job
         files = {each.name: each.read_bytes() for each in sorted((place / PLACE).iterdir())}
-        return JobRequest(json.loads((place / "workflow.json").read_bytes()), files)
+        return JobRequest(json.loads((place / WORKFLOW).read_bytes()), files)
 
     # What is known
 
@@ -238,15 +277,11 @@ class Store:
 
     def complete(self, job: str, folder: Path, shown: Mapping[str, Any]) -> bool:
         """The files of `folder` are the result. False if the job had ended before."""
-        files = [
-            {"name": each.relative_to(folder).as_posix(), "bytes": each.stat().st_size}
-            for each in sorted(folder.rglob("*"))
-            if each.is_file()
-        ]
+        files = _files(folder)
         if self.job(job).status in ENDED:
             shutil.rmtree(folder, ignore_errors=True)
             return False
-        output = self.jobs / job / "output"
+        output = self.jobs / job / OUTPUT
         # Of a process that ended between this rename and the next line.
         shutil.rmtree(output, ignore_errors=True)
         os.replace(folder, output)
@@ -272,7 +307,7 @@ class Store:
         """The path of a result. Raises KeyError where the job has no such file."""
         if name not in [each["name"] for each in self.job(job).files]:
             raise KeyError(name)
-        return self.jobs / job / "output" / name
+        return self.jobs / job / OUTPUT / name
 
     def delete(self, job: str) -> None:
         """Forget an ended job and its key. Raises KeyError for an unknown one, FrugalError for
@@ -280,8 +315,12 @@ class Store:
         """
         if self.job(job).status in OPEN:
             raise FrugalError(f"job {job} has not ended", "an ended job", "cancel the job first")
+        # Under another name first: a process that ends here must not find the result again.
+        gone = self.jobs / f"{DELETED}{job}"
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.jobs / job, gone)
         self._base.execute("DELETE FROM jobs WHERE id = ?", (job,))
-        shutil.rmtree(self.jobs / job, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def expire(self, seconds: float) -> int:
         """Delete what ended more than `seconds` ago; returns how many."""
@@ -299,7 +338,9 @@ class Store:
         return _job(row) if row else None
 
     def _digest(self, job: str) -> str:
-        with closing(self._base.execute("SELECT digest FROM jobs WHERE id = ?", (job,))) as rows:
+        with contextlib.closing(
+            self._base.execute("SELECT digest FROM jobs WHERE id = ?", (job,))
+        ) as rows:
             return rows.fetchone()[0]
 
 
@@ -309,6 +350,14 @@ def _job(row: tuple[Any, ...]) -> Job:
     for name in ("shown", "files", "notes"):
         fields[name] = json.loads(fields[name])
     return Job(**fields)
+
+
+def _files(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"name": each.relative_to(folder).as_posix(), "bytes": each.stat().st_size}
+        for each in sorted(folder.rglob("*"))
+        if each.is_file()
+    ]
 
 
 def _write(path: Path, data: bytes) -> None:

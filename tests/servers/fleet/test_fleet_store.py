@@ -154,9 +154,56 @@ def test_a_store_belongs_to_one_fleet(tmp_path):
 
 def test_half_an_order_is_swept_away(tmp_path):
     s.Store(tmp_path).close()
-    (tmp_path / "jobs" / "half" / "input").mkdir(parents=True)
+    (tmp_path / "jobs" / ("0" * 32) / "input").mkdir(parents=True)
     held = s.Store(tmp_path)
     assert not list(held.jobs.iterdir()) and held.open_jobs() == 0
+    held.close()
+
+
+def test_what_the_store_did_not_make_stays(tmp_path):
+    """A folder named by mistake is refused; links and strange folders in a store are left alone."""
+    (tmp_path / "mine" / "jobs").mkdir(parents=True)
+    (tmp_path / "mine" / "jobs" / "thesis.txt").write_text("x")
+    with pytest.raises(FrugalError, match="name an empty folder"):
+        s.Store(tmp_path / "mine")
+    assert (tmp_path / "mine" / "jobs" / "thesis.txt").read_text() == "x"
+    held = s.Store(tmp_path / "store")
+    (held.jobs / "holiday").mkdir()
+    (held.jobs / ("a" * 32)).symlink_to(tmp_path / "mine", target_is_directory=True)
+    held.close()
+    s.Store(tmp_path / "store").close()
+    assert {each.name for each in held.jobs.iterdir()} == {"holiday", "a" * 32}
+    assert (tmp_path / "mine" / "jobs" / "thesis.txt").read_text() == "x"
+
+
+def test_a_lost_index_loses_no_result(tmp_path):
+    held = s.Store(tmp_path)
+    job, deleted = (held.add(an_order(color), "", 9)[0].id for color in (0, 1))
+    for each in (job, deleted):
+        folder = held.attempt_folder(each)
+        (folder / "a.png").write_bytes(b"a")
+        held.complete(each, folder, {})
+    held.delete(deleted)
+    held.close()
+    for index in tmp_path.glob("index.sqlite*"):
+        index.unlink()
+    held = s.Store(tmp_path)
+    (found,) = held.list()
+    assert found.id == job and found.status == s.COMPLETED and "the index" in found.notes[0]
+    assert held.file(job, "a.png").read_bytes() == b"a"
+    held.close()
+
+
+def test_a_deletion_that_was_broken_off_is_finished(tmp_path, monkeypatch):
+    held = s.Store(tmp_path)
+    job = held.add(an_order(), "", 9)[0].id
+    folder = held.attempt_folder(job)
+    (folder / "a.png").write_bytes(b"a")
+    held.complete(job, folder, {})
+    (held.jobs / job).rename(held.jobs / f"deleted-{job}")
+    held.close()
+    held = s.Store(tmp_path)
+    assert held.list() == [] and not list(held.jobs.iterdir())
     held.close()
 
 
