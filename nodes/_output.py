@@ -25,15 +25,34 @@ def within(kind: str, path: Path) -> bool:
     return folder_of(kind) in path.resolve().parents
 
 
+def free_number(
+    prefix: str, parent: str = "", width: int = 0, height: int = 0
+) -> tuple[Path, str, int, str]:
+    """(folder, name, first free number, folder inside output) for files NAME_NUMBER_... of this
+    prefix below `parent`, ComfyUI's output folder by default.
+
+    ComfyUI's own function counts from 1 again where a prefix ends in a slash or a dot.
+    """
+    plain = prefix.rstrip("/\\. ")
+    if not plain:
+        raise FrugalError("the file name is empty", "a name", "type a file name")
+    folder, name, number, inside, _ = folder_paths.get_save_image_path(
+        plain, parent or folder_paths.get_output_directory(), width, height
+    )
+    there = {path.name for path in Path(folder).iterdir()}
+    while any(each.startswith(f"{name}_{number:05}_") for each in there):
+        number += 1
+    return Path(folder), name, number, inside
+
+
 def next_path(kind: str, prefix: str, suffix: str) -> Path:
     """`prefix` with the next free number. Raises FrugalError for a name that is empty or leads out
     of the folder.
     """
-    if not prefix.strip():
+    if not prefix.strip("/\\. "):
         raise FrugalError("the file name is empty", "a name", "type a file name")
-    output = folder_paths.get_output_directory()
-    folder, name, number, _, _ = folder_paths.get_save_image_path(f"{kind}/{prefix}", output)
-    path = Path(folder) / f"{name}_{number:05}_{suffix}"
+    folder, name, number, _ = free_number(f"{kind}/{prefix}")
+    path = folder / f"{name}_{number:05}_{suffix}"
     check_within(kind, path, prefix)
     return path
 

@@ -47,7 +47,7 @@ BY_LANGUAGE = {
 }
 LENGTHS = {"English": "80 to 120 words", "Chinese": "120 to 200 characters"}
 
-THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
+BEGINS, ENDS = (re.compile(word, re.IGNORECASE) for word in ("<think>", "</think>"))
 FENCE = re.compile(r"^```[a-z]*\n(.*?)\n?```$", re.DOTALL)
 PAIRS = {'"': '"', "'": "'", "\u201c": "\u201d", "\u300c": "\u300d"}
 SENTENCE = re.compile(r"[.!?\u3002\uff01\uff1f](?=\s|$|[^\s.!?])")
@@ -66,11 +66,11 @@ def cleaned(answer: str, cut: bool = False) -> tuple[str, tuple[str, ...]]:
 
     Raises FrugalError where nothing is left.
     """
-    text = THOUGHT.sub("", answer)
+    text = _without_thoughts(answer)
     # Some templates open the thought themselves, so that only its end is in the answer.
-    head, closed, tail = text.rpartition("</think>")
-    text = tail if closed else head + tail
-    if "<think>" in text.lower():
+    closed = list(ENDS.finditer(text))
+    text = text[closed[-1].end() :] if closed else text
+    if BEGINS.search(text):
         raise FrugalError(
             "the model thought until it was stopped and gave no answer",
             "a rewritten prompt",
@@ -88,6 +88,17 @@ def cleaned(answer: str, cut: bool = False) -> tuple[str, tuple[str, ...]]:
     shorter = _whole_sentences(text[:LONGEST])
     why = "max_tokens was reached" if cut else f"it had {len(text)} characters"
     return shorter, (f"the answer was shortened to {len(shorter)} characters: {why}",)
+
+
+def _without_thoughts(answer: str) -> str:
+    """In one pass: a pattern for whole thoughts takes a time that grows with the square of a
+    text of beginnings only.
+    """
+    parts, at = [], 0
+    while (begun := BEGINS.search(answer, at)) and (ended := ENDS.search(answer, begun.end())):
+        parts.append(answer[at : begun.start()])
+        at = ended.end()
+    return "".join((*parts, answer[at:]))
 
 
 def _whole_sentences(text: str) -> str:

@@ -138,12 +138,16 @@ async def _once(
                 "an answer from the address that was typed in",
                 "type the address that answers itself",
             )
-        reply = Reply(answer.status, answer.content_type.lower(), b"".join(pieces))
+        said = b"".join(pieces)
+        if key := server.headers.get("Authorization", "").removeprefix("Bearer "):
+            # A server that repeats the request would bring the key into logs and saved graphs.
+            said = said.replace(key.encode(), b"[the key]")
+        reply = Reply(answer.status, answer.content_type.lower(), said)
         return reply, _pause(answer.headers.get("Retry-After", ""))
 
 
-def _pause(wish: str) -> float:
-    return min(float(wish), LONGEST_PAUSE) if wish.isdecimal() else PAUSE
+def _pause(asked: str) -> float:
+    return min(float(asked), LONGEST_PAUSE) if asked.isdecimal() else PAUSE
 
 
 def _unreachable(server: Server, error: BaseException) -> FrugalError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -258,7 +259,9 @@ async def _watch(context: JobContext, server: Server, job: str) -> None:
             context.progress(100.0)
             return
         with contextlib.suppress(TypeError, ValueError):
-            context.progress(float(reply.json(server.name).get("progress") or 0))
+            share = float(reply.json(server.name).get("progress") or 0)
+            if math.isfinite(share):
+                context.progress(min(max(share, 0.0), 100.0))
         await asyncio.sleep(POLL)
 
 

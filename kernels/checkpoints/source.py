@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -245,9 +246,30 @@ def _weight_map(index: Path) -> dict[str, str]:
     return entries
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a PyTorch file was zipped again, with compression: mapped into memory, its packed
+    bytes would be taken for weights.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def check_pickle(path: Path) -> None:
+    """For files that ComfyUI reads, which maps them: raises FrugalError where that goes wrong."""
+    if path.suffix.lower() in PICKLES and is_packed(path):
+        raise FrugalError(
+            f"{path.name} is a PyTorch file that was zipped again, with compression",
+            "a file as torch.save writes it",
+            "use a safetensors copy, or load the file with torch.load and save it with torch.save",
+        )
+
+
 def _open_pickle(path: Path) -> Source:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = not is_packed(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except (
         RuntimeError,
         ValueError,
@@ -256,6 +278,7 @@ def _open_pickle(path: Path) -> Source:
         KeyError,
         AttributeError,
         pickle.UnpicklingError,
+        zipfile.BadZipFile,
     ) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise FrugalError(

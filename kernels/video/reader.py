@@ -9,6 +9,13 @@ import numpy as np
 
 from .writer import pyav
 
+# Files that hold their own frames. FFmpeg also knows lists of other files (concat, hls, dash), with
+# which a "video" would show any file of this machine.
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpegts,mpeg,ogg,flv,asf,mxf,nut,ivf,dv,"
+    "h264,hevc,m4v,mjpeg"
+)
+
 
 def frames(source: Any, start: float = 0.0, duration: float = 0.0) -> Iterator[Any]:
     """PyAV frames of the first video stream, in order of presentation.
@@ -18,7 +25,7 @@ def frames(source: Any, start: float = 0.0, duration: float = 0.0) -> Iterator[A
     """
     if hasattr(source, "seek"):
         source.seek(0)
-    with pyav().open(source) as container:
+    with pyav().open(source, options={"format_whitelist": CONTAINERS}) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         if start:

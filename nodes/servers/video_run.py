@@ -17,9 +17,12 @@ from ...kernels.video.reader import frames, pixels
 from ...servers.address import server
 from ...servers.dialects import DIALECTS, VideoRequest, checked
 from ...servers.videos import RemoteVideo, order
+from .._output import free_number
 from . import glue
 
 FOLDER = "frugal_videos"
+# How much larger than the request a video may be, and pixels that any machine has room for.
+MOST_TIMES, SMALL = 8, 2**26
 AVI, WEBM = b"RIFF", b"\x1aE\xdf\xa3"
 
 
@@ -64,10 +67,9 @@ def make(
 
 
 def _written(video: RemoteVideo, prefix: str) -> tuple[Path, str]:
-    output = folder_paths.get_output_directory()
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    folder, name, number, subfolder = free_number(prefix)
     suffix = ".avi" if video.data[:4] == AVI else ".webm" if video.data[:4] == WEBM else ".mp4"
-    path = Path(folder) / f"{name}_{number:05}_{suffix}"
+    path = folder / f"{name}_{number:05}_{suffix}"
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(video.data)
     return path, subfolder
@@ -80,6 +82,7 @@ def _read(path: Path, request: VideoRequest) -> torch.Tensor:
     count = 0
     try:
         for frame in frames(str(path)):
+            _check_size(path, request, count + 1, frame.width * frame.height)
             picture = pixels(frame)
             if images is None:
                 images = np.empty((request.frames, *picture.shape), np.float32)
@@ -97,6 +100,17 @@ def _read(path: Path, request: VideoRequest) -> torch.Tensor:
     if images is None:
         raise FrugalError(f"{path.name} has no frames", "a video", "look into the server's log")
     return torch.from_numpy(images[:count])
+
+
+def _check_size(path: Path, request: VideoRequest, frames: int, pixels: int) -> None:
+    """A short file may hold a video that fills the memory."""
+    wanted = request.frames * request.width * request.height
+    if frames * pixels > max(MOST_TIMES * wanted, SMALL):
+        raise FrugalError(
+            f"{path.name} has {frames} or more frames of {pixels} pixels",
+            f"at most {MOST_TIMES} times the {wanted} pixels asked for",
+            "look at the file in the output folder, and correct the server",
+        )
 
 
 def _differences(images: torch.Tensor, request: VideoRequest) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +19,7 @@ from comfy.model_detection import detect_unet_config
 
 from ...kernels.checkpoints import catvton
 from ...kernels.checkpoints.header import read_header
+from ...kernels.checkpoints.source import check_pickle
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
@@ -34,6 +36,7 @@ def read_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (views of the mapped file, never to be written to) and safetensors metadata."""
     if path.lower().endswith((".safetensors", ".sft")):
         read_header(path)  # says what is wrong with a cut or damaged file
+    check_pickle(Path(path))
     tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     strays = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if strays:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
@@ -19,6 +20,7 @@ import folder_paths
 import numpy as np
 import torch
 
+from ...kernels.checkpoints.source import check_pickle
 from ...kernels.errors import FrugalError
 from ...kernels.log import LOG
 from ...kernels.masks.labels import voc_palette
@@ -86,6 +88,7 @@ def checked_weights(folder: str, file: str, network: torch.nn.Module) -> dict[st
     """The file's tensors under the network's names. Raises FrugalError unless every tensor of the
     network is there, in its shape, and no other.
     """
+    check_pickle(Path(folder, file))
     weights = comfy.utils.load_torch_file(os.path.join(folder, file), safe_load=True)
     wanted = network.state_dict()
     names_of = segformer_names.module_names(weights, wanted)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import folder_paths
 import numpy as np
 import torch
 from PIL import Image
 
 from ...kernels.atomic_write import atomic_write
+from .._output import free_number
 
 PREFIX = "frugal/tryon_unfinished"
 
@@ -19,9 +19,7 @@ def save(finished: dict[int, torch.Tensor]) -> str:
     """Write pictures [1, H, W, 3] by number (from 0) as PNG; says in words where they are."""
     if not finished:
         return "no picture was finished"
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        PREFIX, folder_paths.get_output_directory()
-    )
+    folder, name, counter, subfolder = free_number(PREFIX)
     for number, picture in sorted(finished.items()):
         path = os.path.join(folder, f"{name}_{counter:05}_picture_{number + 1}.png")
         pixels = (picture[0].float().cpu().numpy() * 255).clip(0, 255).astype(np.uint8)

@@ -10,7 +10,6 @@ import comfy.float
 import comfy.lora
 import comfy.model_patcher
 import comfy.utils
-import folder_paths
 import torch
 from comfy.model_base import ModelType
 from comfy_api.v0_0_2 import io, ui
@@ -22,6 +21,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.tryon import precision
 from .._comfy import REPORT_KEY, known, show_text
+from .._output import free_number
 from . import common_inputs
 from .unet import CatVTONConfig
 
@@ -167,9 +167,7 @@ class FrugalSaveCatVTON(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix):
-        folder, name, count, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
+        folder, name, count, subfolder = free_number(filename_prefix)
         file = f"{name}_{count:05}_{SUFFIX}"
         text = save_catvton(model, os.path.join(folder, file))
         text = f"output/{subfolder}/{text}" if subfolder else f"output/{text}"

@@ -17,6 +17,7 @@ from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.video.latent_file import SUFFIX, write_latent
 from ...kernels.video.writer import FORMATS, VideoWriter
+from .._output import free_number
 from .clip_decoder import ClipDecoder
 from .halves import decoder_of, wan_decoder
 
@@ -153,10 +154,8 @@ def _kept_safe(decoding: Decoding, work: Callable[[], Any], files: Sequence[Path
 
 def kept_path() -> Path:
     """Where a LATENT waits until it is decoded: 'Load Latent' lists it there."""
-    folder, name, number, _, _ = folder_paths.get_save_image_path(
-        KEPT, folder_paths.get_input_directory()
-    )
-    return Path(folder) / f"{name}_{number:05}_{SUFFIX}"
+    folder, name, number, _ = free_number(KEPT, folder_paths.get_input_directory())
+    return folder / f"{name}_{number:05}_{SUFFIX}"
 
 
 def video_path(
@@ -165,10 +164,8 @@ def video_path(
     """(file with the next free number, its folder inside output). after: numbers to leave for files
     that are not there yet.
     """
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), width, height
-    )
-    return Path(folder) / f"{name}_{number + after:05}_{FORMATS[format].suffix}", subfolder
+    folder, name, number, subfolder = free_number(prefix, width=width, height=height)
+    return folder / f"{name}_{number + after:05}_{FORMATS[format].suffix}", subfolder
 
 
 def _check(vae: Any, samples: Any) -> None:

@@ -285,7 +285,7 @@ class Store:
         # Of a process that ended between this rename and the next line.
         shutil.rmtree(output, ignore_errors=True)
         os.replace(folder, output)
-        return self._end(job, COMPLETED, "", json.dumps(shown), json.dumps(files))
+        return self._end(job, COMPLETED, "", _plain(shown), json.dumps(files))
 
     def fail(self, job: str, error: str, status: str = FAILED) -> bool:
         """It ended without a result. False if it had ended before."""
@@ -350,6 +350,11 @@ def _job(row: tuple[Any, ...]) -> Job:
     for name in ("shown", "files", "notes"):
         fields[name] = json.loads(fields[name])
     return Job(**fields)
+
+
+def _plain(shown: Mapping[str, Any]) -> str:
+    """As JSON that every reader takes: NaN and infinity, which JSON has not, as words."""
+    return json.dumps(json.loads(json.dumps(shown), parse_constant=str))
 
 
 def _files(folder: Path) -> list[dict[str, Any]]:
