@@ -107,6 +107,18 @@ def test_what_is_sent(monkeypatch):
     assert user["content"][1] == {"type": "text", "text": "a cat"}
 
 
+def test_a_key_that_the_server_repeats_is_taken_out(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "sk-very-secret")
+
+    async def handle(request, body):
+        said = f"unknown header {request.headers['Authorization']}"
+        return web.json_response({"error": {"message": said}}, status=400)
+
+    with scripted(handle) as stub, pytest.raises(FrugalError, match="unknown header") as error:
+        put(f"{stub.url}/v1", key="SOME_API_KEY")
+    assert "secret" not in str(error.value) and "Bearer [the key]" in str(error.value)
+
+
 def test_wishes_that_a_server_names_are_dropped():
     async def handle(request, body):
         for name in ("chat_template_kwargs", "max_tokens", "seed"):
@@ -298,6 +310,13 @@ def test_every_task_and_language_has_instructions():
 )
 def test_only_the_prompt_is_taken(answer, text):
     assert cleaned(answer) == (text, ())
+
+
+def test_thoughts_without_an_end_take_no_time():
+    """Work that grows with the square of this would take hours."""
+    with pytest.raises(FrugalError, match="raise max_tokens"):
+        cleaned("<think>" * 600_000)
+    assert cleaned("<THINK>a</Think>" * 50_000 + "A cat.") == ("A cat.", ())
 
 
 @pytest.mark.parametrize("answer", ["", "  \n", "<think>on and on", "<think>so</think>", '""'])

@@ -295,6 +295,23 @@ def test_a_failed_job_says_why(error, status, tmp_path):
         put(urls, tmp_path)
 
 
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-1e999", '"soon"', "500"])
+def test_progress_that_is_no_share_costs_no_job(number, tmp_path):
+    one, told = Videos(VLLM), []
+
+    async def poll(request):
+        if len(told) > 1:
+            return None
+        told.append(None)
+        said = f'{{"id": "x", "status": "in_progress", "progress": {number}}}'
+        return web.Response(text=said, content_type="application/json")
+
+    one.on_poll = poll
+    with served(one) as urls:
+        put(urls, tmp_path, progress=told.append)
+    assert all(0 <= share <= 100 for share in told if share is not None) and told[-1] == 100
+
+
 def test_a_download_that_breaks_off_is_fetched_again(tmp_path):
     one, left = Videos(VLLM), [2]
 

@@ -110,6 +110,16 @@ def test_what_cannot_be_read_is_an_error_and_kept(node, tmp_path):
     assert len(list((tmp_path / "output" / "video").iterdir())) == 1
 
 
+def test_a_video_much_larger_than_asked_for_is_kept_and_not_unpacked(node, tmp_path, monkeypatch):
+    from frugal.nodes.servers import video_run
+
+    monkeypatch.setattr(video_run, "MOST_TIMES", 0.5)
+    monkeypatch.setattr(video_run, "SMALL", 0)
+    with pytest.raises(FrugalError, match=r"look at the file in the output folder.*or more frames"):
+        run(node, Videos(VLLM))
+    assert len(list((tmp_path / "output" / "video").iterdir())) == 1
+
+
 def test_cancel(node):
     import comfy.model_management as mm
 

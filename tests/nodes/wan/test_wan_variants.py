@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import comfy.sd
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from frugal.kernels.checkpoints.source import check_pickle
 from frugal.kernels.errors import FrugalError
 from frugal.nodes.wan import load_run
 from frugal.tests.helpers import wan as bed
@@ -87,6 +89,22 @@ def test_pytorch_file(nesting, tmp_path):
     path = tmp_path / "wan.pt"
     torch.save(content, path)
     assert same(load(path)[0], source)
+
+
+def test_pickle_that_was_zipped_again(tmp_path):
+    """With compression the mapped bytes are not the weights."""
+    source = bed.weights()
+    torch.save(source, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "wan.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert same(load(tmp_path / "wan.pt")[0], source)
+    with pytest.raises(FrugalError, match=r"save it with torch.save: wan.pt .* zipped again"):
+        check_pickle(tmp_path / "wan.pt")
+    check_pickle(tmp_path / "whole.pt")
 
 
 def test_parts_with_an_index(tmp_path):
