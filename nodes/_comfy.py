@@ -18,6 +18,8 @@ CATEGORY = "Frugal"
 REPORT_KEY = "frugal.load_report"
 # Attachment of a MODEL with an attribute `table`: what attention took in its latest run.
 ATTENTION_KEY = "frugal.attention"
+# Attachment of a MODEL with LoRAs that are not merged.
+LORA_KEY = "frugal.lora_side"
 # Entry of transformer_options that makes a model causal.
 CAUSAL_KEY = "frugal.causal"
 # Entries of transformer_options: what a causal run will need, and the run itself while it lasts.

@@ -20,9 +20,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels.lora.low_rank import Branch, Delta, branch, dora_gain
+from .._comfy import LORA_KEY
 from .._memory import pinning_may_fail
 
-KEY = "frugal.lora_side"
+KEY = LORA_KEY
 
 
 class StreamedMatrix(torch.nn.Module):

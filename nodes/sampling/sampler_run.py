@@ -14,7 +14,14 @@ from ...kernels.sampling.sampler_report import SamplerReport
 from ...kernels.sampling.step_report import FEW_STEPS, StepCacheReport
 from .._comfy import PLAN_KEY
 from .._services import PLAN, offered
-from . import attention_run, compile_run, guidance_range_run, preview, step_cache_run
+from . import (
+    attention_run,
+    compile_run,
+    distilled_run,
+    guidance_range_run,
+    preview,
+    step_cache_run,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any,
         cfg = preset.cfg
     if preset.cfg is not None and job.steps > FEW_STEPS:
         notes.append(f"{job.steps} steps: distilled models are made for 4 to {FEW_STEPS}")
+    if preset.cfg is not None:
+        notes += distilled_run.notes(model, job)
     if preset.guidance_end < 1 and guidance_range_run.present(model):
         notes.append("the guidance range that is on the model stays as it was set there")
     elif preset.guidance_end < 1 and cfg != 1:

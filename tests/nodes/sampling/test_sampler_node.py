@@ -8,10 +8,12 @@ import json
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 import nodes as stock
 from frugal.kernels.errors import FrugalError
@@ -24,8 +26,10 @@ from frugal.nodes.sampling import guidance_range_run, sampler_run, step_cache_ru
 from frugal.nodes.sampling.guidance_range import FrugalGuidanceRange
 from frugal.nodes.sampling.preview import AS_SET, MIDDLE_FRAME
 from frugal.nodes.sampling.sampler import FrugalSampler
+from frugal.nodes.wan import experts_run, load_run
 from frugal.tests.helpers import flows
 from frugal.tests.helpers import sampling as sampling_bed
+from frugal.tests.helpers import wan as wan_bed
 
 assert plan_family.NODES  # the family that offers memory plans, loaded as ComfyUI loads it
 STEPS, CFG = 16, sampling_bed.CFG
@@ -107,7 +111,7 @@ def test_distilled_leaves_the_negative_prompt_out_and_says_so(smooth_wan, prompt
     assert calls == [1] * 4
     assert torch.equal(mine["samples"], theirs(smooth_wan, prompts, steps=4, cfg=1.0)["samples"])
     assert (data["cfg"], data["step_cache"]) == (1.0, [])
-    assert data["notes"] == ["cfg 6 became 1: the preset is for distilled models"]
+    assert data["notes"][0] == "cfg 6 became 1: the preset is for distilled models"
     _, _, data = ours(smooth_wan, prompts, "distilled", steps=20, cfg=1.0)
     assert "20 steps" in data["notes"][0]
 
@@ -234,7 +238,7 @@ def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(wan, prompts):
     assert torch.equal(mine["samples"], theirs(model, prompts, steps=2)["samples"])
     assert data["notes"] == []
     _, _, data = ours(model, prompts, "distilled", steps=2, cfg=1.0)
-    assert data["notes"] == ["the memory plan that is on the model stays as it was made there"]
+    assert data["notes"][-1] == "the memory plan that is on the model stays as it was made there"
     assert "2 pieces" in data["memory"]["memory_options"]
 
 
@@ -244,10 +248,10 @@ def test_off_makes_no_plan_and_what_cannot_be_planned_is_said(wan, prompts, monk
     monkeypatch.setattr(meta_models, "KNOWN", ())
     _, _, data = ours(wan, prompts, "distilled", steps=1, cfg=1.0)
     assert data["memory"] is None
-    assert data["notes"] == ["no memory plan: the MODEL is a WAN21 (WanModel)"]
+    assert data["notes"][-1] == "no memory plan: the MODEL is a WAN21 (WanModel)"
     monkeypatch.setattr(_services, "_OFFERS", {})
     _, _, data = ours(wan, prompts, "distilled", steps=1, cfg=1.0)
-    assert data["notes"] == ["no memory plan: the plan nodes are not loaded"]
+    assert data["notes"][-1] == "no memory plan: the plan nodes are not loaded"
 
 
 def test_memory_that_ran_out_is_in_the_report(wan, prompts):
@@ -264,3 +268,38 @@ def test_memory_that_ran_out_is_in_the_report(wan, prompts):
     _, text, data = ours(model, prompts, "quality", steps=2)
     assert failed and len(data["memory"]["changes"]) == 1
     assert "out of memory: this step is repeated" in text
+
+
+def with_shift(model, shift):
+    return ModelSamplingSD3().patch(model, shift)[0]
+
+
+def with_lora(model):
+    lora, _ = wan_bed.lora_of(wan_bed.weights())
+    return comfy.sd.load_lora_for_models(model, None, lora, 0.01, 0.0)[0]
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_distilled_knows_the_noise_levels_it_needs(wan, prompts, steps):
+    def notes(model, **more):
+        return ours(model, prompts, "distilled", steps=steps, cfg=1.0, **more)[2]["notes"]
+
+    model = with_lora(wan)
+    assert notes(with_shift(model, 5.0)) == []
+    (wrong,) = notes(with_shift(model, 8.0))
+    assert wrong.startswith("timesteps 1000, 9") and "shift 5" in wrong
+    assert notes(with_shift(model, 8.0), denoise=0.5) == []
+    (bare,) = notes(with_shift(wan, 5.0))
+    assert bare.startswith("no LoRA on the model: ")
+
+
+def test_distilled_looks_at_both_experts(wan, prompts, tmp_path):
+    low = load_run.load_wan(wan_bed.write(tmp_path / "low.safetensors", wan_bed.weights(seed=2)))[0]
+    high = with_shift(with_lora(wan), 5.0)
+    joined = experts_run.join(high, with_shift(low, 5.0), 0.875, 3.5)[0]
+    notes = ours(joined, prompts, "distilled", steps=4, cfg=1.0)[2]["notes"]
+    assert notes[0].startswith("the low noise expert runs at cfg 3.5")
+    assert notes[1].startswith("no LoRA on the low noise expert: ")
+    low = with_shift(with_lora(low), 5.0)
+    joined = experts_run.join(high, low, 0.875, 0.0)[0]
+    assert ours(joined, prompts, "distilled", steps=4, cfg=1.0)[2]["notes"] == []
