@@ -11,16 +11,18 @@ import comfy.samplers
 from ...kernels.sampling.distilled import advice
 from .._comfy import LORA_KEY, experts_of
 
+HIGH, LOW = "the high noise expert", "the low noise expert"
+
 
 def notes(model: Any, job: Any) -> list[str]:
     """Notes on a MODEL, one or two experts, that is to be sampled as `job` (sampler_run.Job)."""
     switch = experts_of(model)
-    experts = {"the model": model}
-    cfg = {}
-    if switch is not None:
-        experts = {"the high noise expert": switch.high, "the low noise expert": switch.low}
-        cfg = {"the low noise expert": switch.cfg_low}
-    return advice(_sigmas(model, job), {name: _has_lora(m) for name, m in experts.items()}, cfg)
+    if switch is None:
+        return advice(_sigmas(model, job), {"the model": _has_lora(model)}, {})
+    # A LoRA that came after the experts were joined acts on both.
+    later = model.patches_uuid != switch.high.patches_uuid
+    loras = {HIGH: later or _has_lora(switch.high), LOW: later or _has_lora(switch.low)}
+    return advice(_sigmas(model, job), loras, {LOW: switch.cfg_low})
 
 
 def _has_lora(model: Any) -> bool:

@@ -300,6 +300,8 @@ def test_distilled_looks_at_both_experts(wan, prompts, tmp_path):
     notes = ours(joined, prompts, "distilled", steps=4, cfg=1.0)[2]["notes"]
     assert notes[0].startswith("the low noise expert runs at cfg 3.5")
     assert notes[1].startswith("no LoRA on the low noise expert: ")
-    low = with_shift(with_lora(low), 5.0)
-    joined = experts_run.join(high, low, 0.875, 0.0)[0]
+    bare = with_shift(low, 5.0)
+    joined = experts_run.join(high, with_lora(bare), 0.875, 0.0)[0]
     assert ours(joined, prompts, "distilled", steps=4, cfg=1.0)[2]["notes"] == []
+    later = with_lora(experts_run.join(with_shift(wan, 5.0), bare, 0.875, 0.0)[0])
+    assert ours(later, prompts, "distilled", steps=4, cfg=1.0)[2]["notes"] == []
