@@ -22,7 +22,7 @@ import harness
 WINDOW, SINK, BLOCK, STEPS = 21, 3, 3, 4
 PAGES = {
     "pages, 16 bit": {},
-    "pages, 16 bit, in place": {"way": "in place", "relative": False},
+    "paged, 16 bit": {"way": "paged", "relative": False},
     "pages, fp8": {"kind": "fp8"},
     "pages, fp8, main memory": {"kind": "fp8", "on_host": True},
     "pages, 16 bit, main memory": {"on_host": True},
@@ -127,8 +127,8 @@ def ours(size: str, options: dict, frames: int, side: tuple[int, int]) -> dict:
     )
     row = sampled(patcher, sampler, frames, side, clock)
     row["pool_peak_bytes"] = job.cache.pool.peak_bytes
-    if job.cache.in_place is not None:
-        row["attention"] = job.cache.in_place.text()
+    if job.cache.paged is not None:
+        row["attention"] = job.cache.paged.text()
     staging = job.cache.staging
     if staging is not None:
         row |= {"staging_bytes": staging.peak_bytes, "ahead": staging.ahead, "late": staging.late}

@@ -2,7 +2,7 @@
 
 `python bench/fleet.py RESULTS.json TREE` starts a real fleet (Ray Serve, two ComfyUI on the CPU),
 hands in 100 small jobs, 16 at a time, kills a worker's ComfyUI at random moments and Serve's
-controller once, sends bursts into the full queue, and starts the fleet anew on the same store. The
+controller once, sends bursts into the full queue, and restarts the fleet on the same store. The
 jobs are small pictures and four seconds of waiting: nothing here is about speed.
 """
 

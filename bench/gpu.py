@@ -2,7 +2,7 @@
 
 `python bench/gpu.py TREE RESULT.json [--minutes 8] [--parts NAME ...] [--folder DIR] [--tiny]`.
 Every part is a process of its own with a time limit. One that fails, crashes or comes to its limit
-is noted with what it had found by then, and the next begins. The JSON is written anew after every
+is noted with what it had found by then, and the next begins. The JSON is rewritten after every
 part. `--tiny` cuts every size down and also runs on the CPU: it shows that the command works and
 says nothing about a card. Such a run, and one on a simulated card, is marked in its JSON and is not
 let into bench/results.

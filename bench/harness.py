@@ -53,7 +53,7 @@ def cpu_name() -> str:
 
 
 def place(tree: str, device: Any) -> dict[str, Any]:
-    """What the figures of a run with this ComfyUI on this torch device hang on."""
+    """What the figures of a run with this ComfyUI on this torch device depend on."""
     import torch
 
     on_cpu = device.type == "cpu"

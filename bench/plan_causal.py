@@ -21,12 +21,12 @@ TINY = {
     "window 6, sink 2": {"window": 6, "sink": 2, "relative": True},
     "window 6, int8": {"window": 6, "kind": "int8"},
     "window 6, fp8, main memory": {"window": 6, "kind": "fp8", "on_host": True},
-    "window 6, run by run": {"window": 6, "way": "merge"},
+    "window 6, chunked": {"window": 6, "way": "chunked"},
     "all kept": {},
 }
 REAL = {
     "gathered": {},
-    "run by run": {"way": "merge"},
+    "chunked": {"way": "chunked"},
     "int8 pages": {"kind": "int8"},
     "main memory": {"on_host": True},
 }

@@ -1,4 +1,4 @@
-"""Wan with and without its constant context: weights read per step, bytes kept, seconds per step.
+"""Wan with and without its cross-attention cache: weights read per step, bytes kept, step time.
 
 `python bench/wan_context.py TREE RESULT.json` for each ComfyUI, then `python bench/wan_context.py
 --table RESULT.json ...`. Random-weight Wan models of the 1.3B and 14B proportions (hidden 5.83 and

@@ -19,13 +19,13 @@ FIGURES = tuple(f"frugal_demo_person_{i}.png" for i in (1, 2))
 MASKS = tuple(f"frugal_demo_mask_{i}.png" for i in (1, 2))
 GARMENTS = tuple(f"frugal_demo_garment_{i}.png" for i in (1, 2))
 NOTE = Note(
-    """## Two persons, two garments, four pictures
+    """## Two persons, two garments, four images
 
-*Try-On Batch* encodes each picture once, samples as many at a time as fit into memory, and halves
-the group when memory runs out. Its report says what it did.
+*Try-On Batch* encodes each image once, samples as many at a time as fit into memory, and halves
+the batch when memory runs out. Its report says what it did.
 
 The models are the small ones of the demo: drawn figures, not photos. `python -m demo.batch_graph
-FOLDER` draws the pictures into ComfyUI's input folder.
+FOLDER` draws the images into ComfyUI's input folder.
 
 For photos load the real weights as in `tryon_12gb`, remove *sampler* and *sigmas* to get
 CatVTON's own, and set 768 x 1024, 50 steps, cfg 2.5.""",

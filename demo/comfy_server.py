@@ -83,7 +83,7 @@ class ComfyServer(ComfyClient):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         if self.linked:
             link_folder(PACK, self.base / "custom_nodes" / LINK_NAME)
-        # Asked for anew on every start: the old one may be taken by now.
+        # Asked for again on every start: the old one may be taken by now.
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONIOENCODING": "utf-8"}

@@ -1,4 +1,4 @@
-"""Where the demo keeps things, for every script beside it."""
+"""Where the demo keeps things, for all of its scripts."""
 
 from __future__ import annotations
 

@@ -168,11 +168,11 @@ GROUPS = [
 NOTE = Note(
     f"""## Masks for photos and clips
 
-Everything runs on the processor and previews on its node. The pictures are written by
+Everything runs on the CPU and is previewed on its node. The images are written by
 `python -m demo.mask_graph FOLDER`; or choose your own: a photo, its mask, and a clip of masks.
 
 - `{PHOTO}`, `{PHOTO_MASK}`: a photo and its rough mask
-- `{WALK}`: 12 frames; one is lost and specks jump, which the median over time repairs
+- `{WALK}`: 12 frames; one is missing and specks flicker, which the median over time repairs
 
 Outside the mask the photo comes back with its exact values.""",
     4,

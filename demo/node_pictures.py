@@ -1,6 +1,8 @@
 """Take the pictures of the help pages: each node as ComfyUI's own web page draws it.
 
-    python -m demo.node_pictures --tree DIR [--frontend DIR] [--only NodeId ...]
+    python -m demo.node_pictures --tree DIR [--frontend DIR] [--all] [--only NodeId ...]
+
+Draws the pictures that are missing or do not show their node as it is now.
 
 Needs `pip install playwright` and a Chromium (`--browser`). `--frontend` names the `static` folder
 of comfyui-frontend-package where it is not installed. Lists of model files are empty here, so that
@@ -35,7 +37,7 @@ SETTINGS = {
     "Comfy.NodeBadge.NodeIdBadgeMode": "None",
 }
 # Far from the page's own bars, whole pixels, no zoom: letters stay sharp. The graph is not cleared:
-# that starts node numbers anew, and the page gives a number's old widget values to the next node.
+# that restarts node numbers, and the page gives a number's old widget values to the next node.
 PLACE = """async ([id, x, y]) => {
     for (const old of [...app.graph.nodes]) app.graph.remove(old);
     const node = LiteGraph.createNode(id);
@@ -70,6 +72,15 @@ def shows(info: dict[str, Any]) -> str:
     return json.dumps([info["display_name"], defaults, list(info["output_name"])])
 
 
+def shown(node_id: str) -> str | None:
+    """What the picture of this node says that it shows; None if there is no such picture."""
+    path = HELP / f"{node_id}.png"
+    if not path.is_file():
+        return None
+    with Image.open(path) as picture:
+        return picture.text.get(SHOWS)  # type: ignore[attr-defined]
+
+
 def take(page: Any, node_id: str) -> Image.Image:
     """One node by itself, with a margin."""
     x, y, width, height = page.evaluate(PLACE, [node_id, 400, 150])
@@ -90,7 +101,8 @@ def main() -> None:
     parser.add_argument("--tree", required=True, help="ComfyUI folder")
     parser.add_argument("--frontend", help="folder of the web page, if it is not installed")
     parser.add_argument("--browser", default=chromium(), help="Chromium's program")
-    parser.add_argument("--only", nargs="*", help="node ids; default: all")
+    parser.add_argument("--all", action="store_true", help="draw every picture again")
+    parser.add_argument("--only", nargs="*", help="draw these node ids again")
     options = parser.parse_args()
     if not options.browser:
         raise SystemExit("Name a Chromium with --browser: none is called 'chromium' here.")
@@ -103,9 +115,12 @@ def main() -> None:
         page = running.new_page(viewport=VIEW)
         open_page(page, server.url, SETTINGS)
         page.wait_for_timeout(2000)
-        for node_id in sorted(options.only or pack_node_ids()):
+        info = server.object_info()
+        now = {each: shows(info[each]) for each in pack_node_ids()}
+        stale = [each for each in now if options.all or shown(each) != now[each]]
+        for node_id in sorted(options.only or stale):
             picture, text = take(page, node_id), PngInfo()
-            text.add_text(SHOWS, shows(server.object_info()[node_id]))
+            text.add_text(SHOWS, now[node_id])
             picture.save(HELP / f"{node_id}.png", optimize=True, pnginfo=text)
             print(f"{node_id}: {picture.width} x {picture.height}")
 

@@ -22,7 +22,7 @@ def quantize_wan() -> dict[str, Node]:
         nodes[key] = Node(
             "FrugalQuantize",
             0,
-            {"model_name": T2V_LARGE, "to": target, "filename_prefix": "wan2.1_t2v_14B"},
+            {"model_name": T2V_LARGE, "format": target, "filename_prefix": "wan2.1_t2v_14B"},
             title=f"To {target}",
             size=(380, 540),
             models=wan_file(T2V_LARGE, "diffusion_models"),
@@ -104,7 +104,7 @@ def calibrate_wan() -> dict[str, Node]:
             3,
             {
                 "model_name": T2V_SMALL,
-                "to": "a size",
+                "format": "target size",
                 "size_gb": SIZE,
                 "calibration": f"{CALIBRATION}.safetensors",
                 "filename_prefix": CALIBRATION,
@@ -145,25 +145,25 @@ needed. Choose your own model at the top; the source here is
 - `models/diffusion_models/{T2V_LARGE}`
 
 **int8 ConvRot** loses least for one byte per weight. **W4A8** is for cards where that does not fit;
-it loses less with a calibration, see `calibrate_wan`. The pictures show the errors of the layers'
-weights by block. Cancelled work goes on when it is queued again.""",
+it loses less with a calibration, see `calibrate_wan`. The charts show the errors of the layers'
+weights by block. Interrupted work resumes when it is queued again.""",
     2,
     (420, 420),
 )
 CALIBRATE_GROUPS = [
     Group("1. Record while sampling", 0, 2),
-    Group("2. Quantise to a size (muted)", 3, 3, "#3f9e6b"),
+    Group("2. Quantise to a target size (muted)", 3, 3, "#3f9e6b"),
     Group("3. Check end to end (muted)", 4, 4, "#9e6b3f"),
 ]
 CALIBRATE_NOTE = Note(
     f"""## Quantise by what your own prompts need
 
-1. **Queue**: the model samples as always, and `models/calibration/{CALIBRATION}.safetensors` is
+1. **Queue**: the model samples as usual, and `models/calibration/{CALIBRATION}.safetensors` is
    written when it is done. Queue several of your own prompts; each adds to the file.
 2. Mute group 1, unmute group 2 (select its nodes, Ctrl+M), press R to refresh the lists, queue.
-   Every layer gets the format that fits **size_gb** with the least error of the output.
-3. Mute group 2, unmute group 3, press R, queue: the new file runs on calls that were kept of the
-   original, and the report says how far its outputs are from them.
+   Every layer gets the format that fits **size_gb** with the smallest error of the output.
+3. Mute group 2, unmute group 3, press R, queue: the new file runs on model calls saved from
+   the original, and the report says how far its outputs differ.
 
 Files:
 

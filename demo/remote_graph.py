@@ -52,22 +52,22 @@ REMOTE_NOTE = Note(
 Nothing is loaded on this machine. Start a server for each part, then type its address:
 
 - **Prompt**: any OpenAI-compatible server, such as
-  `vllm serve Qwen/Qwen3-4B --port 8000`. Without one the prompt goes on as it is, and the node says
+  `vllm serve Qwen/Qwen3-4B --port 8000`. Without one the original prompt is used, and the node says
   why.
 - **Video**: `vllm serve Wan-AI/Wan2.1-T2V-1.3B-Diffusers --omni --port 8091` (with vllm-omni), or
-  TensorRT-LLM or SGLang: set **dialect**. Several addresses, one per line: a server that is gone or
-  full is left for the next.
+  TensorRT-LLM or SGLang: set **dialect**. Several addresses, one per line: if a server is down or
+  full, the next one is tried.
 
-Prompt and picture are sent to these addresses, and to no other. A server with a key: put the key
+Prompt and image are sent to these addresses and nowhere else. A server with a key: put the key
 into an environment variable, and the variable's NAME into **key_variable**.
 
 **flow_shift** 3 is for 480p, 5 for 720p; TensorRT-LLM and SGLang take 0 only.
 
-For image to video start a server with an I2V model, unmute the picture and the lower video node
+For image to video start a server with an I2V model, unmute the image and the lower video node
 (Ctrl+M), mute the upper one, and set **task** of the first node.
 
-Each node says who answered it. The video is in `output/frugal` as the server sent it. Which server
-for which machine: `docs/engines.md`.""",
+Each node says which server answered. The video is in `output/frugal` as the server sent it.
+Which server suits which machine: `docs/engines.md`.""",
     2,
     (440, 560),
 )

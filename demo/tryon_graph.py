@@ -330,8 +330,8 @@ GROUPS = [
 DEMO_NOTE = Note(
     """## Demo: drawn figures, not photos
 
-A small try-on model of our own puts the garment on the figure. It was trained on drawn people only
-and knows nothing of photos.
+A small try-on model trained for this demo puts the garment on the figure. It was trained on
+drawn people only and does not work on photos.
 
 The clip comes from a **tiny Wan with random weights**: it shows that every part of the video chain
 runs, not what Wan can paint.
@@ -378,7 +378,7 @@ Files and folders:
 
 **Licence:** the CatVTON weights are CC BY-NC-SA 4.0 (non-commercial).
 
-By our reckoning 2.3 GB of memory at 768 x 1024 in fp16; *quantize* in *Load CatVTON* takes less.
+Estimated at 2.3 GB of memory at 768 x 1024 in fp16; *quantize* in *Load CatVTON* takes less.
 Not yet measured on a card.""",
     5,
     (380, 400),

@@ -39,8 +39,8 @@ def _text(key: str, column: int, text: str, title: str = "") -> dict[str, Node]:
 
 
 def _planned(latent: tuple[str, int], size: dict[str, int]) -> dict[str, Node]:
-    """shift -> constant context -> memory plan -> attention, with the plan's picture. size: width,
-    height and length of the clip, as on the node that makes the latent.
+    """shift -> cached cross-attention -> memory plan -> attention, with the plan's picture. size:
+    width, height and length of the clip, as on the node that makes the latent.
     """
     return {
         "shift": Node("ModelSamplingSD3", 2, {"shift": 8.0}, {"model": ("wan", 0)}),
@@ -219,12 +219,12 @@ T2V_NOTE = Note(
 - `models/text_encoders/{ENCODER}`
 - `models/vae/{VAE}`
 
-**Memory Plan** says before the run what it will take, and works in pieces only if your budget
-needs it: set **budget_gb** to your card. **Constant Context** and **Attention** do not change the
-picture.
+**Memory Plan** predicts the memory of the run and works in chunks only if your budget needs it: set
+**budget_gb** to your card. **Cache Cross-Attention K/V** and **Select Attention Kernel** do not
+change the video.
 The sampler's preset decides how much work is skipped: *off* is ComfyUI's own sampler to the bit.
 
-The text encoder is loaded only when the words change.""",
+The text encoder is loaded only when the prompt changes.""",
     6,
     (400, 420),
 )
@@ -240,25 +240,25 @@ The fp8 file has 16 GB of weights, so part of it stays in main memory: have 32 G
 it on the card, make a smaller file of the fp16 one with the graph `quantize_wan` or `calibrate_wan`
 (int8 keeps most, W4A8 is about half the size) and choose that here.
 
-**Memory Plan** shows what each phase takes and sets what your budget needs. Its figures are counted
-without a run; on a 12 GB card itself nothing has been measured yet.
+**Memory Plan** shows the memory of each phase and enables what your budget needs. Its figures are
+predictions; on a 12 GB card itself nothing has been measured yet.
 
-The video goes straight into a file; if decoding is cut off, the latent is kept.""",
+The video goes straight into a file; if decoding is interrupted, the latent is kept.""",
     6,
     (420, 480),
 )
 CAUSAL_NOTE = Note(
-    f"""## Longer than five seconds, and more than one way on
+    f"""## Longer than five seconds, with two continuations
 
-A causal Wan makes a few frames at a time and looks back at those it keeps (**window** and
+A causal Wan generates a few frames at a time and attends to the cached ones (**window** and
 **sink**), so memory does not grow with the length. The first sampler keeps its **session**; two
-others go on from it, sharing its frames. Save a session with *Save Causal Session* to go on
-another day.
+others continue it and share its cached frames. Save a session with *Save Causal Session* to
+continue another day.
 
 It needs weights that were trained for it, in the size of Wan 2.1 1.3B: Self Forcing, CausVid,
 Causal Forcing or LongLive as safetensors. They are not among the public files this graph can offer;
-choose yours in **Load Wan Model**. The stock `{T2V_SMALL}` runs too, but was never taught to go
-on, and what it makes falls apart.
+choose yours in **Load Wan Model**. The stock `{T2V_SMALL}` runs too, but was not trained to
+continue, and its videos fall apart.
 
 - `models/text_encoders/{ENCODER}`
 - `models/vae/{VAE}`""",

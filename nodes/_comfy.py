@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_api.v0_0_2 import io
 
 CATEGORY = "Frugal"
 REPORT_KEY = "frugal.load_report"
@@ -37,11 +38,16 @@ ATTENTION_OVERRIDE = "optimized_attention_override"
 
 
 def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
-    """The given arguments that `target` accepts; used as `io.Schema(..., **known(io.Schema,
-    search_aliases=[...]))`.
-    """
+    """The given arguments that `target` accepts; used as `call(..., **known(call, new=1))`."""
     accepted = inspect.signature(target).parameters
     return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def found_by(words: Iterable[str]) -> dict[str, Any]:
+    """Search aliases of a node, for `io.Schema(..., **found_by([...]))`; the pack's name is always
+    among them, since it is not part of any display name.
+    """
+    return known(io.Schema, search_aliases=[*words, CATEGORY.lower()])
 
 
 def experts_of(model: Any) -> Any:

@@ -48,7 +48,7 @@ class VideoRequest:
 @dataclass(frozen=True)
 class Dialect:
     """body(request): arguments of one request, made again for each try. flow_shift: the server
-    heeds that field for Wan. SGLang accepts it and does so for other models only.
+    uses that field for Wan. SGLang accepts it and does so for other models only.
     """
 
     name: str
@@ -111,7 +111,7 @@ DIALECTS = {
 def checked(request: VideoRequest, dialect: Dialect) -> VideoRequest:
     """The request, if the server can fulfil it as it is; its prompt without blanks around it.
 
-    Raises FrugalError for what a server would change or drop without a word.
+    Raises FrugalError for what a server would change or drop silently.
     """
     if not request.prompt.strip():
         raise FrugalError("an empty prompt", "what the video shows", "type a prompt")

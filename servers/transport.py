@@ -71,7 +71,7 @@ async def exchange(
     repeat: bool = True,
     body: Callable[[], Mapping[str, Any]] = dict,
 ) -> Reply:
-    """`method` on server.base + path; `body` makes the arguments `json=` or `data=` anew for each
+    """`method` on server.base + path; `body` makes the arguments `json=` or `data=` again for each
     try. timeout: seconds for all tries together; limit: bytes of the answer; repeat: whether the
     request may be sent again.
 

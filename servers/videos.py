@@ -93,7 +93,7 @@ async def order(
             except LostServerError as error:
                 if place + 1 == len(servers):
                     raise
-                context.notes.append(f"{server.name} was left: {error}")
+                context.notes.append(f"{server.name} was skipped: {error}")
     raise FrugalError("no server", "at least one address", "type the address of a server")
 
 
@@ -159,7 +159,7 @@ async def _check_image(context: JobContext, server: Server) -> None:
     elif takes != wanted:
         raise FrugalError(
             f"{server.name} has a model for {'image' if takes else 'text'} to video",
-            "a start image" if takes else "no image, which it would ignore without a word",
+            "a start image" if takes else "no image, which it would silently ignore",
             "connect an image" if takes else "take the image off, or ask another server",
         )
 
@@ -184,9 +184,7 @@ async def _create(context: JobContext, server: Server) -> str:
         job = await _arrived(context, server, before)
         if job is None:
             raise LostServerError.of(error) from None
-        context.notes.append(
-            f"the answer to the order was lost; the job was found in the list: {job}"
-        )
+        context.notes.append(f"the response was lost; the job was found in the list: {job}")
         return job
     if reply.status in LATER:
         raise LostServerError.of(refusal(server, reply))
@@ -196,7 +194,7 @@ async def _create(context: JobContext, server: Server) -> str:
     job = said.get("id") if isinstance(said, Mapping) else None
     if not isinstance(job, str) or not JOB.fullmatch(job):
         raise FrugalError(
-            f"{server.name} took the order without a usable id: {reply.text()}",
+            f"{server.name} accepted the job without a usable id: {reply.text()}",
             "a job with an id",
             "check that the address is that of the API, which often ends in /v1",
         )

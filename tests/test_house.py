@@ -296,3 +296,35 @@ def test_the_pack_changes_no_environment():
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert not forbidden.search(line), f"{name(path)}:{number}: {line.strip()}"
+
+
+# Phrases that once stood for things with a usual name, which docs/glossary.md has.
+PRIVATE_WORDS = (
+    "(Frugal)", "beside the weights", "cannot stand", "close ranks", "constant context", "errs",
+    "foretell", "foretells", "foretold", "hangs on", "in sight", "lora beside", "loras beside",
+    "results given again", "run by run", "side branch", "stands aside", "this step is repeated",
+)  # fmt: skip
+READ = ("nodes", "kernels", "servers", "tests", "docs", "workflows", "README.md")
+
+
+def private_words(text: str) -> list[str]:
+    """Those of the list in a text, whose lines may break inside a phrase."""
+    found = "|".join(rf"(?<!\w){re.escape(words)}(?!\w)" for words in PRIVATE_WORDS)
+    return re.findall(found, re.sub(r"\s+#?\s*", " ", text), re.IGNORECASE)
+
+
+def test_things_have_their_usual_names():
+    found = {}
+    for path in tracked():
+        read = path.suffix in (".py", ".md", ".json") and path.relative_to(ROOT).parts[0] in READ
+        if read and path.resolve() != Path(__file__).resolve():
+            found[name(path)] = private_words(path.read_text("utf-8"))
+    found = {path: words for path, words in found.items() if words}
+    assert not found, f"docs/glossary.md has the usual names: {found}"
+
+
+def test_a_private_word_is_seen():
+    assert private_words("what is foretold") == ["foretold"]
+    assert private_words("the frames in\n    # sight; it Errs") == ["in sight", "Errs"]
+    assert private_words("a node (Frugal)") == ["(Frugal)"]
+    assert private_words("in the attention window, recomputed") == []

@@ -76,7 +76,7 @@ class Backend:
         if call.mask not in self.masks:
             return "takes no mask" if self.masks == (NONE,) else f"takes no {call.mask} mask"
         if call.v_width != call.width and not self.uneven_values:
-            return f"wants values as wide as keys, not {call.v_width} beside {call.width}"
+            return f"needs values as wide as keys, not {call.v_width} for keys of {call.width}"
         if (
             (self.max_width and call.width > self.max_width)
             or call.width % self.multiple
@@ -320,7 +320,7 @@ NAMED = {each.name: each for each in BACKENDS}
 
 
 def versions(backends: Iterable[Backend]) -> str:
-    """The packages of these backends with their versions: a new version is measured anew."""
+    """The packages of these backends with their versions: a new version is measured again."""
     found = set()
     for backend in backends:
         if backend.package is None or not importable(backend.package):

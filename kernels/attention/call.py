@@ -43,7 +43,7 @@ class Call:
 
     def key(self) -> str:
         """Calls of one key share a measured choice. Lengths are rounded up to eighths of a power
-        of two, because growing lengths would else be measured anew at each step.
+        of two, because growing lengths would else be measured again at each step.
         """
         kind = str(self.dtype).removeprefix("torch.")
         return (

@@ -19,11 +19,11 @@ from ..errors import FrugalError
 from .offload import HOST, HostPages, settle, to_device, to_host
 from .options import CacheOptions
 from .page_pool import PagePool
-from .paged_attention import InPlace
+from .paged_attention import PagedAttention
 from .rotate import shifted
 from .staging import Staging
 from .storage import FP8, Page, PageFormat, check_finite, relative_error
-from .strategies import IN_PLACE
+from .strategies import PAGED
 
 Stream = dict[int, tuple[int, ...]]  # frame -> its page in every layer
 
@@ -60,9 +60,9 @@ class VideoCache:
         if fmt.kind == FP8:
             need_float8(device, "the cache is to be in fp8", "keep it in int8 or as computed")
         self.host = HostPages(fmt, device)
-        self.in_place: InPlace | None = None
-        if options.way == IN_PLACE and not options.on_host and pool is None:
-            self.in_place = InPlace(fmt, device, options.relative, options.budget)
+        self.paged: PagedAttention | None = None
+        if options.way == PAGED and not options.on_host and pool is None:
+            self.paged = PagedAttention(fmt, device, options.relative, options.budget)
         self.pool = pool or PagePool(fmt.page_bytes, self._make, options.budget)
         self.kept: list[CachedFrame] = []
         self.streams: dict[int, Stream] = {}
@@ -86,8 +86,8 @@ class VideoCache:
     def _make(self):
         # Not a bound method: the pool outlives this cache when a branch shares it.
         fmt, device, on_host = self.fmt, self.device, self.options.on_host
-        if self.in_place is not None:
-            return self.in_place.make
+        if self.paged is not None:
+            return self.paged.make
         if on_host:
             return self.host.make
         return lambda: fmt.empty(device)
@@ -116,7 +116,7 @@ class VideoCache:
         other.kept, other.clean = list(self.kept), dict(self.clean)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
         other.error, other.prompt, other.host = self.error, self.prompt, self.host
-        other.in_place = self.in_place if options.way == IN_PLACE else None
+        other.paged = self.paged if options.way == PAGED else None
         return other
 
     def release(self) -> None:
@@ -130,8 +130,8 @@ class VideoCache:
         that exceeds the budget.
         """
         self.pool.require(pages)
-        if self.in_place is not None:
-            self.in_place.reserve(pages)
+        if self.paged is not None:
+            self.paged.reserve(pages)
 
     def pages_for(self, frames: int, streams: int) -> int:
         """The most pages that a video of `frames` latent frames has in use at a time."""
@@ -220,7 +220,7 @@ class VideoCache:
             raise FrugalError(
                 "the call on clean frames did not reach the model's attention",
                 "every such call to run, for it makes the cache",
-                "remove the step cache (EasyCache, TeaCache and the like) from this model",
+                "remove the step cache (such as EasyCache or TeaCache) from this model",
             )
         known = set(self.streams) if self.kept else set(pending)
         if set(pending) != known:
@@ -330,20 +330,20 @@ class VideoCache:
             keys[:, before:], values[:, before:] = k, v
         return keys, values
 
-    def attended_in_place(
+    def attended_paged(
         self, layer: int, streams: Sequence[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor | None:
         """Attention of the block's q, k, v [N, L, heads, width] over the kept pages where they lie
         and the block itself, of q's shape; None where they have to be gathered.
         """
-        if self.in_place is None or not self.kept:
+        if self.paged is None or not self.kept:
             return None
         self._check_streams(streams)
         pages = [
             [self.pool.read(self.streams[number][each.frame][layer]) for each in self.kept]
             for number in streams
         ]
-        return self.in_place.attend(q, k, v, pages, lambda: self.gathered(layer, streams, k, v))
+        return self.paged.attend(q, k, v, pages, lambda: self.gathered(layer, streams, k, v))
 
     def _stage(self, layer: int, streams: Sequence[int]) -> None:
         """Have this layer's pages on the device, and the next one's on their way."""
@@ -358,7 +358,7 @@ class VideoCache:
             coming = self._numbers(layer + 1, mine)
         else:
             # The next call of the model starts with layer 0, as the calls before took turns. Behind
-            # the last call on a clean block other frames are in sight.
+            # the last call on a clean block other frames are in the window.
             after = self._follows.get(mine, mine)
             last = self._pending is not None and set(after) <= set(self._pending)
             coming = () if last else self._numbers(0, after)
@@ -398,10 +398,10 @@ class VideoCache:
         return [list(group) for _, group in groupby(self.kept, key=lambda each: each.block)]
 
     def emptied(self) -> VideoCache:
-        """A cache for the same video that holds no frame yet, to compute the kept ones anew."""
+        """A cache for the same video that holds no frame yet, to compute the kept ones again."""
         other = VideoCache(self.fmt, self.layers, self.device, self.options, self.pool)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
-        other.staging, other.in_place, other.host = self.staging, self.in_place, self.host
+        other.staging, other.paged, other.host = self.staging, self.paged, self.host
         return other
 
     def offload(self) -> None:
@@ -413,12 +413,12 @@ class VideoCache:
         if not self.options.on_host:
             self.pool.offload_pages(lambda page: to_host(page, self.host))
             settle(self.device)
-            if self.in_place is not None:
-                self.in_place.drop()
+            if self.paged is not None:
+                self.paged.drop()
 
     def unpark(self) -> None:
         """Bring this video's pages back to where attention needs them; after `reserve`, so that
-        those that are read in place come back into their slab.
+        those that paged attention reads come back into their slab.
         """
         pages = (
             page
@@ -426,8 +426,8 @@ class VideoCache:
             for layers in stream.values()
             for page in layers
         )
-        device, in_place = self.device, self.in_place
-        self.pool.fetch(pages, in_place.bring if in_place else lambda page: to_device(page, device))
+        device, paged = self.device, self.paged
+        self.pool.fetch(pages, paged.bring if paged else lambda page: to_device(page, device))
 
 
 def _drop_all(pool: PagePool[Page], streams: dict[int, Stream]) -> None:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from ..errors import FrugalError
 from .paged_kernels import widest_page
 from .storage import MODEL, PageFormat
-from .strategies import GATHER, IN_PLACE
+from .strategies import GATHERED, PAGED
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """window, sink: latent frames. kind: of storage.KINDS. relative: kept frames close ranks in
-    time, so positions never exceed window + sink; else each stays at its own number. on_host: pages
-    lie in main memory. way: attend.GATHER, MERGE or IN_PLACE. budget: bytes of pages, 0 for none.
+    """window, sink: latent frames. kind: of storage.KINDS. relative: cached frames are re-indexed
+    in time, so positions never exceed window + sink; else each stays at its own number. on_host:
+    pages lie in main memory. way: GATHERED, CHUNKED or PAGED of strategies. budget: bytes of pages,
+    0 for none.
     """
 
     window: int = 0
@@ -22,7 +23,7 @@ class CacheOptions:
     kind: str = MODEL
     relative: bool = False
     on_host: bool = False
-    way: str = GATHER
+    way: str = GATHERED
     budget: int = 0
 
     def __post_init__(self):
@@ -41,6 +42,6 @@ class CacheOptions:
 
     def page_bytes(self, fmt: PageFormat) -> int:
         """Bytes that a page takes at the most."""
-        if self.way == IN_PLACE and not self.on_host:
+        if self.way == PAGED and not self.on_host:
             return widest_page(fmt, self.relative)
         return fmt.page_bytes

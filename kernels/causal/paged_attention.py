@@ -68,11 +68,12 @@ class Slab:
         return Page(self.k[at, :, : self.tokens], self.v[at, :, : self.tokens], slab=self, place=at)
 
 
-class InPlace:
+class PagedAttention:
     """The slab of a pool's pages, and attention over those that are kept beside a block's own.
 
-    kernel: the one that is used, None before the slab is made. calls: attended in place. loose:
-    calls some of whose pages lie outside of the slab, as those do that were made when it was full.
+    kernel: the one that is used, None before the slab is made. calls: attended through the
+    block table. loose: calls some of whose pages lie outside of the slab, as those do that were
+    made when it was full.
     reason: why it is not used any more, "" while it is.
     """
 
@@ -182,7 +183,7 @@ class InPlace:
     def text(self) -> str:
         """What was done, in words."""
         if self.reason:
-            return f"in place not used: {self.reason}; gathered instead"
+            return f"paged attention not used: {self.reason}; gathered instead"
         loose = f", {self.loose} gathered because their pages lie apart" if self.loose else ""
         by = f" by {self.kernel.name}" if self.kernel else ""
-        return f"in place{by}: {self.calls} calls{loose}"
+        return f"paged{by}: {self.calls} calls{loose}"

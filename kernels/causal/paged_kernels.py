@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .paged_attention import Slab
 
 BLOCK = 128
-# Triton's kernel reckons places in 32 bits.
+# Triton's kernel computes indices in 32 bits.
 LARGEST = 1 << 31
 # Of torch.compile; "" runs flex_attention as it is written, which computes every score.
 BACKEND = "inductor"
@@ -68,7 +68,7 @@ def slab_bytes(fmt: PageFormat, pages: int, rows: Callable[[int], int]) -> int:
 
 
 def widest_page(fmt: PageFormat, relative: bool) -> int:
-    """Bytes of a page that is read in place, with the rows of the kernel that wants the most."""
+    """Bytes of a page for paged attention, with the rows of the kernel that wants the most."""
     if why_none(fmt, relative):
         return fmt.page_bytes
     return max(slab_bytes(fmt, 1, kernel.rows) for kernel in KERNELS)

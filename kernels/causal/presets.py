@@ -21,8 +21,8 @@ def warped(*levels: float, shift: float = 5.0) -> tuple[float, ...]:
 @dataclass(frozen=True)
 class CausalPreset:
     """levels: of each block, from 1 down to 0; first: of the first block of a video, where they are
-    others. block, window, sink: latent frames. anew: the keys and values of the frames in sight are
-    computed anew before every block.
+    others. block, window, sink: latent frames. recompute: whether the keys and values of
+    the cached frames are computed again before every block.
     """
 
     levels: tuple[float, ...]
@@ -30,7 +30,7 @@ class CausalPreset:
     window: int = 21
     sink: int = 0
     first: tuple[float, ...] = ()
-    anew: bool = False
+    recompute: bool = False
 
 
 FOUR = warped(1.0, 0.75, 0.5, 0.25)
@@ -44,5 +44,5 @@ CAUSAL_PRESETS = {
     # Its local attention of 12 frames has the sink of 3 inside.
     "LongLive": CausalPreset(FOUR, 3, 9, 3),
     # Three frames of context: the first of the video and the last two before the block.
-    "Krea Realtime": CausalPreset((1.0, 0.937, 0.833, 0.625, 0.0), 3, 5, 1, anew=True),
+    "Krea Realtime": CausalPreset((1.0, 0.937, 0.833, 0.625, 0.0), 3, 5, 1, recompute=True),
 }

@@ -147,7 +147,7 @@ class Staging:
         return sum(len(place.pages) for place in self._places) * self.fmt.page_bytes
 
     def release(self) -> None:
-        """Give the memory on the device back; the next turn takes it anew."""
+        """Give the memory on the device back; the next turn takes it again."""
         self.lane.finish()
         self._places = [_Place() for _ in range(STAGED_LAYERS)]
         self._current = self._places[0]

@@ -1,6 +1,6 @@
-"""Attention over pages that lie apart, exactly: gathered into one run, or run by run.
+"""Attention over pages that lie apart, exactly: gathered into one tensor, or in chunks.
 
-Run by run, each part gives its output and the log of its sum of exponentials (lse), and
+In chunks, each part gives its output and the log of its sum of exponentials (lse), and
 out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i) is softmax attention over all of
 them (online softmax, Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
 """
@@ -18,9 +18,9 @@ from ..attention.call import capability_of
 if TYPE_CHECKING:
     from .cache import VideoCache
 
-GATHER, MERGE, IN_PLACE = "gather", "merge", "in place"
+GATHERED, CHUNKED, PAGED = "gathered", "chunked", "paged"
 FLASH, EFFICIENT = "flash", "efficient"
-MERGED_FRAMES = 3  # frames brought together at a time when pages are attended run by run
+CHUNK_FRAMES = 3  # frames brought together at a time when pages are attended in chunks
 
 
 def with_lse(
@@ -102,15 +102,15 @@ def over_pages(
     cache is set to; the block's keys and values go into the cache if it is being written.
 
     q, k, v [len(streams) * B, frames * tokens, heads * D], also the result. whole: the attention
-    over all keys at once, unused where pages are attended run by run or in place.
+    over all keys at once, unused where pages are attended in chunks or through the block table.
     """
     split = (*k.shape[:2], heads, k.shape[-1] // heads)
     q4, k4, v4 = (each.view(split) for each in (q, k, v))
     cache.store(layer, streams, k4, v4)
-    if cache.options.way == MERGE:
-        parts = cache.runs(layer, streams, k4, v4, MERGED_FRAMES)
+    if cache.options.way == CHUNKED:
+        parts = cache.runs(layer, streams, k4, v4, CHUNK_FRAMES)
         return merged(q4, parts).flatten(2)
-    out = cache.attended_in_place(layer, streams, q4, k4, v4)
+    out = cache.attended_paged(layer, streams, q4, k4, v4)
     if out is not None:
         return out.flatten(2)
     if cache.kept:

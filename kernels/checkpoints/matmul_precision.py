@@ -76,7 +76,7 @@ def plan_matmul(
         expanded=tuple(name for name, layer in plan.layers.items() if layer.format in unable),
         notes=tuple(
             f"matmul auto: {form} layers are expanded one at a time and multiply in the compute "
-            f"type, as {device} has no product of integers ({no_integers})"
+            f"type, as {device} has no integer matmul ({no_integers})"
             if form in unable
             else _auto(form, capability, plain.get(form, ""))
             for form in forms

@@ -67,7 +67,7 @@ def plan_notes(
         )
     notes += [f"{count} tensors under {part} are left out" for part, count in left_out.items()]
     if unit_scales_dropped:
-        notes.append(f"{unit_scales_dropped} scales beside unquantised weights are left out")
+        notes.append(f"{unit_scales_dropped} scales of unquantised weights are left out")
     inputs = sum(
         "input_scale" in layer.stored.values() and layer.format in FLOAT8.values()
         for layer in layers.values()

@@ -110,7 +110,7 @@ def _fp8(
 def _int8(
     weight: torch.Tensor, device: torch.device, chosen: Mapping[str, Any], where: str
 ) -> dict[str, torch.Tensor]:
-    # Our own rotation: comfy-kitchen's is a matrix product, whose last bits hang on CPU and shape.
+    # Our own rotation: comfy-kitchen's is a matmul, whose last bits depend on CPU and shape.
     group = chosen["convrot_groupsize"]
     q, scale = per_channel.encode(
         weight, per_channel.INT8, rotation=group, device=device, where=where

@@ -114,7 +114,7 @@ class Matrix(Protocol):
 
 
 class HeldMatrix:
-    """A `Matrix` at hand: the tensor [rows, columns] itself."""
+    """A `Matrix` in memory: the tensor [rows, columns] itself."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor

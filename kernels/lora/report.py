@@ -48,11 +48,11 @@ class LoraReport:
         lines.append(f"{what} {applied} of {self.keys} keys applied")
         if self.scaled:
             lines.append(f"{self.scaled} layers at the alpha that the file's metadata state")
-        lines.append(f"{self.layers} layers with a side branch, {megabytes(self.size)}")
+        lines.append(f"{self.layers} layers with an unmerged adapter, {megabytes(self.size)}")
         if self.inside:
             lines.append(
                 f"{self.inside} keys change unquantised parameters in place, as ComfyUI's own LoRA "
-                "loader does: another strength loads the model's weights again"
+                "loader does: a new strength reloads the model's weights"
             )
         if self.text_encoder:
             lines.append(f"{self.text_encoder} keys are for a text encoder, not for this model")

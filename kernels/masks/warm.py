@@ -3,7 +3,7 @@
 Numba compiles a kernel at its first call, which after an install takes many seconds for all of
 them. `start` runs every operation once on a few pixels, in a thread of its own, while a graph still
 loads its models. Numba compiles one function at a time in the whole process: a node that comes
-meanwhile waits for what it needs, and compiles nothing twice.
+in the meantime waits for what it needs, and compiles nothing twice.
 """
 
 from __future__ import annotations

@@ -35,10 +35,12 @@ class PlanOutcome:
         fits = "fits" if self.fits else "does NOT fit"
         lines = [
             f"memory while sampling: {megabytes(self.predicted)} predicted ({fits} in "
-            f"{megabytes(self.budget)}), {measured}; pieces: {self.memory_options}"
+            f"{megabytes(self.budget)}), {measured}; memory options: {self.memory_options}"
         ]
         if self.streamed:
-            lines.append(f"weights read from main memory in every step: {megabytes(self.streamed)}")
+            lines.append(
+                f"weights streamed from main memory in every step: {megabytes(self.streamed)}"
+            )
         return "\n".join([*lines, *self.changes])
 
 

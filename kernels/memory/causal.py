@@ -1,8 +1,8 @@
 """What a causal video run keeps beside its weights, and which setting makes it fit.
 
 A causal run works on one block of frames at a time, so its activations do not grow with the video;
-what grows, up to window + sink, are the keys and values of the frames in sight, for each side of
-the guidance.
+what grows, up to window + sink, are the keys and values of the frames in the window, for each side
+of the guidance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..causal.cache import CachedFrame, VideoCache
 from ..causal.options import CacheOptions
 from ..causal.staging import STAGED_LAYERS
 from ..causal.storage import FP8, INT8, MODEL, PageFormat
-from ..causal.strategies import GATHER, MERGE
+from ..causal.strategies import CHUNKED, GATHERED
 from ..report import megabytes
 
 META = torch.device("meta")
@@ -52,7 +52,7 @@ class CausalMemory:
 
     @property
     def seen(self) -> int:
-        """Most frames in sight at a time, the block included."""
+        """Most frames in the window at a time, the block included."""
         made = self.needs.known + self.frames
         most = self.options.window + self.options.sink
         return min(made, most) if self.options.window else made
@@ -79,7 +79,7 @@ class CausalMemory:
 
     def latents(self, height: int, width: int) -> int:
         """Bytes of the fp32 latents around a forward, of such a size in latent pixels: of the run,
-        of a block, and the clean one of each frame in sight.
+        of a block, and the clean one of each frame in the window.
         """
         frame = 4 * 16 * self.page.shape[0] * height * width
         copies = RUN_COPIES * self.frames + BLOCK_COPIES * self.needs.block + self.seen
@@ -88,14 +88,14 @@ class CausalMemory:
     def notes(self) -> list[str]:
         """What the run will keep, and what is not counted of it."""
         options = self.options
-        sides = "for each side of the guidance" if self.needs.sides > 1 else "for one condition"
+        sides = "for each of cond and uncond" if self.needs.sides > 1 else "for one condition"
         said = [
-            f"causal: {self.seen} latent frames in sight, {sides}, {options.kind} pages of "
-            f"{megabytes(options.page_bytes(self.page))}: {megabytes(self.cache)} in "
+            f"causal: {self.seen} latent frames in the attention window, {sides}, {options.kind} "
+            f"pages of {megabytes(options.page_bytes(self.page))}: {megabytes(self.cache)} in "
             f"{'main' if options.on_host else 'device'} memory"
         ]
         if not options.window:
-            said.append("window 0 keeps every frame; those of a session come on top")
+            said.append("window 0 keeps every frame; the frames of a session come on top")
         return said
 
     def filled(self, layers: int, streams: int) -> VideoCache:
@@ -134,25 +134,25 @@ def remedies(
     if window:
         size = megabytes(needed(replace(options, window=window)))
         said.append(
-            f"window {window} (another video, for each block sees less): {size} for cache and "
-            "forward, which fits"
+            f"window {window} (a different video, since each block sees less): {size} for cache "
+            "and forward, which fits"
         )
-    return [f"Causal Model (Frugal) with {line}" for line in said] or [
-        "no setting of Causal Model (Frugal) makes cache and forward fit beside the weights: fewer "
-        "frames per block, a smaller size, or smaller weights"
+    return [f"Causal Model with {line}" for line in said] or [
+        "no setting of Causal Model makes cache and forward fit together with the weights: "
+        "use fewer frames per block, a smaller size, or smaller weights"
     ]
 
 
 def _same_video(options: CacheOptions) -> Iterator[tuple[str, CacheOptions]]:
-    merge, host = replace(options, way=MERGE), replace(options, on_host=True)
-    if options.way == GATHER:
-        yield "attend 'run by run' (the same video up to rounding)", merge
+    merge, host = replace(options, way=CHUNKED), replace(options, on_host=True)
+    if options.way == GATHERED:
+        yield "attention 'chunked' (the same video up to rounding)", merge
     if not options.on_host:
-        yield "keep_in 'main memory' (the same video, slower)", host
-        if options.way == GATHER:
+        yield "kv_location 'main memory' (the same video, slower)", host
+        if options.way == GATHERED:
             yield (
-                "keep_in 'main memory' and attend 'run by run' (the same video up to rounding, "
-                "slower)",
+                "kv_location 'main memory' and attention 'chunked' (the same video up to "
+                "rounding, slower)",
                 replace(merge, on_host=True),
             )
 
@@ -161,7 +161,7 @@ def _rounded(options: CacheOptions) -> Iterator[tuple[str, CacheOptions]]:
     if options.kind != MODEL:
         return
     for kind in (INT8, FP8):
-        yield f"pages '{kind}' (keys and values rounded)", replace(options, kind=kind)
+        yield f"kv_dtype '{kind}' (keys and values rounded)", replace(options, kind=kind)
 
 
 def _largest_window(

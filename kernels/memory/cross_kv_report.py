@@ -39,20 +39,20 @@ class ContextPlan:
             f"{self.layers} cross-attention projections: {megabytes(self.weight_bytes)}, "
             f"{100 * self.share:.1f} % of the blocks' weights, are read once per prompt of a run "
             "instead of in every step",
-            f"kept per prompt: up to {megabytes(TEXT_TOKENS * self.text_row_bytes)} "
+            f"cached per prompt: up to {megabytes(TEXT_TOKENS * self.text_row_bytes)} "
             f"({TEXT_TOKENS} tokens; less for a short prompt, whose padding is kept once)",
         ]
         if self.image_row_bytes:
             size = megabytes(IMAGE_TOKENS * self.image_row_bytes)
-            lines.append(f"kept per start image: {size} ({IMAGE_TOKENS} tokens)")
+            lines.append(f"cached per start image: {size} ({IMAGE_TOKENS} tokens)")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class ContextReport:
-    """After a run. calls: of the model. computed, reused: layer results made and given again.
+    """After a run. calls: of the model. computed, reused: layer results made and reused.
     contexts, bytes: kept at the end. dropped: contexts that had to make room. released: bytes of
-    weights moved out of the device's memory. notes: layers that were left alone, and why.
+    weights offloaded from the device. notes: layers that were left alone, and why.
     """
 
     calls: int
@@ -66,16 +66,15 @@ class ContextReport:
 
     def text(self) -> str:
         lines = [
-            f"constant context: {self.reused} layer results given again, {self.computed} computed, "
-            f"in {self.calls} calls of the model; {self.contexts} contexts kept, "
+            f"cross-attention cache: {self.reused} layer results reused, {self.computed} computed, "
+            f"in {self.calls} calls of the model; {self.contexts} contexts cached, "
             f"{megabytes(self.bytes)}"
         ]
         if self.released:
-            lines.append(f"weights moved out of the device's memory: {megabytes(self.released)}")
+            lines.append(f"weights offloaded from the device: {megabytes(self.released)}")
         if self.dropped:
             lines.append(
-                f"note: {self.dropped} contexts made room for others; a larger 'contexts' may "
-                "keep them"
+                f"note: {self.dropped} contexts were evicted; a larger 'contexts' may keep them"
             )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -240,7 +240,7 @@ def why_compiled_off(cuda: str | None, capability: Capability | None) -> str:
     if capability is not None and capability < CARD_OF_CUDA_13:
         return why + (
             f"CUDA 13 has no code for cards before compute capability {dotted(CARD_OF_CUDA_13)}, "
-            "so this card stays with PyTorch's own products"
+            "so this card uses PyTorch's own matmuls"
         )
     return why + "install a torch built for CUDA 13.0 or newer"
 
@@ -273,7 +273,7 @@ def _format(facts: Facts, name: str) -> Finding:
             return Finding(label, NATIVE, f"through comfy-kitchen's {key} kernels")
         why = why_plain(name, facts.capability)
         if facts.no_int8:
-            why += f", and PyTorch has no product of integers here ({facts.no_int8})"
+            why += f", and PyTorch has no integer matmul here ({facts.no_int8})"
             return Finding(label, EMULATED, f"{why}: it saves memory and no time")
         return Finding(label, PLAIN, f"{why}: it saves memory, but little or no time")
     if able and name in facts.emulated:
@@ -285,8 +285,8 @@ def _format(facts: Facts, name: str) -> Finding:
     return Finding(
         label,
         EMULATED,
-        f"native from {needs}: weights are expanded to 16 or 32 bits layer by layer, which saves "
-        "memory and no time",
+        f"native from {needs}: weights are dequantised to 16 or 32 bits layer by layer, which "
+        "saves memory and no time",
     )
 
 

@@ -65,8 +65,8 @@ class Fit:
             return f"{self.job}: {f'in RAM, {short}' if self.from_disk else 'fits in RAM'}"
         if self.streamed is None:
             return (
-                f"{self.job}: too large, the work alone takes {megabytes(self.peak)}; choose a "
-                "smaller size or fewer frames"
+                f"{self.job}: too large, the activations alone take {megabytes(self.peak)}; choose "
+                "a smaller size or fewer frames"
             )
         if not self.streamed:
             return f"{self.job}: fits"

@@ -39,11 +39,11 @@ class MemoryOptions:
     def text(self) -> str:
         said = []
         if self.sequential:
-            said.append("conditional and unconditional forward one after the other")
+            said.append("cond and uncond run sequentially")
         if self.pieces > 1:
-            said.append(f"feed-forward and cross-attention in {self.pieces} pieces")
+            said.append(f"feed-forward and cross-attention in {self.pieces} chunks")
         if self.attention > 1:
-            said.append(f"self-attention in {self.attention} pieces and groups of heads")
+            said.append(f"self-attention in {self.attention} chunks and groups of heads")
         return ", ".join(said) or "none"
 
 
@@ -147,9 +147,9 @@ class Phase:
 @dataclass(frozen=True)
 class MemoryPlan:
     """budget: what may be used. before: the phases as ComfyUI would run them, everything on the
-    device. phases: with the plan. streamed: weights read from main memory in every step. fits: no
-    phase is larger than the budget. peaks: switches tried -> bytes of the forward, in order.
-    advice: what else would help, cheapest first.
+    device. phases: with the plan. streamed: weights streamed from main memory in every step. fits:
+    no phase is larger than the budget. peaks: memory options tried -> bytes of the forward, in
+    order. advice: what else would help, cheapest first.
     """
 
     title: str
@@ -185,10 +185,12 @@ class MemoryPlan:
             f"{fits} in {megabytes(self.budget)} ({self.budget_from})",
             f"weights: {held}",
             *(phase.text() for phase in self.phases),
-            f"switches: {self.memory_options.text()}",
+            f"memory options: {self.memory_options.text()}",
         ]
         if self.streamed:
-            lines.append(f"weights read from main memory in every step: {megabytes(self.streamed)}")
+            lines.append(
+                f"weights streamed from main memory in every step: {megabytes(self.streamed)}"
+            )
         if self.before != self.phases:
             lines += ["without the plan:", *(phase.text() for phase in self.before)]
         lines += [f"advice: {line}" for line in self.advice]
@@ -241,8 +243,8 @@ def make_plan(
     advice = []
     if sampling.total > budget:
         advice.append(
-            "the forward alone does not fit: a smaller size or fewer frames (the tokens of "
-            f"{job.text()} need {megabytes(least + around)} without any weights)"
+            "the forward pass alone does not fit: choose a smaller size or fewer frames (the "
+            f"tokens of {job.text()} need {megabytes(least + around)} without any weights)"
         )
     elif streamed and weights.w4a8 is not None and weights.w4a8 < weights.total:
         left = max(0, weights.w4a8 + around + least - budget)
@@ -293,7 +295,7 @@ def _decoding(found: Decoding, work: int) -> Phase:
 def _fitting_decode(found: Decoding, budget: int) -> tuple[Phase, list[str]]:
     ways = (
         (found.whole, None),
-        (found.stream, "decode in a stream (Decode Wan Video (Frugal)): the same frames"),
+        (found.stream, "decode in chunks (Decode Wan Video): the same frames"),
         (found.tiled, "decode in tiles (VAE Decode (Tiled), 256 px): seams may show"),
     )
     work, how = next((way for way in ways if found.weights + way[0] <= budget), ways[-1])

@@ -40,7 +40,7 @@ def picture(plan: MemoryPlan) -> np.ndarray:
     verdict = "fits" if plan.fits else "does not fit"
     draw.text((LEFT, 14), f"{plan.title}: {verdict} in {megabytes(plan.budget)}", INK, fonts[18])
     draw.text((LEFT, 42), plan.job.text(), INK, fonts[14])
-    said = textwrap.wrap(f"switches: {plan.memory_options.text()}", 120)
+    said = textwrap.wrap(f"memory options: {plan.memory_options.text()}", 120)
     draw.multiline_text((LEFT, 62), "\n".join(said), INK, fonts[14])
     _axis(draw, fonts[13], most)
     slot = (WIDTH - LEFT - RIGHT) / len(plan.phases)

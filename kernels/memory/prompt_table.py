@@ -29,7 +29,7 @@ class Context:
 
 
 class Contexts:
-    """At most `limit` contexts; the one not asked for longest goes first. `made` and `dropped`
+    """At most `limit` contexts; the least recently used is evicted. `made` and `dropped`
     count.
     """
 

@@ -159,7 +159,7 @@ def trace(
 
 def of_layers(three: Trace, layers: int) -> int:
     """Peak in bytes of a model of `layers` equal layers, from its trace with three, named BLOCK:
-    what a layer leaves behind is left by every layer, what it needs meanwhile is needed once.
+    what a layer leaves behind is left by every layer, its temporary memory is needed once.
     """
     last, one_before = three.phases[BLOCK.format(2)], three.phases[BLOCK.format(1)]
     return max(three.peak, last + (layers - 3) * (last - one_before))

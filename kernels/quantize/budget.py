@@ -1,7 +1,7 @@
-"""A format for every layer, so that the file fits a size and errs as little as possible.
+"""A format for every layer, so that the file fits a size with the least error.
 
 What is summed. Each layer adds importance * (noise / signal): the relative energy of the error of
-its own output, times the share of the model's output that hangs on it. The errors of different
+its own output, times the share of the model's output that depends on it. The errors of different
 layers are taken as independent, so their energies add up. `importance.wiring` gives the shares from
 how a Wan model is wired, `importance.probe` measures them. Without either every layer counts 1,
 which spends bytes on layers that hardly matter: do not compare such a sum with an output.
@@ -36,8 +36,8 @@ MOST_STATES = 1 << 16
 @dataclass(frozen=True)
 class Allocation:
     """choice: layer -> format. bytes: whole payload, what stays included. error: the weighted sum.
-    bound: no choice of this size or less errs less. exact: nothing was thinned, so error is the
-    least possible. notes: what a person should know, as sentences.
+    bound: no choice of this size or less has a smaller error. exact: nothing was thinned, so error
+    is the least possible. notes: what a person should know, as sentences.
     """
 
     choice: Mapping[str, str]

@@ -39,7 +39,7 @@ class Memo:
         self._value: Any = None
 
     def get(self, key: Any, make: Callable[[], Made]) -> Made:
-        """What was made for this key last time, or made now. The old one goes first."""
+        """What was made for this key last time, or made now. The old one is freed first."""
         if self._key != key:
             self._key = self._value = None
             self._value = make()

@@ -38,8 +38,8 @@ WIDTH = 30
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m frugal.quantize",
-        description="Writes a Wan model anew in ComfyUI's own quantised formats, or in INT4 as a "
-        "folder for vLLM-Omni. An interrupted run goes on when the same command is given again.",
+        description="Converts a Wan model to ComfyUI's own quantised formats, or in INT4 as a "
+        "folder for vLLM-Omni. An interrupted run resumes when the same command is given again.",
     )
     found.add_argument("source", type=Path, help="a model file, or the index of a model in parts")
     found.add_argument(
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None, loras: LoraReader | None = None
         return 1
     except KeyboardInterrupt:
         print(  # noqa: T201
-            f"stopped; the same command goes on from here, or delete {given.target.name}.part*",
+            f"stopped; the same command resumes from here, or delete {given.target.name}.part*",
             file=sys.stderr,
         )
         return 130

@@ -1,4 +1,4 @@
-"""Writes a Wan file anew, in ComfyUI's own formats, one tensor in memory at a time.
+"""Converts a Wan file to ComfyUI's own formats, one tensor in memory at a time.
 
 Every linear layer goes one of three ways: its bytes as they are, the tensors of another format made
 from its floats, or, where the source is quantised in another format, made from what its bytes stand

@@ -1,7 +1,7 @@
 """Measured curves kept beside an unfinished conversion, so that an interrupted one measures on.
 
 One JSON line for each layer, written as soon as it is measured. A line counts where its `of` equals
-that of the work at hand; a torn last line and lines of other work are passed over.
+that of the current work; a torn last line and lines of other work are passed over.
 """
 
 from __future__ import annotations

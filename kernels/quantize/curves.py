@@ -1,7 +1,8 @@
 """What each format would cost one layer: exact bytes, and the error of its output.
 
-A linear layer y = W x that runs with a stored weight What errs by E x, E = What - W. Over inputs
-with the mean H = E[x x^T] the energy of that error is tr(E H E^T), that of the output tr(W H W^T).
+A linear layer y = W x that runs with a stored weight What has the error E x, E = What - W. Over
+inputs with the mean H = E[x x^T] the energy of that error is tr(E H E^T), that of the output
+tr(W H W^T).
 Without statistics H is the identity: the errors are then those of the weight alone. H of few inputs
 is shrunk first (shrink.py): the error is then what other inputs of their kind must expect.
 

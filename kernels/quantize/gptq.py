@@ -10,7 +10,7 @@ which measures better on the test layers of bench/gptq.py:
   act-order, by runs, so that scales stay where the format has them);
 - the scale of a run is chosen when it is reached, among neighbours on the stored scale's own grid,
   as the one with the least error after the run;
-- at the end each code is chosen anew against all others (coordinate descent on e H e^T);
+- at the end each code is chosen again against all others (coordinate descent on e H e^T);
 - H is drawn towards its diagonal the more, the fewer inputs were counted (shrink.py).
 
 Rows are independent, so they are solved in parts of bounded size. Nothing is random: the same

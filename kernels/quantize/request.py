@@ -240,8 +240,8 @@ def shares_of(
     mine = {name: held[name] for name in layers if name in held}
     if known is not None and len(mine) == len(layers):
         runs = known.shares.runs
-        return for_outputs(mine, curves), f"shares of the layers measured in {runs} runs"
-    note = "shares of the layers by the wiring of Wan, not measured"
+        return for_outputs(mine, curves), f"layer sensitivity measured in {runs} runs"
+    note = "layer sensitivity estimated from Wan's architecture, not measured"
     if mine:
         note += f": the calibration holds them for {len(mine)} of {len(layers)}"
     return wiring(layers), note

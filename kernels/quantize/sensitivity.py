@@ -1,4 +1,4 @@
-"""What share of a Wan model's output hangs on one linear layer: as it is wired, or measured.
+"""What share of a Wan model's output depends on one linear layer: by its architecture, or measured.
 
 Wan is a stack of blocks that each add three branches to one stream: self-attention,
 cross-attention, feed-forward. If all branches add alike, a relative error energy r in one of n
@@ -8,7 +8,7 @@ through its gates. The head makes the output itself and counts 1. That is `wirin
 run of the model and knows nothing of how strong a branch is.
 
 `probe` measures: it disturbs the weights of one layer at a time and looks at the model's output. On
-small random models a choice made so errs two to three times less than one made by wiring.
+small random models a choice made so has a two to three times smaller error than one made by wiring.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONTEXT = ("text_embedding.", "img_emb.")
 
 
 def wiring(layers: Iterable[str]) -> dict[str, float]:
-    """Layer (canonical key without `.weight`) -> share of the model's output that hangs on it,
+    """Layer (canonical key without `.weight`) -> share of the model's output that depends on it,
     over 0 up to 1.
     """
     names = tuple(layers)

@@ -298,6 +298,6 @@ def _notes(source: Weights, layers: list[str], job: ServerJob) -> list[str]:
 def _settle(unfinished: Path, folder: Path) -> None:
     if folder.exists():
         raise FrugalError(
-            f"{folder.name} appeared meanwhile", "a name that is free", "choose another name"
+            f"{folder.name} appeared during the run", "a name that is free", "choose another name"
         )
     os.replace(unfinished, folder)

@@ -3,7 +3,7 @@
 The header comes first, so every type and shape must be known before. Data go to `<name>.part`
 beside the target, and a journal, `<name>.part.json`, says how many groups are safely in it: the
 data reach the disk before the line that counts them. A later writer with the same header and
-fingerprint goes on from there; with another it starts anew. The target appears once, whole.
+fingerprint goes on from there; with another it starts over. The target appears once, whole.
 
 While a writer lives it holds a lock on the journal, which the system drops with the process.
 """
@@ -252,7 +252,7 @@ class Writer:
 
     def finish(self) -> None:
         """Give the whole file its name. Raises FrugalError if groups are missing, or if the target
-        appeared meanwhile and `overwrite` is off.
+        appeared during the run and `overwrite` is off.
         """
         if self.written != len(self.groups) or self._position != self.size:
             raise FrugalError(
@@ -265,7 +265,7 @@ class Writer:
         self._file.close()
         os.replace(self.part, self.target)
         _folder_to_disk(self.target.parent)
-        # Windows does not delete an open file; there the lock goes first.
+        # Windows does not delete an open file; there the lock is removed first.
         if os.name == "nt":
             self._log.close()
         self.journal.unlink(missing_ok=True)

@@ -6,10 +6,10 @@ itself). Between two steps v changes smoothly, so
 
     v(s) ~ v1 + b * (v1 - v0) * (s - s1) / (s1 - s0),    0 <= b <= 1.
 
-b is the least-squares fit of the last change that was seen to the line that had foretold it: 1
-where v runs straight, 0 (hold v) where the line foretold nothing. What a line leaves over grows as
+b is the least-squares fit of the last change that was seen to the line that had predicted it: 1
+where v runs straight, 0 (hold v) where the line predicted nothing. What a line leaves over grows as
 |s - s1| * |s - s0| (the remainder of linear interpolation), so the miss that was measured last
-foretells the next one.
+predicts the next one.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ FEW_STEPS = 8
 
 @dataclass(frozen=True)
 class StepCacheReport:
-    """computed: model calls made. expected: for each skipped call the relative L2 error foretold
+    """computed: model calls made. expected: for each skipped call the relative L2 error predicted
     for its velocity, of the worst sample. checked: for each condition of a computed call with a
     forecast, the error that it would have had. notes: sentences for the reader.
     """
@@ -40,12 +40,12 @@ class StepCacheReport:
         lines = [f"step cache: {self.computed} of {calls} model calls made, {self.skipped} skipped"]
         if self.expected:
             lines.append(
-                f"velocity error expected of the skipped ones: {_mean(self.expected):.2%} on "
+                f"expected velocity error of the skipped calls: {_mean(self.expected):.2%} on "
                 f"average, {max(self.expected):.2%} at most"
             )
         if self.checked:
             lines.append(
-                f"velocity error of {len(self.checked)} forecasts that were checked: "
+                f"velocity error of {len(self.checked)} checked predictions: "
                 f"{_mean(self.checked):.2%} on average, {max(self.checked):.2%} at most"
             )
         lines += [f"note: {note}" for note in self.notes]
@@ -56,7 +56,7 @@ def advice(threshold: float, steps: int) -> list[str]:
     """Why a cache with these settings can do little or nothing in a run of `steps` steps."""
     notes = []
     if threshold <= 0:
-        notes.append("threshold 0 never skips: the result is that of the model without a cache")
+        notes.append("threshold 0 never skips: the result is the same as without the cache")
     if steps <= FEW_STEPS:
         notes.append(
             f"{steps} steps: the first three are needed to learn from, and the rest of so short a "

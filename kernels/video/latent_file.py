@@ -24,7 +24,7 @@ def write_latent(samples: torch.Tensor, path: Path) -> None:
 
 class GrowingLatent:
     """Latents as they are made, [B, C, t, h, w] at a time, kept in a file that is whole at every
-    moment. A file cannot grow along time in place, so it is written anew each time a quarter has
+    moment. A file cannot grow along time in place, so it is rewritten each time a quarter has
     come since: five times the final size in all, and a process that dies loses at most a fifth.
     """
 

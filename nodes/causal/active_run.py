@@ -70,7 +70,7 @@ class CausalRun:
             if not 0 <= places[0] <= places[-1] < self.frames:
                 raise FrugalError(
                     f"a start image, and latent frame {self._block[0]} from before this run to be "
-                    "computed anew",
+                    "recomputed",
                     "a text to video model",
                     "turn recache off",
                 )
@@ -85,7 +85,7 @@ class CausalRun:
 
     def _conditions(self, executor, *args, **kwargs):
         """A CALC_COND_BATCH wrapper. Whoever repeats a call that failed, as a memory plan does, has
-        it start anew.
+        it start again.
         """
         try:
             return executor(*args, **kwargs)

@@ -20,26 +20,41 @@ def block_input():
         default=3,
         min=1,
         max=64,
-        tooltip="Latent frames made at a time (4 pictures each); as the model was trained: 1 or 3.",
+        tooltip=(
+            "Latent frames per block (4 video frames each). Use what the model was trained with: 1 "
+            "or 3."
+        ),
     )
 
 
 def sampler_inputs() -> list:
     return [
-        io.Model.Input("causal_model", tooltip="From Causal Model (Frugal)."),
-        io.Conditioning.Input("positive", tooltip="What the video shall show at first."),
-        io.Conditioning.Input("negative", tooltip="What it shall not show; unused when cfg is 1."),
-        io.Latent.Input("latent", tooltip="Empty video latent: how long, how large."),
+        io.Model.Input("causal_model", tooltip="The MODEL output of Causal Model."),
+        io.Conditioning.Input("positive", tooltip="Prompt for the beginning of the video."),
+        io.Conditioning.Input("negative", tooltip="Negative prompt; not used when cfg is 1."),
+        io.Latent.Input(
+            "latent", tooltip=("Empty video latent: sets the size and the length of this run.")
+        ),
         io.Int.Input(
             "seed",
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
-            tooltip="Of the noise. The same seed goes on with a session as one run would.",
+            tooltip=(
+                "Noise seed. Continuing a session with the same seed gives the frames of one long "
+                "run."
+            ),
         ),
         io.Int.Input(
-            "steps", default=4, min=1, max=100, tooltip="Model calls per block, plus one."
+            "steps",
+            default=4,
+            min=1,
+            max=100,
+            tooltip=(
+                "Denoising steps per block. Each block costs one more model call, which fills the "
+                "cache."
+            ),
         ),
         io.Float.Input(
             "cfg",
@@ -47,27 +62,31 @@ def sampler_inputs() -> list:
             min=0.0,
             max=30.0,
             step=0.1,
-            tooltip="Guidance. 1: off, half the calls and half the cache.",
+            tooltip="Guidance scale. 1 = off, which halves the model calls and the cache.",
         ),
         io.Combo.Input(
             "scheduler",
             options=list(comfy.samplers.SCHEDULER_NAMES),
             default="simple",
-            tooltip="Noise levels of the steps of each block.",
+            tooltip="Noise schedule of each block.",
         ),
         block_input(),
         io.Boolean.Input(
             "recache",
             default=True,
             tooltip=(
-                "When the prompt changes, compute the frames in sight anew under it: one "
-                "call per kept block. Off: the old prompt fades with its frames."
+                "When the prompt changes, recompute the cached frames under the new one, with one "
+                "model call per cached block. Off: the old prompt's influence ends only as its "
+                "frames leave the window."
             ),
         ),
         io.Boolean.Input(
             "keep_session",
             default=False,
-            tooltip="Keep the cache in main memory, so that the video can go on later.",
+            tooltip=(
+                "Keep the KV cache in main memory after the run, so that another run can continue "
+                "the video."
+            ),
         ),
     ]
 
@@ -75,13 +94,17 @@ def sampler_inputs() -> list:
 def video_inputs() -> list:
     return [
         Session.Input(
-            "session", optional=True, tooltip="A video to go on with; it is not changed."
+            "session", optional=True, tooltip="A session to continue; it is not changed."
         ),
-        Prompts.Input("prompts", optional=True, tooltip="Prompts for later seconds."),
+        Prompts.Input(
+            "prompts",
+            optional=True,
+            tooltip=("Prompts for later parts of the video, from Causal Prompt."),
+        ),
         io.Latent.Input(
             "start_latent",
             optional=True,
-            tooltip="Clean frames a new video begins with, for text to video models.",
+            tooltip="Clean latent frames that a new video starts with; for text to video models.",
         ),
     ]
 
@@ -93,15 +116,15 @@ def preset_input():
         default=AS_SET,
         optional=True,
         tooltip=(
-            "How a public model was trained: in place of steps, scheduler and frames_per_block "
-            "here, and of window, sink, positions and shift of the model node."
+            "Settings of a public model. They replace steps, scheduler and frames_per_block here, "
+            "and window, sink, positions and shift of the model node."
         ),
     )
 
 
 def latent_output():
     return io.Latent.Output(
-        "video_latent", display_name="video_latent", tooltip="The frames of this run."
+        "video_latent", display_name="video_latent", tooltip="Latent frames of this run."
     )
 
 
@@ -109,5 +132,5 @@ def session_output():
     return Session.Output(
         "next_session",
         display_name="next_session",
-        tooltip="What the next run needs; empty unless kept.",
+        tooltip="State from which the next run continues; empty if keep_session is off.",
     )

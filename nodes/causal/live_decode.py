@@ -152,7 +152,7 @@ class LiveVideo:
             f"decoded {self.pieces} times while sampling, {self.target.every} block(s) at a time: "
             + (swaps if self.swaps else "the model's weights never had to make room")
         )
-        lines.append(f"state of the VAE between pieces: {megabytes(self.state)} of main memory")
+        lines.append(f"state of the VAE between chunks: {megabytes(self.state)} of main memory")
         notes = [note for clip, _ in self._clips for note in clip.notes()]
         return "\n".join(lines + [f"note: {note}" for note in notes])
 

@@ -2,7 +2,7 @@
 
 The self-attention keeps its own forward, with whatever patches and LoRAs it has. What is replaced
 is the attention call inside it, through ComfyUI's own override: the block's keys and values are
-joined with those in the cache. Nothing of a block or of the network is written anew, so that both
+joined with those in the cache. Nothing of a block or of the network is rewritten, so that both
 this ComfyUI's causal class and the stock one serve.
 """
 
@@ -21,7 +21,7 @@ from ...kernels.causal.options import CacheOptions
 from ...kernels.causal.paged_attention import forecast
 from ...kernels.causal.staging import STAGED_LAYERS
 from ...kernels.causal.storage import PATCH_SIZE, PageFormat, wan_page
-from ...kernels.causal.strategies import IN_PLACE, MERGE
+from ...kernels.causal.strategies import CHUNKED, PAGED
 from ...kernels.errors import FrugalError
 from ...kernels.memory.causal import Needs
 from ...kernels.report import megabytes
@@ -47,7 +47,7 @@ class CausalForward:
             raise FrugalError(
                 "a causal model in an ordinary sampler",
                 "the causal sampler, which makes the video block by block",
-                "use the Causal Sampler (Frugal), or the model before it was made causal",
+                "use Causal Sampler, or the model before it was made causal",
             )
         attend = run.attention(
             self.layer, options["cond_or_uncond"], options.get(ATTENTION_OVERRIDE)
@@ -159,7 +159,7 @@ def count_cache(executor, model, noise_shape, conds, model_options=None, *args, 
     # One layer's keys and values are gathered at a time. Of pages in main memory this layer's and
     # the next one's are on the device.
     layers = STAGED_LAYERS if options.on_host else len(network.blocks)
-    layers += options.way != MERGE
+    layers += options.way != CHUNKED
     size = needs.sides * layers * kept * options.page_bytes(fmt)
     shape = list(noise_shape)
     shape[2] = 1
@@ -182,8 +182,8 @@ def _text(
         f"one latent frame at 832 x 480: {megabytes(frame)} per condition",
         f"attention over pages: {options.way}",
     ]
-    if options.way == IN_PLACE:
+    if options.way == PAGED:
         where = "pages in main memory have to be copied first" if options.on_host else ""
         where = where or forecast(large, device, options.relative)
-        lines.append(f"in place at 832 x 480: {where}")
+        lines.append(f"paged attention at 832 x 480: {where}")
     return "\n".join(lines)

@@ -7,8 +7,8 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.causal.options import CacheOptions
 from ...kernels.causal.presets import AS_SET
 from ...kernels.causal.storage import FP8, INT8, MODEL
-from ...kernels.causal.strategies import GATHER, IN_PLACE, MERGE
-from .._comfy import known, show_text
+from ...kernels.causal.strategies import CHUNKED, GATHERED, PAGED
+from .._comfy import found_by, show_text
 from .._models import offered
 from . import model_run as causal_model
 from . import session_files, video_run
@@ -26,10 +26,10 @@ from .common_inputs import (
 )
 from .video_file import FrugalCausalVideoFile
 
-PAGES = {"model type": MODEL, "fp8": FP8, "int8": INT8}
+KV_TYPES = {"model type": MODEL, "fp8": FP8, "int8": INT8}
 RELATIVE, ABSOLUTE = "relative", "absolute"
 DEVICE, MAIN = "device memory", "main memory"
-WAYS = {"gathered": GATHER, "run by run": MERGE, "in place": IN_PLACE}
+WAYS = (GATHERED, CHUNKED, PAGED)
 
 
 class FrugalCausalModel(io.ComfyNode):
@@ -37,69 +37,84 @@ class FrugalCausalModel(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCausalModel",
-            display_name="Causal Model (Frugal)",
+            display_name="Causal Model",
             category=HOME,
             description=(
-                "Makes a Wan 2.1 model causal: frames see only those before them, through a cache "
-                "of constant size. For models trained that way (Self-Forcing, CausVid, LongLive), "
-                "whatever their file says; a model trained on whole clips gives poor videos."
+                "Makes a Wan 2.1 model causal: frames attend only to earlier frames, through a KV "
+                "cache of constant size. For models trained that way (Self-Forcing, CausVid, "
+                "LongLive), whatever their metadata says; a model trained on whole clips gives "
+                "poor videos."
             ),
             inputs=[
-                io.Model.Input("wan_model", tooltip="A Wan model, LoRAs and all."),
+                io.Model.Input("wan_model", tooltip="A Wan model, with its LoRAs already applied."),
                 io.Int.Input(
                     "window",
                     default=21,
                     min=0,
                     max=4096,
-                    tooltip="Latent frames seen, the block in work included. 0: all, without end.",
+                    tooltip=(
+                        "Attention window in latent frames, including the current block. 0 = "
+                        "unlimited; the cache then grows with the video."
+                    ),
                 ),
                 io.Int.Input(
                     "sink",
                     default=0,
                     min=0,
                     max=256,
-                    tooltip="First latent frames of the video that stay in sight for ever.",
+                    tooltip=(
+                        "Number of first latent frames that are always kept (attention sink). 0 = "
+                        "none."
+                    ),
                 ),
                 io.Combo.Input(
                     "positions",
                     options=[RELATIVE, ABSOLUTE],
                     default=RELATIVE,
                     tooltip=(
-                        "relative: kept frames close ranks, time never runs past window + sink. "
-                        "absolute: a frame keeps its number."
+                        "relative: cached frames are re-indexed, so positions never exceed window "
+                        "+ sink. absolute: each frame keeps its own position."
                     ),
                 ),
                 io.Combo.Input(
-                    "pages",
-                    options=list(PAGES),
+                    "kv_dtype",
+                    options=list(KV_TYPES),
                     default="model type",
-                    tooltip="How keys and values are kept: as computed, or in 1 byte per value.",
+                    tooltip=(
+                        "Data type of the KV cache: as computed, or 1 byte per value (fp8, int8)."
+                    ),
                 ),
                 io.Combo.Input(
-                    "keep_in",
+                    "kv_location",
                     options=[DEVICE, MAIN],
                     default=DEVICE,
-                    tooltip="Where they lie during a run. main memory: copied in for each layer.",
+                    tooltip=(
+                        "Where the KV cache is stored during a run. main memory saves device "
+                        "memory; each layer's part is copied in when it is needed."
+                    ),
                 ),
                 io.Combo.Input(
-                    "attend",
+                    "attention",
                     options=list(WAYS),
-                    default="gathered",
+                    default=GATHERED,
                     tooltip=(
-                        "gathered: one copy of a layer's pages, the chosen attention backend. run "
-                        "by run: three frames at a time in torch's own attention, less memory. "
-                        "in place: through a block table, on CUDA with absolute positions and "
-                        "pages in the model's type on the device, where a kernel can; else "
-                        "gathered."
+                        "gathered: copies a layer's pages together and calls the selected "
+                        "attention backend. chunked: three frames at a time with PyTorch's "
+                        "attention, using less memory. paged: reads pages through a block "
+                        "table, on CUDA with absolute positions and pages in the model's type on "
+                        "the device; if no kernel supports the call, gathered is used."
                     ),
                 ),
                 io.Float.Input(
-                    "budget_gb",
+                    "max_cache_gb",
                     default=0.0,
                     min=0.0,
                     max=4096.0,
                     step=0.1,
-                    tooltip="Most gigabytes (10^9 bytes) of pages; refused before. 0: no limit.",
+                    tooltip=(
+                        "Maximum size of the KV cache in GB (10^9 bytes); checked before sampling. "
+                        "0 = no limit."
+                    ),
                 ),
                 io.Float.Input(
                     "shift",
@@ -107,30 +122,32 @@ class FrugalCausalModel(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Shift of the noise schedule; causal models use 5. 0: the model's own.",
+                    tooltip=(
+                        "Timestep shift of the noise schedule; causal models use 5. 0 = keep the "
+                        "model's own."
+                    ),
                 ),
             ],
             outputs=[
-                io.Model.Output(
-                    "model", display_name="model", tooltip="For the causal sampler, and no other."
-                ),
+                io.Model.Output("model", display_name="model", tooltip="For causal samplers only."),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Bytes per latent frame, and how it attends.",
+                    tooltip="Cache size per latent frame, and the attention method.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(io.Schema, search_aliases=ALIASES),
+            **found_by(ALIASES),
         )
 
     @classmethod
     def execute(
-        cls, wan_model, window, sink, positions, pages, keep_in, attend, budget_gb, shift
-    ) -> io.NodeOutput:
+        cls, wan_model, window, sink, positions, kv_dtype, kv_location, attention, max_cache_gb,
+        shift,
+    ) -> io.NodeOutput:  # fmt: skip
         options = CacheOptions(
-            window, sink, PAGES[pages], positions == RELATIVE, keep_in == MAIN, WAYS[attend],
-            round(budget_gb * 1e9),
+            window, sink, KV_TYPES[kv_dtype], positions == RELATIVE, kv_location == MAIN, attention,
+            round(max_cache_gb * 1e9),
         )  # fmt: skip
         model, report = causal_model.make_causal(wan_model, options, shift)
         show_text(cls.hidden.unique_id, report)
@@ -142,23 +159,23 @@ class FrugalCausalSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCausalSampler",
-            display_name="Causal Sampler (Frugal)",
+            display_name="Causal Sampler",
             category=HOME,
             description=(
-                "Makes a video block by block with a causal Wan model, of any length: the cache "
-                "does not grow once its window is full. Can go on from a session, and change its "
-                "prompt on the way."
+                "Generates a video of any length block by block with a causal Wan model: the KV "
+                "cache stops growing once its window is full. Can continue a session and change "
+                "the prompt over time."
             ),
             inputs=[*sampler_inputs(), *video_inputs(), preset_input()],
             outputs=[
                 latent_output(),
                 session_output(),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Frames, bytes and model calls."
+                    "report", display_name="report", tooltip="Frames, cache size and model calls."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(io.Schema, search_aliases=[*ALIASES, "ksampler", "prompt travel"]),
+            **found_by([*ALIASES, "ksampler", "prompt travel"]),
         )
 
     @classmethod
@@ -182,10 +199,10 @@ class FrugalCausalSamplerSelect(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCausalSamplerSelect",
-            display_name="Causal Sampler Select (Frugal)",
+            display_name="Causal Sampler Select",
             category=HOME,
             description=(
-                "The causal sampler for SamplerCustom and SamplerCustomAdvanced, without session "
+                "The causal sampler for SamplerCustom and SamplerCustomAdvanced, without sessions "
                 "and prompt changes."
             ),
             inputs=[block_input()],
@@ -194,7 +211,7 @@ class FrugalCausalSamplerSelect(io.ComfyNode):
                     "sampler", display_name="sampler", tooltip="For a model from Causal Model."
                 )
             ],
-            **known(io.Schema, search_aliases=ALIASES),
+            **found_by(ALIASES),
         )
 
     @classmethod
@@ -207,27 +224,33 @@ class FrugalCausalPrompt(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCausalPrompt",
-            display_name="Causal Prompt (Frugal)",
+            display_name="Causal Prompt",
             category=HOME,
-            description="A prompt from some second of the run on. Chain them for several.",
+            description=(
+                "Switches to another prompt at a given second of the run. Chain several for more "
+                "than one change."
+            ),
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="What the video shall show then."),
+                io.Conditioning.Input("conditioning", tooltip="Prompt from that second on."),
                 io.Float.Input(
                     "from_second",
                     default=5.0,
                     min=0.0,
                     max=86400.0,
                     step=0.25,
-                    tooltip="Second of this run, at 16 pictures a second; from the next block on.",
+                    tooltip=(
+                        "Seconds from the start of this run, at 16 frames per second. Takes effect "
+                        "with the next block."
+                    ),
                 ),
                 Prompts.Input(
-                    "other_prompts", optional=True, tooltip="Another Causal Prompt's output."
+                    "other_prompts", optional=True, tooltip="Output of another Causal Prompt."
                 ),
             ],
             outputs=[
-                Prompts.Output("prompts", display_name="prompts", tooltip="For the causal sampler.")
+                Prompts.Output("prompts", display_name="prompts", tooltip="For Causal Sampler.")
             ],
-            **known(io.Schema, search_aliases=["prompt schedule", "prompt travel", "longlive"]),
+            **found_by(["prompt schedule", "prompt travel", "longlive"]),
         )
 
     @classmethod
@@ -240,9 +263,9 @@ class FrugalSaveCausalSession(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalSaveCausalSession",
-            display_name="Save Causal Session (Frugal)",
+            display_name="Save Causal Session",
             category=HOME,
-            description="Writes a session to output/causal_sessions, bit for bit.",
+            description="Saves a session to output/causal_sessions, bit for bit.",
             inputs=[
                 Session.Input("session", tooltip="From a causal sampler with keep_session on."),
                 io.String.Input(
@@ -253,7 +276,7 @@ class FrugalSaveCausalSession(io.ComfyNode):
             ],
             outputs=[],
             is_output_node=True,
-            **known(io.Schema, search_aliases=ALIASES),
+            **found_by(ALIASES),
         )
 
     @classmethod
@@ -267,9 +290,9 @@ class FrugalLoadCausalSession(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalLoadCausalSession",
-            display_name="Load Causal Session (Frugal)",
+            display_name="Load Causal Session",
             category=HOME,
-            description="Reads a saved session, to go on with its video.",
+            description="Loads a saved session, to continue its video.",
             inputs=[
                 io.Combo.Input(
                     "session_name",
@@ -278,9 +301,9 @@ class FrugalLoadCausalSession(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Session.Output("session", display_name="session", tooltip="For the causal sampler.")
+                Session.Output("session", display_name="session", tooltip="For Causal Sampler.")
             ],
-            **known(io.Schema, search_aliases=ALIASES),
+            **found_by(ALIASES),
         )
 
     @classmethod

@@ -17,7 +17,7 @@ import torch
 
 from ...kernels.causal.cache import VideoCache
 from ...kernels.causal.storage import MODEL
-from ...kernels.causal.strategies import IN_PLACE, MERGE, MERGED_FRAMES
+from ...kernels.causal.strategies import CHUNK_FRAMES, CHUNKED, PAGED
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from .active_run import CausalRun, load_again
@@ -29,16 +29,16 @@ from .model_run import OPTIONS, compute_dtype, page_format
 class Job:
     """What a run starts from and leaves. cache: the video to extend, changed by the run; None for a
     new one. prefix: clean frames [B, C, n, h, w], as the network sees them, that a new video starts
-    with. recache: compute the kept frames anew first, for another prompt. anew: do so before every
-    block. first: noise levels of the first block of a video, if others than the rest. keep: the
-    last block's keys and values too, so that the video can go on. live: takes each clean block as
+    with. recache: compute the kept frames again first, for another prompt. recompute: do so before
+    every block. first: noise levels of the first block of a video, if others than the rest. keep:
+    the last block's keys and values too, to continue the video. live: takes each clean block as
     a LATENT has it. calls, frames: of the model, and made, so far.
     """
 
     cache: VideoCache | None = None
     prefix: torch.Tensor | None = None
     recache: bool = False
-    anew: bool = False
+    recompute: bool = False
     first: torch.Tensor | None = None
     keep: bool = False
     live: LiveVideo | None = None
@@ -93,7 +93,7 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
         with run.cache.writing(clean):
             model(clean, sigmas.new_zeros(1) * ones, **extra_args)
 
-    if job.recache and cache.kept and not job.anew:
+    if job.recache and cache.kept and not job.recompute:
         run.cache = job.cache = recached(cache, remember, run)
         cache = job.cache
     if job.prefix is not None:
@@ -108,7 +108,7 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
     for start in blocks:
         count = min(frames_per_block, total - start)
         block = x[:, :, start : start + count]
-        if job.anew and cache.kept:
+        if job.recompute and cache.kept:
             # What the block will not see need not be computed.
             cache.start_block(count)
             run.cache = job.cache = cache = recached(cache, remember, run, frames_per_block)
@@ -125,7 +125,7 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
             seed = (extra_args.get("seed") or 0) + cache.blocks_made * 1000 + i
             block = _noised(denoised, levels[i + 1], seed) if known[i + 1] else denoised
         out[:, :, start : start + count] = block
-        if job.anew and start + count < total:
+        if job.recompute and start + count < total:
             cache.note(block)
         elif job.keep or start + count < total:
             remember(block)
@@ -149,7 +149,7 @@ def _shown(block, guider, shape, live: LiveVideo, cache: VideoCache) -> None:
 
 
 def recached(cache: VideoCache, remember: Any, run: CausalRun, size: int = 0) -> VideoCache:
-    """A cache whose kept frames are computed anew from their clean latents by `remember(clean,
+    """A cache whose kept frames are recomputed from their clean latents by `remember(clean,
     numbers)`, in the blocks they were made in or `size` at a time. The given cache is empty then.
     """
     groups, clean = cache.blocks(size), dict(cache.clean)
@@ -185,7 +185,7 @@ def _check(x, sigmas, extra_args, options, guider) -> None:
     if options is None:
         raise FrugalError(
             "a model that is not causal",
-            "one from Causal Model (Frugal)",
+            "one from Causal Model",
             "put that node between the loader and the sampler",
         )
     if x.ndim != 5:
@@ -221,12 +221,12 @@ def _size(fmt, layers) -> str:
 
 def _way(cache: VideoCache) -> str:
     way = cache.options.way
-    if way == MERGE:
-        return f"{way}, {MERGED_FRAMES} frames at a time"
-    if way == IN_PLACE:
-        if cache.in_place is None:
-            return "gathered, not in place: they lie in main memory, or began so in the session"
-        return cache.in_place.text()
+    if way == CHUNKED:
+        return f"{way}, {CHUNK_FRAMES} frames at a time"
+    if way == PAGED:
+        if cache.paged is None:
+            return "gathered, not paged: the cache is in main memory, or was when the session began"
+        return cache.paged.text()
     return way
 
 
@@ -238,15 +238,15 @@ def text(job: Job) -> str:
     lines = [
         f"{job.frames} latent frames in {job.calls} model calls",
         f"{len(cache.kept)} of {cache.next_frame} frames in the cache",
-        f"cache: {megabytes(pool.peak_bytes)} at most, {len(cache.streams)} side(s) of the "
-        f"guidance, {options.kind} pages of {megabytes(pool.page_bytes)}",
+        f"cache: {megabytes(pool.peak_bytes)} at most, {len(cache.streams)} condition(s), "
+        f"{options.kind} pages of {megabytes(pool.page_bytes)}",
         f"attention over pages: {_way(cache)}",
     ]
     if cache.staging is not None:
         ahead, late = cache.staging.ahead, cache.staging.late
         lines.append(
-            f"pages from main memory: {ahead} of {ahead + late} layers were asked for one layer "
-            f"ahead; {megabytes(cache.staging.peak_bytes)} of device memory for two layers"
+            f"pages from main memory: {ahead} of {ahead + late} layers were prefetched one "
+            f"layer ahead; {megabytes(cache.staging.peak_bytes)} of device memory for two layers"
         )
     if cache.host.held_bytes:
         lines.append(f"main memory for pages: {megabytes(cache.host.held_bytes)} in whole blocks")

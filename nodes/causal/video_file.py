@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ...kernels.causal.presets import AS_SET
-from .._comfy import known, show_text
+from .._comfy import found_by, show_text
 from ..vae.common_inputs import tile_inputs, vae_input
 from ..vae.video_output import file_inputs, metadata, shown_videos, video_output
 from . import video_run
@@ -26,12 +26,12 @@ class FrugalCausalVideoFile(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCausalVideoFile",
-            display_name="Causal Video to File (Frugal)",
+            display_name="Causal Video to File",
             category=HOME,
             description=(
-                "The causal sampler, decoding each block as soon as it is made: pictures appear on "
-                "the node and are written into a video file while later ones are still sampled. "
-                "If it is cut off, the frames so far are a playable file."
+                "Causal Sampler that decodes each block as soon as it is sampled: frames appear on "
+                "the node and go into a video file while later ones are being sampled. If the run "
+                "is interrupted, the frames so far are a playable file."
             ),
             inputs=[
                 *sampler_inputs(),
@@ -43,8 +43,8 @@ class FrugalCausalVideoFile(io.ComfyNode):
                     min=1,
                     max=1000,
                     tooltip=(
-                        "Blocks that are decoded at a time. More: the pictures come later, and "
-                        "model and VAE change places on the device less often."
+                        "Number of blocks to decode at a time. Higher values show frames later, "
+                        "but swap model and VAE on the device less often."
                     ),
                 ),
                 *tile_inputs(),
@@ -58,15 +58,12 @@ class FrugalCausalVideoFile(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Frames, bytes, model calls and decoding.",
+                    tooltip="Frames, cache size, model calls and decoding.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=[*ALIASES, "save video", "vae decode", "mp4", "streaming decode"],
-            ),
+            **found_by([*ALIASES, "save video", "vae decode", "mp4", "streaming decode"]),
         )
 
     @classmethod

@@ -29,7 +29,7 @@ Schedule = tuple[tuple[float, Any], ...]  # (second of this run, conditioning)
 
 @dataclass(frozen=True)
 class Settings:
-    """As on the node. recache: compute the kept frames anew when the prompt changes. keep: leave a
+    """As on the node. recache: recompute the kept frames when the prompt changes. keep: leave a
     session that can go on. preset: of CAUSAL_PRESETS, in place of steps, scheduler, frames per
     block and the model's window, sink and positions.
     """
@@ -73,7 +73,7 @@ def make_video(
     if options is None:
         raise FrugalError(
             "a model that is not causal",
-            "one from Causal Model (Frugal)",
+            "one from Causal Model",
             "put that node between the loader and the sampler",
         )
     if session is not None and not session.kept:
@@ -102,7 +102,7 @@ def make_video(
             model.get_model_object("model_sampling"), settings.scheduler, settings.steps
         )
     else:
-        sigmas, job.anew = torch.tensor(preset.levels), preset.anew
+        sigmas, job.recompute = torch.tensor(preset.levels), preset.recompute
         job.first = torch.tensor(preset.first) if preset.first else None
     if live is not None:
         live.start((*samples.shape[:2], samples.shape[2] + _given(before), *samples.shape[3:]))
@@ -181,8 +181,8 @@ def _about(name: str, preset: CausalPreset | None) -> str:
     first = f", first block {len(preset.first) - 1} levels" if preset.first else ""
     return (
         f"\n{name}: noise levels {levels}{first}; blocks of {preset.block}, window "
-        f"{preset.window}, sink {preset.sink}, relative positions, in place of the inputs"
-        + ("; frames in sight computed anew before every block" if preset.anew else "")
+        f"{preset.window}, sink {preset.sink}, relative positions, instead of the inputs"
+        + ("; cached frames recomputed before every block" if preset.recompute else "")
     )
 
 

@@ -1,1 +1,1 @@
-"""LoRA beside the weights."""
+"""LoRAs that are not merged into the weights."""

@@ -24,7 +24,7 @@ MERGE = "merge it before quantising, or use ComfyUI's LoRA loader"
 
 
 class NotBesideError(Exception):
-    """Why a change cannot be a side branch."""
+    """Why a change cannot be applied unmerged."""
 
 
 @dataclass

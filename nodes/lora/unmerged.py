@@ -1,11 +1,11 @@
-"""The node that puts a LoRA beside a model's layers."""
+"""The node that applies a LoRA without merging it."""
 
 from __future__ import annotations
 
 import folder_paths
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from .._models import file_path, offered, state_of
 from . import apply, file
 
@@ -15,13 +15,13 @@ class FrugalLoraSide(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalLoraSide",
-            display_name="LoRA Beside Quantised Layers (Frugal)",
-            category=f"{CATEGORY}/quantize",
+            display_name="Apply LoRA Without Merging",
+            category=f"{CATEGORY}/lora",
             description=(
-                "Adds a LoRA to the outputs of a model's layers instead of changing their "
-                "weights: quantised weights are not rounded again, several LoRAs stack in any "
-                "order, and another strength loads nothing anew. Says which keys of the file "
-                "were applied and which not."
+                "Adds a LoRA to the outputs of a model's layers instead of merging it into their "
+                "weights: quantised weights are not rounded again, LoRAs stack in any order, and a "
+                "new strength does not reload the model. Reports which keys of the file were "
+                "applied and which were not."
             ),
             inputs=[
                 io.Model.Input(
@@ -39,7 +39,7 @@ class FrugalLoraSide(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Factor on the LoRA. 0 leaves the model as it is, to the bit.",
+                    tooltip="LoRA strength. 0 leaves the model unchanged, to the bit.",
                 ),
             ],
             outputs=[
@@ -49,13 +49,11 @@ class FrugalLoraSide(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="How many keys were applied, and which not, with reasons.",
+                    tooltip="How many keys were applied, and which were not, with reasons.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema, search_aliases=["lora", "lora loader", "lora bypass", "lokr", "dora"]
-            ),
+            **found_by(["lora", "lora loader", "lora bypass", "lokr", "dora"]),
         )
 
     @classmethod

@@ -40,22 +40,24 @@ def regions(fill_holes: int, drop_islands: int) -> list[io.Input]:
             default=fill_holes,
             min=-1,
             max=MAX_AREA,
-            tooltip="Fills enclosed holes of at most this many pixels (area). 0: off, -1: all. "
-            "Gaps that reach the picture border are not holes.",
+            tooltip=(
+                "Fill enclosed holes of up to this many pixels (area). 0 = off, -1 = all; gaps "
+                "that reach the image border are not holes."
+            ),
         ),
         io.Int.Input(
             "drop_islands",
             default=drop_islands,
             min=0,
             max=MAX_AREA,
-            tooltip="Removes regions smaller than this many pixels (area). 0: off.",
+            tooltip="Remove regions smaller than this many pixels (area). 0 = off.",
         ),
         io.Int.Input(
             "keep_largest",
             default=0,
             min=0,
             max=MAX_REGIONS,
-            tooltip="Keeps only this many of the largest regions in each frame. 0: all.",
+            tooltip="Keep only this many of the largest regions in each frame. 0 = all.",
         ),
     ]
 

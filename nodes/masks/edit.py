@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.masks.refine import HULLS, hull, refine
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
-from .._comfy import known, show_text
+from .._comfy import found_by, show_text
 from . import common_inputs, glue
 
 
@@ -32,7 +32,7 @@ class FrugalMaskGrow(io.ComfyNode):
                 io.Mask.Input("mask", tooltip=common_inputs.MASK),
                 *common_inputs.growth(
                     8,
-                    "disk: round, exact distance. diamond: as core's Grow Mask with tapered "
+                    "disk: exact Euclidean distance. diamond: as ComfyUI's Grow Mask with tapered "
                     "corners. square: as Grow Mask without.",
                 ),
             ],
@@ -44,10 +44,7 @@ class FrugalMaskGrow(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=["expand mask", "shrink mask", "dilate", "erode", "mask offset"],
-            ),
+            **found_by(["expand mask", "shrink mask", "dilate", "erode", "mask offset"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)
@@ -65,24 +62,23 @@ class FrugalMaskFeather(io.ComfyNode):
             node_id="FrugalMaskFeather",
             display_name="Feather Mask Edge",
             category=common_inputs.FAMILY,
-            description="Gives a mask a soft edge: a ramp of exact length in px, or a blur.",
+            description="Softens the edge of a mask: a ramp of exact length in px, or a blur.",
             inputs=[
                 io.Mask.Input("mask", tooltip=common_inputs.MASK),
                 *common_inputs.soft_edge(
                     12.0,
                     "Length of the ramp in pixels, or sigma of gaussian in pixels.",
-                    "ramp_out: the mask stays full and fades outside. ramp_in: fades inside. "
-                    "ramp_center: half on either side. gaussian: blur.",
+                    "ramp_out: full inside, fades outside. ramp_in: fades inside. ramp_center: "
+                    "half on either side. gaussian: blur.",
                 ),
                 common_inputs.threshold(
-                    "The edge lies where the value passes this. 0 keeps grey values, for gaussian "
-                    "only."
+                    "Value at which the edge lies. 0 keeps grey values, for gaussian only."
                 ),
             ],
             outputs=[io.Mask.Output("feathered", display_name="mask", tooltip="The soft mask.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["blur mask", "soft edge", "mask blur"]),
+            **found_by(["blur mask", "soft edge", "mask blur"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)
@@ -111,15 +107,12 @@ class FrugalMaskClean(io.ComfyNode):
                 io.Int.Output(
                     "regions",
                     display_name="regions",
-                    tooltip="Number of regions left, of all frames together.",
+                    tooltip="Number of remaining regions, over all frames.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=["fill holes", "remove islands", "despeckle mask", "largest region"],
-            ),
+            **found_by(["fill holes", "remove islands", "despeckle mask", "largest region"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)
@@ -139,17 +132,21 @@ class FrugalMaskHull(io.ComfyNode):
             node_id="FrugalMaskHull",
             display_name="Mask Hull",
             category=common_inputs.FAMILY,
-            description="Closes dents: the convex hull of each region or of all, or a closing that "
-            "fills narrow gaps only.",
+            description=(
+                "Fills concave parts: the convex hull of each region or of all, or a closing that "
+                "fills narrow gaps only."
+            ),
             inputs=[
                 io.Mask.Input("mask", tooltip=common_inputs.MASK),
                 io.Combo.Input(
                     "mode",
                     options=list(HULLS),
                     default=HULLS[0],
-                    tooltip="per_region: a hull round each region. whole: one hull round "
-                    "everything in the frame. closing: only gaps narrower than twice the radius, "
-                    "so the space between arm and body can stay open.",
+                    tooltip=(
+                        "per_region: a hull around each region. whole: one hull around everything "
+                        "in the frame. closing: only gaps narrower than twice the radius, so the "
+                        "space between arm and body can stay open."
+                    ),
                 ),
                 common_inputs.closing_radius(),
                 io.Float.Input(
@@ -164,7 +161,7 @@ class FrugalMaskHull(io.ComfyNode):
             outputs=[io.Mask.Output("hull", display_name="mask", tooltip="The hull, 0 or 1.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["convex hull", "close mask", "closing"]),
+            **found_by(["convex hull", "close mask", "closing"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)
@@ -183,26 +180,29 @@ class FrugalMaskTemporal(io.ComfyNode):
             node_id="FrugalMaskTemporal",
             display_name="Smooth Mask over Time",
             category=common_inputs.FAMILY,
-            description="Calms a flickering clip of masks, pixel by pixel over the frames.",
+            description="Reduces flicker in a clip of masks, pixel by pixel over time.",
             inputs=[
                 io.Mask.Input("mask", tooltip="A clip of masks; it is not changed."),
                 io.Combo.Input(
                     "mode",
                     options=[mode for mode in TEMPORAL if mode != "off"],
                     default="median3",
-                    tooltip="median3, median5: median over 3 or 5 frames, removes single bad "
-                    "frames and keeps edges hard. ema: each frame keeps a share of the one before; "
-                    "edges lag. ema_both: ema forwards and backwards, without lag. union: every "
-                    "frame gets the union of all frames.",
+                    tooltip=(
+                        "median3, median5: median over 3 or 5 frames; removes single bad frames "
+                        "and keeps edges hard. ema: exponential moving average; edges lag. "
+                        "ema_both: ema forwards and backwards, without lag. union: every frame "
+                        "gets the union of all frames."
+                    ),
                 ),
                 common_inputs.share(
-                    "strength", "For ema and ema_both: share of the neighbouring frame that stays."
+                    "strength",
+                    ("For ema and ema_both: weight of the neighbouring frame, 0 to 0.99."),
                 ),
             ],
-            outputs=[io.Mask.Output("smoothed", display_name="mask", tooltip="The calm clip.")],
+            outputs=[io.Mask.Output("smoothed", display_name="mask", tooltip="The smoothed clip.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["mask flicker", "stabilize mask", "temporal"]),
+            **found_by(["mask flicker", "stabilize mask", "temporal"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)

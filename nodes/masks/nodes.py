@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
-from .._comfy import known, show_text
+from .._comfy import found_by, show_text
 from . import common_inputs, glue
 from .edit import (
     FrugalMaskClean,
@@ -37,30 +37,30 @@ class FrugalMaskRefine(io.ComfyNode):
                 *common_inputs.regions(fill_holes=0, drop_islands=0),
                 *common_inputs.growth(
                     0,
-                    "disk: round, exact distance. diamond: as Grow Mask with tapered corners. "
-                    "square: as Grow Mask without.",
+                    "disk: exact Euclidean distance. diamond: as ComfyUI's Grow Mask with tapered "
+                    "corners. square: as Grow Mask without.",
                 ),
                 *common_inputs.soft_edge(
                     0.0,
-                    "Soft edge in px: length of the ramp, or sigma of gaussian. 0: off.",
-                    "ramp_out: the mask stays full and fades outside. ramp_in: fades inside. "
-                    "ramp_center: half on either side. gaussian: blur, the only one for grey "
-                    "masks (threshold 0).",
+                    "Soft edge in px: length of the ramp, or sigma of gaussian. 0 = off.",
+                    "ramp_out: full inside, fades outside. ramp_in: fades inside. ramp_center: "
+                    "half on either side. gaussian: blur, the only one for grey masks (threshold "
+                    "0).",
                 ),
                 io.Combo.Input(
                     "temporal",
                     options=list(TEMPORAL),
                     default=TEMPORAL[0],
                     tooltip=(
-                        "Against flicker, before all other steps. ema: each frame keeps a share of "
-                        "the one before. ema_both: ema forwards and backwards, no lag. median3, "
+                        "Flicker reduction, before all other steps. ema: exponential moving "
+                        "average. ema_both: ema forwards and backwards, without lag. median3, "
                         "median5: median over 3 or 5 frames. union: every frame gets the union of "
                         "all frames."
                     ),
                 ),
                 common_inputs.share(
                     "temporal_strength",
-                    "For ema and ema_both: share of the previous frame that stays.",
+                    "For ema and ema_both: weight of the previous frame, 0 to 0.99.",
                 ),
             ],
             outputs=[
@@ -87,9 +87,8 @@ class FrugalMaskRefine(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "grow mask",
                     "expand mask",
                     "feather mask",
@@ -99,7 +98,7 @@ class FrugalMaskRefine(io.ComfyNode):
                     "mask flicker",
                     "erode",
                     "dilate",
-                ],
+                ]
             ),
         )
 

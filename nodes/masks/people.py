@@ -5,13 +5,13 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ...kernels.masks import agnostic, labels
-from .._comfy import known, show_text
+from .._comfy import found_by, show_text
 from . import common_inputs, glue
 
 ENCODING = (
-    "How the picture holds the labels. auto finds out and refuses what it does not know. grey "
-    "level: the label itself. grey x 24 / 255: DensePose spread over 0..255. VOC colours: the "
-    "palette human parsers save. viridis, parula: coloured DensePose."
+    "How the image encodes the labels. auto: detected, and refused if unknown. grey level: the "
+    "label itself. grey x 24 / 255: DensePose spread over 0..255. VOC colours: the usual palette "
+    "of human parsers. viridis, parula: coloured DensePose."
 )
 
 
@@ -22,42 +22,49 @@ class FrugalMaskFromLabels(io.ComfyNode):
             node_id="FrugalMaskFromLabels",
             display_name="Mask from Label Map",
             category=common_inputs.FAMILY,
-            description="Picks parts of a label map (ATR, LIP, DensePose, plain numbers) or "
-            "colours of a colour map as a mask.",
+            description=(
+                "Selects parts of a label map (ATR, LIP, DensePose, plain numbers) or colours of a "
+                "colour map as a mask."
+            ),
             inputs=[
                 io.Image.Input(
                     "labels",
-                    tooltip="Label map: one flat grey or colour for each part, no smoothing.",
+                    tooltip="Label map: one flat grey or colour per part, without smoothing.",
                 ),
                 io.Combo.Input(
                     "map",
                     options=[*labels.MAPS, "colours"],
                     default="ATR",
-                    tooltip="What the labels mean. numbers: no names, 0 to 255. colours: take "
-                    "pixels by their colour.",
+                    tooltip=(
+                        "Meaning of the labels. numbers: no names, 0 to 255. colours: select "
+                        "pixels by colour."
+                    ),
                 ),
                 io.String.Input(
                     "parts",
                     default="Upper-clothes, Dress",
-                    tooltip="Names or numbers, separated by commas: Upper-clothes, Arm, 7-9; for "
-                    "colours #ff0000. Arm takes the left and the right one.",
+                    tooltip=(
+                        "Names or numbers, separated by commas: Upper-clothes, Arm, 7-9; for "
+                        "colours #ff0000. Arm selects both the left and the right one."
+                    ),
                 ),
                 io.Combo.Input(
                     "encoding", options=list(labels.ENCODINGS), default="auto", tooltip=ENCODING
                 ),
             ],
-            outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 on the parts.")],
+            outputs=[
+                io.Mask.Output("mask", display_name="mask", tooltip=("1 on the selected parts."))
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "segmentation to mask",
                     "atr",
                     "lip",
                     "densepose",
                     "colour to mask",
-                ],
+                ]
             ),
         )
 
@@ -75,14 +82,17 @@ class FrugalClothMask(io.ComfyNode):
             node_id="FrugalClothMask",
             display_name="Cloth Mask (agnostic)",
             category=common_inputs.FAMILY,
-            description="CatVTON's mask of what to repaint, from label maps of a person: the old "
-            "garment and what could betray it, with face, hair, hands and other clothes protected.",
+            description=(
+                "CatVTON's mask of the area to repaint, from label maps of a person: the old "
+                "garment and everything that shows its shape, with face, hair, hands and other "
+                "clothes protected."
+            ),
             inputs=[
                 io.Combo.Input(
                     "part",
                     options=list(agnostic.PARTS),
                     default="upper",
-                    tooltip="Which garment goes. inner: under an open coat. outer: the coat only.",
+                    tooltip="Garment to replace. inner: under an open coat. outer: the coat only.",
                 ),
                 io.Image.Input(
                     "densepose",
@@ -99,9 +109,11 @@ class FrugalClothMask(io.ComfyNode):
                     "hull",
                     options=list(agnostic.HULLS),
                     default="per_region",
-                    tooltip="per_region: as CatVTON, a convex hull round each region. closing: "
-                    "closes gaps narrower than twice the radius, so the space between arm and body "
-                    "can stay. off: neither.",
+                    tooltip=(
+                        "per_region: as CatVTON, a convex hull around each region. closing: closes "
+                        "gaps narrower than twice the radius, so the space between arm and body "
+                        "can stay. off: neither."
+                    ),
                 ),
                 common_inputs.closing_radius(),
                 io.Int.Input(
@@ -109,25 +121,26 @@ class FrugalClothMask(io.ComfyNode):
                     default=0,
                     min=0,
                     max=agnostic.MAX_DILATE,
-                    tooltip="Side in pixels, odd, of the square that widens the mask. 0: longest "
-                    "side / 250, as CatVTON.",
+                    tooltip=(
+                        "Side in pixels (odd) of the square that dilates the mask. 0 = longest "
+                        "side / 250, as CatVTON."
+                    ),
                 ),
                 io.Int.Input(
                     "blur",
                     default=0,
                     min=0,
                     max=agnostic.MAX_BLUR,
-                    tooltip="Width in pixels, odd, of the blur that rounds the mask. 0: longest "
-                    "side / 25, as CatVTON.",
+                    tooltip=(
+                        "Width in pixels (odd) of the blur that rounds the mask. 0 = longest side "
+                        "/ 25, as CatVTON."
+                    ),
                 ),
             ],
             outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 where to repaint.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=["catvton mask", "automasker", "cloth mask", "try-on mask"],
-            ),
+            **found_by(["catvton mask", "automasker", "cloth mask", "try-on mask"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)

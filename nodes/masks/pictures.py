@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.masks import pictures
 from ...kernels.tryon.pictures import resize_picture
-from .._comfy import known, show_text
+from .._comfy import found_by, show_text
 from . import common_inputs, glue
 
 Window = io.Custom("FRUGAL_MASK_WINDOW")
@@ -30,13 +30,20 @@ class FrugalMaskComposite(io.ComfyNode):
             node_id="FrugalMaskComposite",
             display_name="Composite through Mask",
             category=common_inputs.FAMILY,
-            description="Lays one picture or clip into another through a mask. Outside the mask "
-            "the destination keeps its exact values.",
+            description=(
+                "Composites one image or clip over another through a mask. Outside the mask the "
+                "destination keeps its exact values."
+            ),
             inputs=[
-                io.Image.Input("destination", tooltip="Picture or clip below."),
-                io.Image.Input("source", tooltip="Picture or clip to lay in; one picture repeats."),
+                io.Image.Input("destination", tooltip="Background image or clip."),
+                io.Image.Input(
+                    "source", tooltip=("Image or clip to place on top; a single image is repeated.")
+                ),
                 io.Mask.Input(
-                    "mask", tooltip="Of the source's size: 1 shows the source. One mask repeats."
+                    "mask",
+                    tooltip=(
+                        "Mask of the source's size: 1 shows the source. A single mask is repeated."
+                    ),
                 ),
                 io.Int.Input(
                     "x",
@@ -56,7 +63,7 @@ class FrugalMaskComposite(io.ComfyNode):
             outputs=[io.Image.Output("image", display_name="image", tooltip="The composite.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["blend", "paste", "overlay", "image composite"]),
+            **found_by(["blend", "paste", "overlay", "image composite"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)
@@ -79,18 +86,20 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
             node_id="FrugalMaskBBoxCrop",
             display_name="Crop around Mask",
             category=common_inputs.FAMILY,
-            description="Cuts a window of one size around the mask of every frame of a clip, to "
-            "work at full resolution where it matters. Uncrop puts the result back.",
+            description=(
+                "Crops a window of constant size around the mask in every frame of a clip, to work "
+                "at full resolution where it matters. Uncrop puts the result back."
+            ),
             inputs=[
-                io.Image.Input("image", tooltip="Picture or clip."),
-                io.Mask.Input("mask", tooltip="What the window follows, of the picture's size."),
+                io.Image.Input("image", tooltip="Image or clip."),
+                io.Mask.Input("mask", tooltip="Mask that the window follows, of the image's size."),
                 io.Float.Input(
                     "context",
                     default=1.2,
                     min=1.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Sides of the window as a multiple of the largest mask box.",
+                    tooltip="Window size as a multiple of the largest mask box.",
                 ),
                 io.Int.Input(
                     "multiple_of",
@@ -104,8 +113,10 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
                     "mode",
                     options=list(pictures.FOLLOW),
                     default="follow",
-                    tooltip="follow: the window moves with the mask. union: one place for the "
-                    "whole clip, larger. Frames with an empty mask keep the last box.",
+                    tooltip=(
+                        "follow: the window moves with the mask. union: one position for the whole "
+                        "clip, larger. Frames with an empty mask keep the last box."
+                    ),
                 ),
                 io.Float.Input(
                     "smoothing",
@@ -113,19 +124,19 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.5,
-                    tooltip="For follow: how many frames the path of the window is averaged over "
-                    "(sigma). The mask never leaves the window. 0: off.",
+                    tooltip=(
+                        "For follow: smoothing of the window's path in frames (sigma); the mask "
+                        "never leaves the window. 0 = off."
+                    ),
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "cropped", display_name="image", tooltip="The window of each frame."
-                ),
+                io.Image.Output("cropped", display_name="image", tooltip="The cropped frames."),
                 io.Mask.Output(
-                    "cropped_mask", display_name="mask", tooltip="The same window of the mask."
+                    "cropped_mask", display_name="mask", tooltip="The mask, cropped the same way."
                 ),
                 Window.Output(
-                    "window", display_name="window", tooltip="Where the window was, for Uncrop."
+                    "window", display_name="window", tooltip="Position of the window, for Uncrop."
                 ),
                 io.Int.Output(
                     "width", display_name="width", tooltip="Width of the window in pixels."
@@ -136,7 +147,7 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["crop and stitch", "bbox crop", "inpaint crop"]),
+            **found_by(["crop and stitch", "bbox crop", "inpaint crop"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)
@@ -161,26 +172,30 @@ class FrugalMaskBBoxUncrop(io.ComfyNode):
             node_id="FrugalMaskBBoxUncrop",
             display_name="Uncrop",
             category=common_inputs.FAMILY,
-            description="Puts cropped frames back where Crop around Mask took them from. Outside "
-            "the window, and where the mask is 0, the picture keeps its exact values.",
+            description=(
+                "Puts cropped frames back where Crop around Mask took them from. Outside the "
+                "window, and where the mask is 0, the image keeps its exact values."
+            ),
             inputs=[
-                io.Image.Input("destination", tooltip="The picture or clip that was cropped."),
+                io.Image.Input("destination", tooltip="The image or clip that was cropped."),
                 io.Image.Input(
                     "cropped",
-                    tooltip="The worked-on window; another size is resized to the window's.",
+                    tooltip="The edited window; resized to the window's size if it differs.",
                 ),
                 Window.Input("window", tooltip="From Crop around Mask."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Of the window's size: how much of the new picture to take. Feather it "
-                    "for a soft seam. Without it the whole window is put back.",
+                    tooltip=(
+                        "Mask of the window's size: how much of the new image to use; feather it "
+                        "for a soft seam. Not connected: the whole window is put back."
+                    ),
                 ),
             ],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="The whole picture.")],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The whole image.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["stitch", "paste back", "bbox uncrop"]),
+            **found_by(["stitch", "paste back", "bbox uncrop"]),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)

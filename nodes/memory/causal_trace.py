@@ -1,4 +1,4 @@
-"""Forwards of a causal Wan without memory: one block, and the frames in sight in pages."""
+"""Forwards of a causal Wan without memory: one block, and the frames in the window in pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ...kernels.causal.cache import VideoCache
 from ...kernels.causal.options import CacheOptions
 from ...kernels.causal.storage import wan_page
-from ...kernels.causal.strategies import MERGE, cuda_kernel, over_pages
+from ...kernels.causal.strategies import CHUNKED, cuda_kernel, over_pages
 from ...kernels.memory.causal import CausalMemory, Needs, remedies
 from ...kernels.memory.plan import CAUSAL_KV, SAMPLE, STREAMED, WORK, Job, MemoryOptions, MemoryPlan
 from ...kernels.report import megabytes
@@ -20,7 +20,7 @@ from .meta_models import ForwardPeaks
 
 
 def options_of(model: Any) -> CacheOptions | None:
-    """Of a MODEL that Causal Model (Frugal) made causal; None for any other."""
+    """Of a MODEL that Causal Model made causal; None for any other."""
     return model.model_options.get("transformer_options", {}).get(CAUSAL_KEY)
 
 
@@ -52,10 +52,10 @@ class CausalPeaks(ForwardPeaks):
         fused = self._device.type == "cpu" or (
             self._device.type == "cuda" and cuda_kernel(self._dtype, self._device)
         )
-        if self.options.way == MERGE and not fused:
+        if self.options.way == CHUNKED and not fused:
             said.append(
-                f"attention run by run makes scores in {self._dtype} on {self._device.type}, which "
-                "are not counted: attend 'gathered'"
+                f"chunked attention makes scores in {self._dtype} on {self._device.type}, which "
+                "are not counted: set attention to 'gathered'"
             )
         return said
 
@@ -94,8 +94,9 @@ class CausalPeaks(ForwardPeaks):
         said = []
         if 0 < self.options.budget < memory.pages:
             said.append(
-                f"the causal model's budget_gb is {megabytes(self.options.budget)} and its pages "
-                f"are {megabytes(memory.pages)}: the run will be refused; raise it or set it to 0"
+                f"the causal model's max_cache_gb is {megabytes(self.options.budget)} and its "
+                f"cache is {megabytes(memory.pages)}: the run will be refused; raise it or set it "
+                "to 0"
             )
         (phase,) = (phase for phase in plan.phases if phase.name == SAMPLE)
         if not plan.streamed and phase.total <= plan.budget:

@@ -1,7 +1,7 @@
 """Wan blocks that work through the tokens in pieces, as object patches of a MODEL.
 
 Feed-forward and cross-attention keep ComfyUI's own code and get it a piece at a time. The
-self-attention is told anew, since queries and keys exist only inside it; whoever patches it
+self-attention is computed here, since queries and keys exist only inside it; whoever patches it
 themselves gets ComfyUI's back.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import cross_kv_run
 
 EXACT, FP8 = "as computed", "fp8"
@@ -15,22 +15,22 @@ class FrugalWanConstantContext(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalWanConstantContext",
-            display_name="Constant Context for Wan (Frugal)",
+            display_name="Cache Cross-Attention K/V",
             category=f"{CATEGORY}/wan",
             description=(
-                "Computes what Wan's cross-attention makes of the prompt and the start image once "
-                "per run instead of in every step. The weights for it (15 % of the blocks of a "
-                "14B text to video model, 26 % of image to video) then need no memory on the "
-                "device and no transfer. The video is the same to the bit."
+                "Computes the cross-attention keys and values of the prompt and the start image "
+                "once per run instead of in every step. Their weights (15 % of the blocks of a 14B "
+                "text to video model, 26 % of image to video) then need no device memory and no "
+                "transfer. The video is the same to the bit."
             ),
             inputs=[
-                io.Model.Input("wan_model", tooltip="A Wan model, LoRAs and all."),
+                io.Model.Input("wan_model", tooltip="A Wan model, with its LoRAs already applied."),
                 io.Combo.Input(
-                    "keep",
+                    "kv_dtype",
                     options=[EXACT, FP8],
                     default=EXACT,
                     tooltip=(
-                        "as computed: same video to the bit. fp8: half the memory of 16 bit "
+                        "as computed: same video to the bit. fp8: half the memory of 16-bit "
                         "values, rounded to 1 byte with a scale per token."
                     ),
                 ),
@@ -41,15 +41,16 @@ class FrugalWanConstantContext(io.ComfyNode):
                     max=256,
                     tooltip=(
                         "How many prompts (or batches of prompts) and how many start images are "
-                        "kept during a run; the one not used longest goes first."
+                        "cached during a run. The least recently used one is evicted."
                     ),
                 ),
                 io.Boolean.Input(
                     "release_weights",
                     default=True,
                     tooltip=(
-                        "Move the weights to main memory once every prompt is known. Dynamic "
-                        "memory (NVIDIA, newer ComfyUI) does so by itself when it needs the room."
+                        "Move these weights to main memory once every prompt is cached. ComfyUI's "
+                        "dynamic VRAM (NVIDIA, newer versions) does so by itself when it needs the "
+                        "room."
                     ),
                 ),
             ],
@@ -60,32 +61,31 @@ class FrugalWanConstantContext(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="What a run will save and keep, in bytes.",
+                    tooltip="Bytes that a run will save and cache.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "wan",
                     "cross attention cache",
                     "kv cache",
                     "low vram",
                     "block swap",
                     "offload",
-                ],
+                ]
             ),
         )
 
     @classmethod
-    def execute(cls, wan_model, keep, contexts, release_weights) -> io.NodeOutput:
+    def execute(cls, wan_model, kv_dtype, contexts, release_weights) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
 
         def show(report) -> None:
             cross_kv_run.log(report)
             show_text(node_id, report.text())
 
-        options = cross_kv_run.Options(keep == FP8, contexts, release_weights)
+        options = cross_kv_run.Options(kv_dtype == FP8, contexts, release_weights)
         model, plan = cross_kv_run.apply(wan_model, options, show)
         show_text(node_id, plan.text())
         return io.NodeOutput(model, plan.text())

@@ -86,7 +86,7 @@ def plan(model: Any, options: Options) -> ContextPlan:
         )
     if options.fp8:
         what = "what is kept is to be in fp8"
-        need_float8(torch.device(model.load_device), what, "set keep to 'as computed'")
+        need_float8(torch.device(model.load_device), what, "set kv_dtype to 'as computed'")
     size = comfy.model_management.module_size
     itemsize = 1 if options.fp8 else compute_dtype(model.model).itemsize
     rows = {TEXT: 0, IMAGE: 0}
@@ -113,7 +113,7 @@ def _each_run(options: Options, show: Callable[[ContextReport], None]) -> Callab
     def wrapper(executor, guider, sigmas, extra_args, *args, **kwargs):
         run = _Run(options)
         # The sampler's own copy for this run, and the last of its wrappers: it then sees what the
-        # layers are under all the others, LoRAs beside the weights included.
+        # layers are under all the others, unmerged LoRAs included.
         options_of_run = extra_args["model_options"].setdefault("transformer_options", {})
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run, options_of_run)
         try:
@@ -295,7 +295,7 @@ def _varies(layer: torch.nn.Module, before: Any) -> str:
             if not hasattr(function, "patches"):
                 return "another node changes their weights as they are used"
     plain = before is None or getattr(before, "__func__", None) is type(layer).forward
-    # LoRAs beside the weights keep one strength for a run: this pack's, and ComfyUI's own.
+    # Unmerged LoRAs keep one strength for a run: this pack's, and ComfyUI's own.
     beside = hasattr(before, "entries")
     bypass = type(getattr(before, "__self__", None)).__module__.startswith("comfy.weight_adapter")
     return "" if plain or beside or bypass else "another node changed how they compute"

@@ -7,7 +7,7 @@ import itertools
 from comfy_api.v0_0_2 import io
 
 from ...kernels.memory.doctor import diagnose
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import doctor_run
 
 RUNS = itertools.count(1)
@@ -18,12 +18,12 @@ class FrugalDoctor(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalDoctor",
-            display_name="Doctor (Frugal)",
-            category=f"{CATEGORY}/plan",
+            display_name="Doctor",
+            category=f"{CATEGORY}/memory",
             description=(
-                "Says what this machine and this ComfyUI can do: which quantised formats run "
-                "natively, which kernels are on and why others are off, and which Wan and CatVTON "
-                "models fit."
+                "Reports what this machine and this ComfyUI can do: which quantised formats run "
+                "natively, which kernels are available and why others are not, and which Wan and "
+                "CatVTON models fit."
             ),
             inputs=[],
             outputs=[
@@ -34,16 +34,15 @@ class FrugalDoctor(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "diagnose",
                     "system info",
                     "vram",
                     "cuda",
                     "backends",
                     "will it fit",
-                ],
+                ]
             ),
         )
 

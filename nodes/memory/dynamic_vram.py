@@ -22,12 +22,12 @@ STATIC = (
 )
 LIMITED = (
     "planned for ComfyUI with dynamic VRAM: a budget that is typed in limits the weights on the "
-    "device, in steps of 32 MiB; other models give way"
+    "device, in steps of 32 MiB; other models are unloaded"
 )
 FREE = (
     "planned for ComfyUI with dynamic VRAM: ComfyUI decides how much of the device the weights "
     "take, as its comfy-aimdo has no limit for them (ModelVBAR.set_watermark); the budget only "
-    "chooses the switches"
+    "chooses the memory options"
 )
 
 
@@ -74,7 +74,7 @@ def dtype_of(module: torch.nn.Module, name: str) -> torch.dtype:
 
 
 def limit(patcher: Any, most: int) -> None:
-    """Keep at most `most` bytes of the weights on the device, until ComfyUI loads them anew; the
+    """Keep at most `most` bytes of the weights on the device, until ComfyUI loads them again; the
     rest of them are streamed.
     """
     vbar = _vbar(patcher)

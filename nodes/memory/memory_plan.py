@@ -7,7 +7,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ...kernels.memory.plan_picture import picture
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import memory_plan_run
 
 
@@ -17,20 +17,31 @@ class FrugalMemoryPlan(io.ComfyNode):
         return io.Schema(
             node_id="FrugalMemoryPlan",
             display_name="Memory Plan",
-            category=f"{CATEGORY}/plan",
+            category=f"{CATEGORY}/memory",
             description=(
-                "Counts what a Wan run will need, phase by phase, before it starts; says whether "
-                "it fits, and changes the model so that it needs no more than it has to. The "
-                "video stays the same."
+                "Predicts the memory of a Wan run, phase by phase, before it starts; reports "
+                "whether it fits, and enables only the options needed to fit. The video stays the "
+                "same."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Wan model, with LoRAs and shift already on."),
-                io.Vae.Input("vae", optional=True, tooltip="Counts the decode too."),
-                io.Clip.Input("clip", optional=True, tooltip="Counts the text encoder too."),
+                io.Model.Input(
+                    "model", tooltip=("A Wan model, with LoRAs and shift already applied.")
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip=("Connect it to include decoding in the plan.")
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip=("Connect it to include the text encoder in the plan."),
+                ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Size, frames and batch are taken from it and not from the numbers.",
+                    tooltip=(
+                        "Latent of the run: size, frames and batch are taken from it instead of "
+                        "the numbers."
+                    ),
                 ),
                 io.Int.Input(
                     "width", default=832, min=16, max=8192, step=16, tooltip="Width in px."
@@ -39,15 +50,21 @@ class FrugalMemoryPlan(io.ComfyNode):
                     "height", default=480, min=16, max=8192, step=16, tooltip="Height in px."
                 ),
                 io.Int.Input(
-                    "frames", default=81, min=1, max=8192, step=4, tooltip="Frames of the video."
+                    "frames",
+                    default=81,
+                    min=1,
+                    max=8192,
+                    step=4,
+                    tooltip=("Number of video frames."),
                 ),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="Videos sampled at once."
-                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos per batch."),
                 io.Boolean.Input(
                     "guidance",
                     default=True,
-                    tooltip="On: cfg above 1, two forwards a step. Off: cfg 1, one forward.",
+                    tooltip=(
+                        "On: cfg above 1, two forward passes per step. Off: cfg 1, one forward "
+                        "pass."
+                    ),
                 ),
                 io.Float.Input(
                     "budget_gb",
@@ -55,7 +72,7 @@ class FrugalMemoryPlan(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.5,
-                    tooltip="Memory that may be used, in GB (10^9 bytes). 0: all that is free.",
+                    tooltip="Memory the run may use, in GB (10^9 bytes). 0 = all that is free.",
                 ),
                 io.Int.Input(
                     "frames_per_block",
@@ -66,8 +83,8 @@ class FrugalMemoryPlan(io.ComfyNode):
                     # A socket: most graphs have no use for one more box.
                     force_input=True,
                     tooltip=(
-                        "Causal models only: latent frames made at a time, as in the sampler. "
-                        "Not connected: 3."
+                        "Causal models only: latent frames per block, as in the sampler. Not "
+                        "connected = 3."
                     ),
                 ),
             ],
@@ -75,19 +92,18 @@ class FrugalMemoryPlan(io.ComfyNode):
                 io.Model.Output(
                     "planned_model",
                     display_name="planned_model",
-                    tooltip="The model, working as planned.",
+                    tooltip="The model with the plan applied.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="The plan as text."),
                 io.String.Output("data", display_name="data", tooltip="The same numbers as JSON."),
                 io.Image.Output(
-                    "chart", display_name="chart", tooltip="Bars of memory, phase by phase."
+                    "chart", display_name="chart", tooltip="Bar chart of the memory by phase."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "vram",
                     "out of memory",
                     "oom",
@@ -95,7 +111,7 @@ class FrugalMemoryPlan(io.ComfyNode):
                     "offload",
                     "chunk feed forward",
                     "low vram",
-                ],
+                ]
             ),
         )
 

@@ -223,7 +223,7 @@ def weights_of(model: Any, guided: bool = True) -> Weights:
 
 
 def _context_of(model: Any) -> ContextPlan | None:
-    """What Constant Context keeps in a run of this MODEL, None without that node."""
+    """What Cache Cross-Attention K/V keeps in a run of this MODEL, None without that node."""
     present = CONTEXT_KEY in model.wrappers.get(WrappersMP.SAMPLER_SAMPLE, {})
     return model.get_attachment(CONTEXT_KEY) if present else None
 
@@ -233,8 +233,8 @@ def _context_notes(model: Any) -> list[str]:
     if context is None:
         return []
     return [
-        f"constant context: {megabytes(context.weight_bytes)} of these weights are read in the "
-        "first steps only, once per prompt, and may leave the device then"
+        f"cross-attention cache: {megabytes(context.weight_bytes)} of these weights are read in "
+        "the first steps only, once per prompt, and may leave the device then"
     ]
 
 

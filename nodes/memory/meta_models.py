@@ -43,7 +43,7 @@ def check(model: Any, causal: bool = False) -> None:
         raise FrugalError(
             f"the MODEL is a {type(model).__name__} ({name}) for ComfyUI's own causal sampler",
             "one whose cache is known",
-            "put Causal Model (Frugal) between the loader and Memory Plan",
+            "put Causal Model between the loader and Memory Plan",
         )
     known = (*KNOWN, *CAUSAL)
     if name not in known or not isinstance(model.diffusion_model, comfy.ldm.wan.model.WanModel):

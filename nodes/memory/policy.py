@@ -93,7 +93,7 @@ class Policy:
         dynamic_vram.share(patcher, room, self.buffers)
 
     def needed(self, rows: int, batch: int, shape: Shape) -> int:
-        """Bytes of a run of `batch` latents beside the weights, `rows` of them in a forward."""
+        """Bytes of a run of `batch` latents on top of the weights, `rows` of them in a forward."""
         return self.peak(rows, shape) + self.peaks.beside(batch, tuple(shape[2:]))
 
     def forward(
@@ -146,13 +146,13 @@ class Policy:
             if notch is None:
                 break
             self.state.now = notch
-            self.tell(f"goes on with: {notch.text()}")
+            self.tell(f"continues with: {notch.text()}")
             yield
         # All that the forward lacks at once: what is not enough now would not be the next time, and
         # where weights come back with their layers, there would be no end to it.
         freed = release_weights(patcher, was)
         if freed:
-            self.tell(f"goes on with {megabytes(freed)} of weights in main memory")
+            self.tell(f"continues with {megabytes(freed)} of weights in main memory")
             yield
 
     def alive(self, memory_options: MemoryOptions, shape: Shape) -> int:
@@ -164,14 +164,14 @@ class Policy:
         """ComfyUI's out-of-memory error, which makes it put all models away."""
         size = megabytes(self.alive(self.state.now, shape))
         error = FrugalError(
-            f"the device has no room for a forward of {size}, with every switch on",
+            f"the device has no room for a forward pass of {size}, with every memory option on",
             "that much free",
             "choose a smaller size or fewer frames, or close other programs that use the device",
         )
         return comfy.model_management.OOM_EXCEPTION(str(error))
 
     def tell(self, what: str) -> None:
-        line = f"out of memory: this step is repeated and the run {what}"
+        line = f"out of memory: retrying this step, the run {what}"
         LOG.warning("[Frugal] %s", line)
         self.changes.append(line)
         self.say(line)

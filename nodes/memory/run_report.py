@@ -7,7 +7,7 @@ import itertools
 from comfy_api.v0_0_2 import io
 
 from ...kernels.memory.run_report import RunReport
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import run_report_run
 
 RUNS = itertools.count(1)
@@ -19,22 +19,22 @@ class FrugalReport(io.ComfyNode):
         return io.Schema(
             node_id="FrugalReport",
             display_name="Run Report",
-            category=f"{CATEGORY}/plan",
+            category=f"{CATEGORY}/memory",
             description=(
-                "Measures the run: seconds, peak memory, frames, what models hold, and the cost at "
-                "your price per hour. Connect the final images to wait for the result."
+                "Measures the run: time, peak memory, frames, what the models hold, and the cost "
+                "at your price per hour. Connect the final images so that it waits for the result."
             ),
             inputs=[
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A model to report on: its files and formats.",
+                    tooltip="Model to report on: its files and formats.",
                 ),
                 io.Model.Input("model_2", optional=True, tooltip="A second model to report on."),
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The final images: the report then waits for them and counts them.",
+                    tooltip="The final images; the report waits for them and counts them.",
                 ),
                 io.Float.Input(
                     "price_per_hour",
@@ -42,7 +42,7 @@ class FrugalReport(io.ComfyNode):
                     min=0.0,
                     max=1e6,
                     step=0.01,
-                    tooltip="What one hour of this machine costs. 0: not known.",
+                    tooltip="Price of one hour of this machine. 0 = unknown.",
                 ),
                 io.String.Input(
                     "currency", default="USD", tooltip="Currency of the price, up to 12 characters."
@@ -54,9 +54,7 @@ class FrugalReport(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema, search_aliases=["cost", "timer", "memory", "vram", "benchmark", "stats"]
-            ),
+            **found_by(["cost", "timer", "memory", "vram", "benchmark", "stats"]),
         )
 
     @classmethod

@@ -34,7 +34,7 @@ class MetaOps(comfy.ops.disable_weight_init):
 def without_memory(module: torch.nn.Module) -> Any:
     """A copy of `module` on the meta device, its weights in the types that it computes with.
 
-    What ComfyUI hangs on the modules of a loaded model is left out: with dynamic VRAM these are
+    What ComfyUI attaches to the modules of a loaded model is left out: with dynamic VRAM these are
     handles of native memory, which a deep copy of them would free.
     """
     twins: dict[int, Any] = {}

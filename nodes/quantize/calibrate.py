@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ...kernels.errors import FrugalError
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import convert_run
 from .calibrate_run import Settings, wrap
 
@@ -20,25 +20,28 @@ class FrugalCalibrate(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCalibrate",
-            display_name="Calibrate Wan Model (Frugal)",
+            display_name="Calibrate Wan Model",
             category=f"{CATEGORY}/quantize",
             description=(
-                "Records what the layers of a Wan model see while your own workflow samples, for "
-                "the quantise node. Put it between the model and the sampler and queue once: the "
-                "file is written when sampling ends. The picture stays the same."
+                "Records the inputs of a Wan model's layers while your own workflow samples, as "
+                "calibration data for Quantize Wan Model. Put it between the model and the sampler "
+                "and queue once: the file is written when sampling ends. The result is unchanged."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Wan model, best one in fp16 or bf16."),
+                io.Model.Input("model", tooltip="A Wan model, preferably in fp16 or bf16."),
                 io.String.Input(
                     "name",
                     default="wan",
-                    tooltip="Name of the file in models/calibration, without ending.",
+                    tooltip="Name of the file in models/calibration, without extension.",
                 ),
                 io.Combo.Input(
                     "if_it_exists",
                     options=[ADD, REPLACE],
                     default=ADD,
-                    tooltip="Queue several prompts and seeds with 'add to it' for more variety.",
+                    tooltip=(
+                        "What to do if the file exists. Queue several prompts and seeds with 'add "
+                        "to it' for more variety."
+                    ),
                 ),
                 io.Float.Input(
                     "memory_gb",
@@ -47,8 +50,8 @@ class FrugalCalibrate(io.ComfyNode):
                     max=500.0,
                     step=0.5,
                     tooltip=(
-                        "Main memory in GB (10^9 bytes) that the statistics may take while "
-                        "sampling. More keeps more detail, and the file grows with it."
+                        "Main memory in GB (10^9 bytes) for the statistics while sampling. More "
+                        "keeps more detail and makes the file larger."
                     ),
                 ),
                 io.Int.Input(
@@ -56,23 +59,25 @@ class FrugalCalibrate(io.ComfyNode):
                     default=2048,
                     min=16,
                     max=1_000_000,
-                    tooltip="Tokens counted each time the model is called; the rest is left out.",
+                    tooltip="Tokens recorded per model call; the rest are skipped.",
                 ),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=2**31,
-                    tooltip="Which tokens are counted. It does not change the picture.",
+                    tooltip=(
+                        "Seed that selects the recorded tokens; it does not change the result."
+                    ),
                 ),
                 io.Boolean.Input(
                     "measure_layers",
                     default=False,
                     optional=True,
                     tooltip=(
-                        "Also measure how much of the output hangs on each layer, for a better "
-                        "choice under a size. Runs the model once per linear layer on a small cut "
-                        "in the middle of sampling."
+                        "Also measure each layer's sensitivity, for a better choice under a target "
+                        "size. Runs the model once per linear layer on a small crop in the middle "
+                        "of sampling."
                     ),
                 ),
                 io.Boolean.Input(
@@ -80,8 +85,9 @@ class FrugalCalibrate(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip=(
-                        "Also keep three calls of the model on a small cut, for the quality check: "
-                        "three short runs more. Turn off if another node cannot stand the cut."
+                        "Also save three model calls on a small crop for Check Quantized Wan "
+                        "Model: three more short runs. Turn off if another node fails on cropped "
+                        "inputs."
                     ),
                 ),
             ],
@@ -93,10 +99,7 @@ class FrugalCalibrate(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=["calibrate", "gptq", "imatrix", "hessian", "statistics"],
-            ),
+            **found_by(["calibrate", "gptq", "imatrix", "hessian", "statistics"]),
         )
 
     @classmethod

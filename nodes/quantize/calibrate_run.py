@@ -275,16 +275,18 @@ class Recording:
         if fewest.independent < fewest.width:
             lines.append(
                 f"note: some layers saw fewer rows ({fewest.independent}) than they have inputs "
-                f"({fewest.width}); those are solved with more caution"
+                f"({fewest.width}); those are solved more conservatively"
             )
         if self.shares:
-            lines.append(f"shares of the output measured for {len(self.shares)} layers")
+            lines.append(f"sensitivity measured for {len(self.shares)} layers")
         elif self.settings.shares:
-            lines.append("note: no call came in the second half of the run: no shares measured")
+            lines.append(
+                "note: no call came in the second half of the run: sensitivity not measured"
+            )
         if calls:
-            lines.append(f"{calls} calls kept for the quality check")
+            lines.append(f"{calls} calls saved for the quality check")
         if self.keeper is not None and self.keeper.why_not:
-            lines.append(f"note: no calls kept for the quality check: {self.keeper.why_not}")
+            lines.append(f"note: no calls saved for the quality check: {self.keeper.why_not}")
         if self.parted:
             lines.append(f"note: {self.parted} layers stopped sharing an input during the run")
         return "\n".join(lines)

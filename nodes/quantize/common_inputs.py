@@ -16,7 +16,7 @@ def calibration_input(effect: str) -> io.Combo.Input:
         "calibration",
         options=convert_run.files(convert_run.CALIBRATION),
         default=convert_run.NONE,
-        tooltip=f"What the layers' inputs look like, from the calibration node. With it, {effect}",
+        tooltip=f"Calibration data from Calibrate Wan Model. With it, {effect}",
     )
 
 
@@ -35,7 +35,7 @@ def lora_inputs() -> list[io.Input]:
             min=-20.0,
             max=20.0,
             step=0.01,
-            tooltip="Strength of the LoRA, 1 as trained.",
+            tooltip="LoRA strength; 1 = as trained.",
         ),
     ]
 

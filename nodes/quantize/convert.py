@@ -9,12 +9,12 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.formats import table
 from ...kernels.quantize.quality_picture import picture
 from ...kernels.quantize.request import Job, budget_bytes
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from .._models import model_names, model_offered, model_path
 from . import convert_run
 from .common_inputs import calibration_input, calibration_path, lora_inputs, loras, state
 
-BUDGET = "a size"
+BUDGET = "target size"
 ENDINGS = {
     table.BF16: "bf16",
     table.FP8: "fp8",
@@ -25,11 +25,11 @@ ENDINGS = {
 }
 # Formats that a budget may choose besides bf16, and where their products are fast.
 ALLOW = {
-    "allow_int8": (table.INT8, True, "1 byte per weight. Fast from RTX 20 on."),
-    "allow_fp8": (table.FP8, False, "1 byte per weight, less exact than int8. Any card."),
-    "allow_w4a8": (table.W4A8, True, "0.57 byte per weight. Fast from RTX 30 on."),
-    "allow_w4a8_g64": (table.W4A8_G64, False, "0.52 byte per weight. Fast from RTX 30 on."),
-    "allow_awq": (table.AWQ, False, "0.56 byte per weight; in ComfyUI itself from 0.38 on."),
+    "allow_int8": (table.INT8, True, "1 byte per weight; fast on RTX 20 and newer."),
+    "allow_fp8": (table.FP8, False, "1 byte per weight, less accurate than int8; any card."),
+    "allow_w4a8": (table.W4A8, True, "0.57 byte per weight; fast on RTX 30 and newer."),
+    "allow_w4a8_g64": (table.W4A8_G64, False, "0.52 byte per weight; fast on RTX 30 and newer."),
+    "allow_awq": (table.AWQ, False, "0.56 byte per weight; built into ComfyUI from 0.38 on."),
 }
 
 
@@ -38,27 +38,27 @@ class FrugalQuantize(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalQuantize",
-            display_name="Quantize Wan Model (Frugal)",
+            display_name="Quantize Wan Model",
             category=f"{CATEGORY}/quantize",
             description=(
-                "Writes a Wan model as one safetensors file in ComfyUI's own quantised formats, "
-                "in one format or so that it has a given size. The file loads in ComfyUI without "
-                "this pack. One layer at a time is in memory; cancelled work goes on when it is "
-                "queued again."
+                "Writes a Wan model as one safetensors file in ComfyUI's own quantised formats, in "
+                "one format or mixed to reach a target size. The file loads in ComfyUI without "
+                "this pack. Only one layer at a time is in memory; interrupted work resumes when "
+                "it is queued again."
             ),
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=model_names(),
-                    tooltip="The model to convert, best one in fp16, bf16 or fp32.",
+                    tooltip="The model to convert, preferably in fp16, bf16 or fp32.",
                 ),
                 io.Combo.Input(
-                    "to",
+                    "format",
                     options=[*table.TARGETS, BUDGET],
                     default=table.INT8,
                     tooltip=(
-                        "Format of the large layers. With 'a size', every layer gets one of the "
-                        "allowed formats so that the whole fits and errs as little as possible."
+                        "Format of the large layers. With 'target size', each layer gets one of "
+                        "the allowed formats, for the smallest error at that size."
                     ),
                 ),
                 io.Float.Input(
@@ -67,11 +67,13 @@ class FrugalQuantize(io.ComfyNode):
                     min=0.001,
                     max=200.0,
                     step=0.1,
-                    tooltip="Size of all weights in GB (10^9 bytes), used with 'a size'.",
+                    tooltip="Size of all weights in GB (10^9 bytes); used with 'target size'.",
                 ),
                 *(
                     io.Boolean.Input(
-                        name, default=default, tooltip=f"With 'a size': {label} may be used. {text}"
+                        name,
+                        default=default,
+                        tooltip=f"With 'target size': {label} may be used. {text}",
                     )
                     for name, (label, default, text) in ALLOW.items()
                 ),
@@ -80,7 +82,7 @@ class FrugalQuantize(io.ComfyNode):
                 io.Boolean.Input(
                     "measure",
                     default=True,
-                    tooltip="Compare every quantised layer with its source, for the report.",
+                    tooltip="Compare each quantised layer with its source, for the report.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -88,7 +90,7 @@ class FrugalQuantize(io.ComfyNode):
                     tooltip="Start of the file name in models/diffusion_models.",
                 ),
                 io.Boolean.Input(
-                    "overwrite", default=False, tooltip="Replace a file that has this name already."
+                    "overwrite", default=False, tooltip="Replace an existing file of this name."
                 ),
             ],
             outputs=[
@@ -100,7 +102,7 @@ class FrugalQuantize(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Sizes, formats, errors, and what was changed.",
+                    tooltip="Sizes, formats, errors and changes.",
                 ),
                 io.Image.Output(
                     "chart",
@@ -110,10 +112,7 @@ class FrugalQuantize(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=["quantize", "convert", "int8", "fp8", "w4a8", "awq", "gptq"],
-            ),
+            **found_by(["quantize", "convert", "int8", "fp8", "w4a8", "awq", "gptq"]),
         )
 
     @classmethod
@@ -128,7 +127,7 @@ class FrugalQuantize(io.ComfyNode):
     def execute(
         cls,
         model_name,
-        to,
+        format,
         size_gb,
         calibration,
         lora_name,
@@ -138,12 +137,12 @@ class FrugalQuantize(io.ComfyNode):
         overwrite,
         **allowed,
     ) -> io.NodeOutput:
-        ending = f"{size_gb:g}GB" if to == BUDGET else ENDINGS[to]
+        ending = f"{size_gb:g}GB" if format == BUDGET else ENDINGS[format]
         path = convert_run.output_path(filename_prefix, ending)
         job = Job(
             model_path(model_name),
             path,
-            None if to == BUDGET else to,
+            None if format == BUDGET else format,
             budget_bytes(size_gb),
             (table.BF16, *(label for name, (label, *_) in ALLOW.items() if allowed[name])),
             calibration_path(calibration),

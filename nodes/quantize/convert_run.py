@@ -128,7 +128,7 @@ def convert(
         kept = [job.output.with_name(job.output.name + end) for end in (PART, CURVES)]
         if not ended and any(path.exists() for path in kept):
             text = (
-                "what is done is kept: queue the same again to go on, or delete "
+                "what is done is kept: queue the same again to resume, or delete "
                 f"{job.output.name}{PART}*"
             )
             LOG.warning("[Frugal] %s", text)

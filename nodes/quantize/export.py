@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 from ...kernels.quantize.calibration import read_calibration
 from ...kernels.quantize.gptq_layer import GROUPS
 from ...kernels.quantize.vllm_folder import ServerJob
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from .._models import model_names, model_offered, model_path
 from . import convert_run, export_run
 from .common_inputs import calibration_input, calibration_path, lora_inputs, loras, state
@@ -19,26 +19,27 @@ class FrugalServerExport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalServerExport",
-            display_name="Export INT4 for vLLM-Omni (Frugal)",
+            display_name="Export INT4 for vLLM-Omni",
             category=f"{CATEGORY}/quantize",
             description=(
-                "Writes a Wan model as a diffusers folder in INT4 that a vLLM-Omni server loads, "
-                "solved with the same calibration as the files for ComfyUI. Cancelled work goes on "
-                "when it is queued again."
+                "Exports a Wan model as an INT4 diffusers folder for a vLLM-Omni server, with the "
+                "same calibration data as the files for ComfyUI. Interrupted work resumes when it "
+                "is queued again."
             ),
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=model_names(),
-                    tooltip="The model to export, best one in fp16, bf16 or fp32.",
+                    tooltip="The model to export, preferably in fp16, bf16 or fp32.",
                 ),
                 io.Combo.Input(
-                    "rest",
+                    "diffusers_folder",
                     options=export_run.folders(),
                     default=convert_run.NONE,
                     tooltip=(
-                        "The same model as a diffusers folder in models/diffusers: its VAE, text "
-                        "encoder and so on are taken over. none: only the transformer is written."
+                        "The same model as a diffusers folder in models/diffusers, from which VAE, "
+                        "text encoder and the other parts are taken. none = write only the "
+                        "transformer."
                     ),
                 ),
                 calibration_input("values are chosen by GPTQ for the least error of the outputs."),
@@ -46,7 +47,7 @@ class FrugalServerExport(io.ComfyNode):
                     "group_size",
                     options=[str(group) for group in GROUPS],
                     default=str(GROUPS[-1]),
-                    tooltip="Weights that share a scale. 32 is most exact and 5 % larger.",
+                    tooltip="Weights per scale. 32 is the most accurate and 5 % larger.",
                 ),
                 *lora_inputs(),
                 io.String.Input(
@@ -64,14 +65,12 @@ class FrugalServerExport(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Size, error of the weights, what is missing.",
+                    tooltip="Size, error of the weights, and what is missing.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema, search_aliases=["vllm", "gptq", "autoround", "int4", "diffusers", "save"]
-            ),
+            **found_by(["vllm", "gptq", "autoround", "int4", "diffusers", "save"]),
         )
 
     @classmethod
@@ -84,14 +83,21 @@ class FrugalServerExport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model_name, rest, calibration, group_size, lora_name, lora_strength, folder_name
+        cls,
+        model_name,
+        diffusers_folder,
+        calibration,
+        group_size,
+        lora_name,
+        lora_strength,
+        folder_name,
     ) -> io.NodeOutput:
         folder = export_run.output_folder(folder_name)
         recorded = calibration_path(calibration)
         job = ServerJob(
             model_path(model_name),
             folder,
-            export_run.folder_path(rest),
+            export_run.folder_path(diffusers_folder),
             int(group_size),
             None if recorded is None else read_calibration(recorded),
             comfy.model_management.get_torch_device(),

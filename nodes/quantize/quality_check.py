@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.errors import FrugalError
 from ...kernels.quantize.check_picture import check_picture
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from .._models import file_path, state_of
 from . import convert_run
 from .quality_check_run import check
@@ -20,11 +20,11 @@ class FrugalQualityCheck(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalQualityCheck",
-            display_name="Check Quantized Wan (Frugal)",
+            display_name="Check Quantized Wan Model",
             category=f"{CATEGORY}/quantize",
             description=(
-                "Runs a quantised Wan model on the calls that the calibration node kept of the "
-                "original, and says how far its outputs are from the original's."
+                "Runs a quantised Wan model on model calls that Calibrate Wan Model saved from the "
+                "original, and reports how far the outputs differ."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The quantised model, from any loader."),
@@ -32,20 +32,20 @@ class FrugalQualityCheck(io.ComfyNode):
                     "calibration",
                     options=convert_run.files(convert_run.CALIBRATION),
                     default=convert_run.NONE,
-                    tooltip="The file that was recorded from the original model.",
+                    tooltip="Calibration file recorded from the original model.",
                 ),
                 io.Combo.Input(
                     "quality_file",
                     options=convert_run.quality_files(),
                     default=convert_run.NONE,
                     tooltip=(
-                        "The file that Quantize Wan Model wrote beside the model: its layers are "
-                        "shown too, and the figures are added to it."
+                        "Quality file that Quantize Wan Model wrote next to the model. Its layers "
+                        "are shown too, and the results are added to it."
                     ),
                 ),
             ],
             outputs=[
-                io.String.Output("report", display_name="report", tooltip="The figures as text."),
+                io.String.Output("report", display_name="report", tooltip="The results as text."),
                 io.String.Output("figures", display_name="figures", tooltip="The same as JSON."),
                 io.Image.Output(
                     "chart",
@@ -55,10 +55,7 @@ class FrugalQualityCheck(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=["quality", "quantize", "error", "compare", "snr", "int8", "w4a8"],
-            ),
+            **found_by(["quality", "quantize", "error", "compare", "snr", "int8", "w4a8"]),
         )
 
     @classmethod
@@ -75,7 +72,7 @@ class FrugalQualityCheck(io.ComfyNode):
             raise FrugalError(
                 "no calibration is chosen",
                 "one of the original model",
-                "record it with Calibrate Wan Model (Frugal), then choose it here",
+                "record it with Calibrate Wan Model, then choose it here",
             )
         quality = (
             None if quality_file == convert_run.NONE else convert_run.quality_path(quality_file)

@@ -44,7 +44,7 @@ def check(
         raise FrugalError(
             f"{calibration.name} holds no calls of the model",
             "a file recorded with keep_calls on",
-            "record it again with Calibrate Wan Model (Frugal)",
+            "record it again with Calibrate Wan Model",
         )
     calls = known.calls()
     _refuse_other(patcher, known, calls)
@@ -142,7 +142,7 @@ def _refuse_other_report(patcher: Any, report: QualityReport) -> None:
         raise FrugalError(
             f"the quality file of {report.file} and a model from {', '.join(loaded.files)}",
             "both of one file",
-            "choose the quality file beside the model's own file",
+            "choose the quality file next to the model's own file",
         )
 
 
@@ -166,7 +166,7 @@ def _notes(patcher: Any, calls: Sequence[ReferenceCall]) -> list[str]:
     )
     if mine or theirs:
         told = [", ".join(names) or "none" for names in (mine, theirs)]
-        notes.append(f"LoRAs beside the layers: {told[0]}; when it was recorded: {told[1]}")
+        notes.append(f"unmerged LoRAs: {told[0]}; when it was recorded: {told[1]}")
     if patcher.injections:
         notes.append(f"changed by {', '.join(map(str, patcher.injections))}")
     held = patcher.model_options.get(OPTIONS, {})

@@ -1,4 +1,4 @@
-"""Measures, in the middle of a run, what share of the model's output hangs on each linear layer.
+"""Measures, in the middle of a run, what share of the model's output depends on each linear layer.
 
 The inputs of one call are cut to a small latent, and the model runs once plainly and once for each
 layer with noise added to that layer's weight. The noise acts through the layer's output, out plus

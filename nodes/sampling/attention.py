@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import attention_run
 from .common_inputs import model_input, percent_input
 
@@ -14,12 +14,12 @@ class FrugalAttention(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalAttention",
-            display_name="Attention (Frugal)",
+            display_name="Select Attention Kernel",
             category=f"{CATEGORY}/sampling",
             description=(
                 "Computes the model's attention with the fastest kernel on this machine. Each "
-                "shape is measured once, on the first call, and every kernel is checked before it "
-                "is trusted. After a run the node shows which kernel took what, and how long."
+                "shape is measured once, on its first call, and every kernel is checked before it "
+                "is used. After a run the node shows which kernel ran which calls, and how fast."
             ),
             inputs=[
                 model_input(),
@@ -28,28 +28,28 @@ class FrugalAttention(io.ComfyNode):
                     options=list(attention_run.CHOICES),
                     default=attention_run.AUTO,
                     tooltip=(
-                        "auto: the fastest one that is right, by measurement. A named kernel "
-                        "computes what it can, the fastest exact one the rest. An attention node "
-                        "before this one stays in force, see the help page."
+                        "auto: the fastest accurate kernel, by measurement. A named kernel takes "
+                        "the calls it supports, the fastest exact one the rest. An attention node "
+                        "before this one stays active, see the help page."
                     ),
                 ),
                 io.Boolean.Input(
                     "allow_8bit",
                     default=False,
                     tooltip=(
-                        "Let kernels that compute in 8 bits (sage, kitchen-int8) take part: in "
-                        "self-attention over 1024 tokens or more. Faster, a little less exact."
+                        "Allow 8-bit kernels (sage, kitchen-int8) in self-attention over 1024 "
+                        "tokens or more. Faster, slightly less accurate."
                     ),
                 ),
                 percent_input(
                     "start_percent",
                     0.0,
-                    "8-bit kernels only after this part of the schedule, 0 to 1.",
+                    "Use 8-bit kernels only after this point of the schedule, 0 to 1.",
                 ),
                 percent_input(
                     "end_percent",
                     1.0,
-                    "8-bit kernels only before this part of the schedule, 0 to 1.",
+                    "Use 8-bit kernels only before this point of the schedule, 0 to 1.",
                 ),
             ],
             outputs=[
@@ -59,20 +59,19 @@ class FrugalAttention(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="The kernels of this machine, and why others are not there.",
+                    tooltip="Kernels available on this machine, and why others are not.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "flash attention",
                     "sage attention",
                     "sdpa",
                     "cudnn",
                     "xformers",
                     "attention backend",
-                ],
+                ]
             ),
         )
 

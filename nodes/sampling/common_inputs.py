@@ -12,4 +12,4 @@ def percent_input(name: str, default: float, tooltip: str) -> io.Float.Input:
 
 def model_input() -> io.Model.Input:
     """The model whose clone the node changes."""
-    return io.Model.Input("base_model", tooltip="The model, LoRAs and all.")
+    return io.Model.Input("base_model", tooltip="The model, with its LoRAs already applied.")

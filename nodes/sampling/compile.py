@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import compile_run
 from .common_inputs import model_input
 
@@ -14,12 +14,12 @@ class FrugalCompile(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCompile",
-            display_name="Compile Blocks (Frugal)",
+            display_name="Compile Blocks",
             category=f"{CATEGORY}/sampling",
             description=(
-                "Compiles the blocks of a Wan model with PyTorch's compiler while their weights "
-                "stay where ComfyUI keeps them: offloading, dynamic memory, quantised files and "
-                "LoRAs work as without it. The first step takes longer, the others less."
+                "Compiles the blocks of a Wan model with torch.compile while their weights stay "
+                "where ComfyUI keeps them: offloading, dynamic VRAM, quantised files and LoRAs "
+                "keep working. The first step takes longer, later ones less."
             ),
             inputs=[model_input()],
             outputs=[
@@ -28,10 +28,7 @@ class FrugalCompile(io.ComfyNode):
                 )
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=["torch.compile", "torchcompile", "inductor", "triton", "speed up"],
-            ),
+            **found_by(["torch.compile", "torchcompile", "inductor", "triton", "speed up"]),
         )
 
     @classmethod

@@ -29,7 +29,7 @@ from .._comfy import ATTENTION_OVERRIDE, PLAN_KEY, for_each_expert
 KEY = "frugal.compile"
 INDUCTOR = "inductor"
 CORE_KEY = "torch.compile"
-# Lists of functions that Wan's blocks call in their midst.
+# Lists of functions that Wan's blocks call inside.
 IN_BLOCKS = ("attn1_patch", "attn2_patch")
 _graphs: dict[tuple[type, str], Graphs] = {}
 
@@ -97,7 +97,7 @@ def _each_run(backend: str, show: Callable[[CompileReport], None]) -> Callable[.
             )
         if guider.model_patcher.get_attachment(PLAN_KEY) is not None:
             raise FrugalError(
-                "the model has a memory plan, whose blocks work in pieces, and compiled blocks",
+                "the model has a memory plan, whose blocks work in chunks, and compiled blocks",
                 "one of them",
                 "remove Memory Plan, or turn compiling off",
             )
@@ -213,5 +213,5 @@ def _attend(options: dict, q, k, v, heads: int, mask, low_precision: bool) -> to
     )
 
 
-# The same for every call: what changes from step to step would be compiled anew.
+# The same for every call: what changes from step to step would be compiled again.
 TRACED = {ATTENTION_OVERRIDE: _traced}

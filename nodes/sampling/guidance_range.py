@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known
+from .._comfy import CATEGORY, found_by
 from . import guidance_range_run
 from .common_inputs import model_input, percent_input
 
@@ -14,19 +14,19 @@ class FrugalGuidanceRange(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalGuidanceRange",
-            display_name="Guidance Range (Frugal)",
+            display_name="Guidance Range",
             category=f"{CATEGORY}/sampling",
             description=(
-                "Uses guidance (cfg) in a part of the schedule only. Outside it cfg is 1: the "
-                "negative prompt is left out there, and a step costs half."
+                "Uses guidance (cfg) only in part of the schedule. Outside it cfg is 1: the "
+                "negative prompt is skipped, and a step costs half."
             ),
             inputs=[
                 model_input(),
                 percent_input(
-                    "start_percent", 0.0, "Part of the schedule at which guidance begins, 0 to 1."
+                    "start_percent", 0.0, "Point of the schedule where guidance starts, 0 to 1."
                 ),
                 percent_input(
-                    "end_percent", 0.8, "Part of the schedule at which guidance ends, 0 to 1."
+                    "end_percent", 0.8, "Point of the schedule where guidance ends, 0 to 1."
                 ),
             ],
             outputs=[
@@ -34,10 +34,7 @@ class FrugalGuidanceRange(io.ComfyNode):
                     "model", display_name="model", tooltip="The same model, for any sampler."
                 )
             ],
-            **known(
-                io.Schema,
-                search_aliases=["cfg override", "cfg interval", "limited interval", "speed up"],
-            ),
+            **found_by(["cfg override", "cfg interval", "limited interval", "speed up"]),
         )
 
     @classmethod

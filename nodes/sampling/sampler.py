@@ -6,7 +6,7 @@ import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ...kernels.sampling.presets import PRESETS
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import sampler_run
 from .preview import AS_SET, MIDDLE_FRAME
 
@@ -16,26 +16,26 @@ class FrugalSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalSampler",
-            display_name="Sampler (Frugal)",
+            display_name="Sampler with Presets",
             category=f"{CATEGORY}/sampling",
             description=(
                 "ComfyUI's KSampler with presets that save work: the fastest attention, a step "
-                "cache, guidance only where it counts. With the preset off the result is the "
-                "KSampler's to the bit. Reports what was skipped and what it took."
+                "cache, guidance only where it matters. With preset off the result equals "
+                "KSampler's to the bit. Reports what was skipped and the time taken."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model, LoRAs and all."),
-                io.Conditioning.Input("positive", tooltip="What you want to see."),
-                io.Conditioning.Input("negative", tooltip="What you do not want to see."),
+                io.Model.Input("model", tooltip="The model, with its LoRAs already applied."),
+                io.Conditioning.Input("positive", tooltip="Positive prompt."),
+                io.Conditioning.Input("negative", tooltip="Negative prompt."),
                 io.Latent.Input("latent_image", tooltip="The latent to start from."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
                     default="off",
                     tooltip=(
-                        "off: the KSampler to the bit. quality: fastest exact attention, cautious "
+                        "off: KSampler, to the bit. quality: fastest exact attention, cautious "
                         "step cache. balanced, draft: more skipped calls, guidance off for the "
-                        "last 20 % or 40 %. distilled: for models made for 4 to 8 steps, cfg 1."
+                        "last 20 % or 40 %. distilled: cfg 1, for models made for 4 to 8 steps."
                     ),
                 ),
                 io.Int.Input(
@@ -54,17 +54,17 @@ class FrugalSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Guidance: 1 ignores the negative prompt and halves the work.",
+                    tooltip="Guidance scale; 1 ignores the negative prompt and halves the work.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The method of integration, as in the KSampler.",
+                    tooltip="Sampling method, as in KSampler.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise falls from step to step, as in the KSampler.",
+                    tooltip="Noise schedule, as in KSampler.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -72,21 +72,24 @@ class FrugalSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Below 1 it starts from the latent with less noise: image to image.",
+                    tooltip=(
+                        "Amount of denoising; below 1 starts from the latent with less noise "
+                        "(image to image)."
+                    ),
                 ),
                 io.Combo.Input(
                     "preview",
                     options=[AS_SET, MIDDLE_FRAME],
                     default=AS_SET,
-                    tooltip="A picture of each step on the node.",
+                    tooltip="Preview image of each step on the node.",
                 ),
                 io.Boolean.Input(
                     "compile_blocks",
                     default=False,
                     optional=True,
                     tooltip=(
-                        "Wan models: compile the blocks with PyTorch's compiler; offloading goes "
-                        "on working. The first step takes longer, the others less."
+                        "Wan models: compile the blocks with torch.compile; offloading keeps "
+                        "working. The first step takes longer, later ones less."
                     ),
                 ),
             ],
@@ -95,14 +98,12 @@ class FrugalSampler(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="What was skipped and what it took, as text.",
+                    tooltip="What was skipped and the time taken, as text.",
                 ),
                 io.String.Output("data", display_name="data", tooltip="The same numbers as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema, search_aliases=["ksampler", "fast sampler", "turbo", "speed up", "cfg"]
-            ),
+            **found_by(["ksampler", "fast sampler", "turbo", "speed up", "cfg"]),
         )
 
     @classmethod

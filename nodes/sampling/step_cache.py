@@ -1,10 +1,10 @@
-"""The node that skips model calls whose result can be foretold."""
+"""The node that skips model calls whose result can be predicted."""
 
 from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import step_cache_run
 from .common_inputs import model_input, percent_input
 
@@ -14,13 +14,13 @@ class FrugalStepCache(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalStepCache",
-            display_name="Step Cache (Frugal)",
+            display_name="Step Cache",
             category=f"{CATEGORY}/sampling",
             description=(
-                "Skips model calls whose result can be foretold: the velocity of the run is "
-                "extended along a line, as far as the error seen so far allows. Needs no "
-                "calibration, works with any model and sampler, and shows what it skipped and how "
-                "well the forecasts fitted."
+                "Skips model calls whose result can be predicted: the velocity is extrapolated "
+                "along a line as far as the error observed so far allows. Needs no calibration, "
+                "works with any model and sampler, and reports what it skipped and how accurate "
+                "the predictions were."
             ),
             inputs=[
                 model_input(),
@@ -31,26 +31,26 @@ class FrugalStepCache(io.ComfyNode):
                     max=1.0,
                     step=0.005,
                     tooltip=(
-                        "Largest error of the velocity to accept, as a share of its size "
-                        "(0.05 = 5 %). Larger skips more. 0 is off: the same result to the bit."
+                        "Largest accepted error of the velocity, relative to its size (0.05 = 5 "
+                        "%); higher skips more. 0 = off: the same result to the bit."
                     ),
                 ),
                 percent_input(
                     "start_percent",
                     0.15,
-                    "Part of the schedule before which every call is made, 0 to 1.",
+                    "Before this point of the schedule (0 to 1) every call is made.",
                 ),
                 percent_input(
                     "end_percent",
                     0.95,
-                    "Part of the schedule after which every call is made, 0 to 1.",
+                    "After this point of the schedule (0 to 1) every call is made.",
                 ),
                 io.Int.Input(
                     "max_skips",
                     default=3,
                     min=1,
                     max=100,
-                    tooltip="Most steps in a row without a model call.",
+                    tooltip="Maximum number of consecutive steps without a model call.",
                 ),
             ],
             outputs=[
@@ -59,9 +59,8 @@ class FrugalStepCache(io.ComfyNode):
                 )
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "easycache",
                     "lazycache",
                     "teacache",
@@ -69,7 +68,7 @@ class FrugalStepCache(io.ComfyNode):
                     "first block cache",
                     "speed up",
                     "skip steps",
-                ],
+                ]
             ),
         )
 

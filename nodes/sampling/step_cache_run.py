@@ -156,9 +156,9 @@ def _reason_to_stand_aside(guider: Any, model_options: dict) -> str | None:
     wrappers = options.get("wrappers", {})
     present = {name for table in wrappers.values() for name in table} | set(options)
     if found := sorted(present & set(OTHER_CACHES)):
-        return f"{found[0]} is on this model too: it decides, this cache stands aside"
+        return f"{found[0]} is also on this model: this step cache is inactive"
     if CAUSAL_KEY in options or hasattr(guider.inner_model.diffusion_model, "init_kv_caches"):
-        return "a causal model writes its own cache in every pass: nothing may be skipped"
+        return "a causal model writes its KV cache in every pass: no call can be skipped"
     hooks = [
         hook
         for conds in guider.conds.values()
@@ -166,5 +166,5 @@ def _reason_to_stand_aside(guider: Any, model_options: dict) -> str | None:
         for hook in getattr(cond.get("hooks"), "hooks", ())
     ]
     if any(getattr(getattr(hook, "hook_keyframe", None), "keyframes", ()) for hook in hooks):
-        return "a hook changes the weights during the run: no forecast can know that"
+        return "a hook changes the weights during the run, which cannot be predicted"
     return None

@@ -11,8 +11,8 @@ def key_input() -> io.String.Input:
         "key_variable",
         default="",
         tooltip=(
-            "NAME of the environment variable that holds the server's key, never the key: widgets "
-            "are saved into workflows. A server on another machine also needs the variable "
-            "<NAME>_HOST with its host name."
+            "NAME of the environment variable that holds the server's API key, never the key "
+            "itself: widgets are saved into workflows. A server on another machine also needs the "
+            "variable <NAME>_HOST with its host name."
         ),
     )

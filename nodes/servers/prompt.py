@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ...servers.prompt_rules import LANGUAGES, TASKS
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import glue, prompt_run
 from .common_inputs import key_input
 
@@ -15,39 +15,41 @@ class FrugalPromptExtend(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalPromptExtend",
-            display_name="Extend Prompt for Wan (Frugal)",
-            category=f"{CATEGORY}/remote",
+            display_name="Extend Prompt for Wan",
+            category=f"{CATEGORY}/servers",
             description=(
-                "Lets a language model rewrite a short prompt into the detailed one that Wan was "
-                "trained on. Asks an OpenAI-compatible server (vLLM, TensorRT-LLM, llama.cpp, "
-                "transformers serve), or a Qwen 3.5 loaded in ComfyUI. If no answer comes the "
-                "original prompt goes on, and the node says why."
+                "Rewrites a short prompt into the detailed kind that Wan was trained on, with a "
+                "language model on an OpenAI-compatible server (vLLM, TensorRT-LLM, llama.cpp, "
+                "transformers serve) or with a Qwen 3.5 loaded in ComfyUI. If no answer arrives, "
+                "the original prompt is used and the node says why."
             ),
             inputs=[
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt as you would say it. What it names is kept.",
+                    tooltip="Your prompt in plain words. Everything it names is kept.",
                 ),
                 io.String.Input(
                     "server_url",
                     default="http://127.0.0.1:8000/v1",
                     tooltip=(
-                        "Address of the server's API, often ending in /v1. The prompt, and the "
-                        "image if there is one, are sent there. Empty: ask the CLIP input."
+                        "Base URL of the server's API, often ending in /v1; the prompt, and the "
+                        "image if connected, are sent there. Empty = use the CLIP input."
                     ),
                 ),
                 io.String.Input(
                     "model",
                     default="",
-                    tooltip="Name of the model on the server. Empty: the only one it has.",
+                    tooltip="Name of the model on the server. Empty = the only one it has.",
                 ),
                 io.Combo.Input(
                     "task",
                     options=list(TASKS),
                     default=TASKS[0],
-                    tooltip="What the prompt is for: decides what the model is told to add.",
+                    tooltip=(
+                        "What the prompt is for; decides what the language model is told to add."
+                    ),
                 ),
                 io.Combo.Input(
                     "language",
@@ -58,7 +60,7 @@ class FrugalPromptExtend(io.ComfyNode):
                 io.String.Input(
                     "style",
                     default="",
-                    tooltip="A style to keep to, such as: documentary, 16 mm film. May be empty.",
+                    tooltip="Style to follow, such as: documentary, 16 mm film. May be empty.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -66,14 +68,14 @@ class FrugalPromptExtend(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Another number gives another wording.",
+                    tooltip="Another seed gives another wording.",
                 ),
                 io.Int.Input(
                     "max_tokens",
                     default=512,
                     min=16,
                     max=4096,
-                    tooltip="Most tokens the model may write. Wan reads 512 tokens.",
+                    tooltip="Maximum number of tokens to generate. Wan reads 512 tokens.",
                 ),
                 io.Float.Input(
                     "timeout_s",
@@ -81,40 +83,40 @@ class FrugalPromptExtend(io.ComfyNode):
                     min=1.0,
                     max=3600.0,
                     step=1.0,
-                    tooltip="Seconds to wait for the server, all tries together.",
+                    tooltip="Seconds to wait for the server, including retries.",
                 ),
                 key_input(),
                 io.Combo.Input(
                     "if_it_fails",
                     options=[prompt_run.KEEP, prompt_run.STOP],
                     default=prompt_run.KEEP,
-                    tooltip="What to do when no answer comes. The next run asks again either way.",
+                    tooltip="What to do if no answer arrives. The next run asks again either way.",
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="First frame, for models that see. Sent with at most 768 px a side.",
+                    tooltip="First frame, for vision models; sent with at most 768 px per side.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="A language model (Qwen 3.5) to ask in place of a server.",
+                    tooltip="A language model (Qwen 3.5) to use instead of a server.",
                 ),
             ],
             outputs=[
                 io.String.Output(
                     "extended",
                     display_name="text",
-                    tooltip="The rewritten prompt, or the original one if no answer came.",
+                    tooltip="The rewritten prompt, or the original one if no answer arrived.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Who answered, what was shortened, or why nothing came.",
+                    tooltip="Which model answered, what was shortened, or why no answer arrived.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            **known(io.Schema, search_aliases=["prompt enhance", "LLM", "rewrite", "vLLM", "Qwen"]),
+            **found_by(["prompt enhance", "LLM", "rewrite", "vLLM", "Qwen"]),
         )
 
     @classmethod

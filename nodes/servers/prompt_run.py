@@ -94,7 +94,7 @@ def _from_server(request: PromptRequest, image: Any, folder: Path) -> Rewritten:
     name = request.key(pixels)
     found = response_cache.read(folder, name)
     if found is not None and isinstance(found.get("text"), str):
-        notes = ("answered before: kept in the user folder",)
+        notes = ("cached answer from the user folder",)
         return _told(found["text"], str(found.get("model")), where.name, notes)
     question = Question(
         instructions(request.task, request.language, request.style),

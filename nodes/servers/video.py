@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import InputImpl, io, ui
 
 from ...servers.dialects import DIALECTS, VideoRequest
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import glue, video_run
 from .common_inputs import key_input
 
@@ -15,13 +15,13 @@ class FrugalRemoteVideo(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalRemoteVideo",
-            display_name="Wan Video on a Server (Frugal)",
-            category=f"{CATEGORY}/remote",
+            display_name="Wan Video on a Server",
+            category=f"{CATEGORY}/servers",
             description=(
-                "Lets a server with several or larger cards make a Wan video, from text or from a "
-                "first image: vLLM-Omni, TensorRT-LLM or SGLang, through /v1/videos. Shows "
-                "progress, takes the job off when cancelled, goes to the next address when a "
-                "server is gone, and does not pay for a job twice."
+                "Generates a Wan video on a server with several or larger cards, from text or from "
+                "a first image: vLLM-Omni, TensorRT-LLM or SGLang, through /v1/videos. Shows "
+                "progress, cancels the job with the run, tries the next address when a server is "
+                "down, and does not pay for a job twice."
             ),
             inputs=[
                 io.String.Input(
@@ -29,21 +29,21 @@ class FrugalRemoteVideo(io.ComfyNode):
                     multiline=True,
                     default="http://127.0.0.1:8091/v1",
                     tooltip=(
-                        "Addresses of the servers' API, one per line, often ending in /v1. The "
-                        "first that can is used; prompt and image are sent there."
+                        "Base URLs of the servers' API, one per line, often ending in /v1; prompt "
+                        "and image are sent there. The first one that works is used."
                     ),
                 ),
                 io.Combo.Input(
-                    "dialect", options=list(DIALECTS), tooltip="Which server program runs there."
+                    "dialect", options=list(DIALECTS), tooltip="Server software that runs there."
                 ),
-                io.String.Input("prompt", multiline=True, tooltip="What the video shows."),
+                io.String.Input("prompt", multiline=True, tooltip="What the video should show."),
                 io.String.Input(
                     "negative_prompt", multiline=True, tooltip="What the video should not show."
                 ),
                 io.String.Input(
                     "model",
                     default="",
-                    tooltip="Name of the model on the server. Empty: the one it has.",
+                    tooltip="Name of the model on the server. Empty = the one it has.",
                 ),
                 io.Int.Input(
                     "width",
@@ -62,7 +62,12 @@ class FrugalRemoteVideo(io.ComfyNode):
                     tooltip="Pixels, a multiple of 16.",
                 ),
                 io.Int.Input(
-                    "frames", default=81, min=1, max=1025, step=4, tooltip="4 n + 1 frames."
+                    "frames",
+                    default=81,
+                    min=1,
+                    max=1025,
+                    step=4,
+                    tooltip=("Number of frames, of the form 4 n + 1."),
                 ),
                 io.Int.Input(
                     "fps", default=16, min=1, max=120, tooltip="Frames per second. Wan 2.1: 16."
@@ -83,8 +88,8 @@ class FrugalRemoteVideo(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     tooltip=(
-                        "Timestep shift; vLLM-Omni only. 0: the server's own, which is 5 in "
-                        "vLLM-Omni whatever the model's is. Wan 2.1 480p: 3, 720p: 5."
+                        "Timestep shift; vLLM-Omni only (Wan 2.1 480p: 3, 720p: 5). 0 = the "
+                        "server's default, which in vLLM-Omni is 5 for every model."
                     ),
                 ),
                 io.Int.Input(
@@ -93,7 +98,10 @@ class FrugalRemoteVideo(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Its lower 31 bits are sent. Servers differ in what they draw from it.",
+                    tooltip=(
+                        "Noise seed; its lower 31 bits are sent. Different server software draws "
+                        "different noise from it."
+                    ),
                 ),
                 io.Float.Input(
                     "timeout_minutes",
@@ -101,7 +109,7 @@ class FrugalRemoteVideo(io.ComfyNode):
                     min=0.1,
                     max=1440.0,
                     step=1.0,
-                    tooltip="How long to wait for the video. A later run finds the job again.",
+                    tooltip="Minutes to wait for the video. A later run picks up the same job.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -112,7 +120,7 @@ class FrugalRemoteVideo(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="First frame, for image to video models. Scaled to width x height.",
+                    tooltip="First frame, for image to video models; scaled to width x height.",
                 ),
             ],
             outputs=[
@@ -123,15 +131,14 @@ class FrugalRemoteVideo(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Who made it, how long it took, what differs.",
+                    tooltip=(
+                        "Which server made it, how long it took, and what differs from the request."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=["vLLM", "TensorRT-LLM", "SGLang", "remote", "wan api", "cloud"],
-            ),
+            **found_by(["vLLM", "TensorRT-LLM", "SGLang", "remote", "wan api", "cloud"]),
         )
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from .._models import WAN_PAGE, offered
 from . import cached_encode_run
 
@@ -14,11 +14,11 @@ class FrugalCachedTextEncode(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalCachedTextEncode",
-            display_name="Encode Wan Prompts, Cached (Frugal)",
+            display_name="Encode Wan Prompts (Cached)",
             category=f"{CATEGORY}/wan",
             description=(
-                "Encodes the two prompts of a Wan graph and keeps the result on disk. The text "
-                "encoder (6.7 GB) is read only when a prompt is new, and let go afterwards."
+                "Encodes both prompts of a Wan graph and caches the result on disk. The text "
+                "encoder (6.7 GB) is loaded only when a prompt is new, and freed afterwards."
             ),
             inputs=[
                 io.Combo.Input(
@@ -30,13 +30,13 @@ class FrugalCachedTextEncode(io.ComfyNode):
                     "positive_text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What the video shall show.",
+                    tooltip="What the video should show.",
                 ),
                 io.String.Input(
                     "negative_text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What it shall not show.",
+                    tooltip="What the video should not show.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -56,14 +56,11 @@ class FrugalCachedTextEncode(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="What came from the cache and what is new.",
+                    tooltip="What came from the cache and what was encoded.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=["clip text encode", "prompt cache", "umt5", "text encoder", "t5"],
-            ),
+            **found_by(["clip text encode", "prompt cache", "umt5", "text encoder", "t5"]),
         )
 
     @classmethod

@@ -114,7 +114,7 @@ def encode(path: Path, texts: list[str], device: str) -> list[Entry]:
 
 def check_encoder(path: Path) -> None:
     """Raises FrugalError if the header is not that of an umT5-XXL encoder that this ComfyUI reads
-    correctly: it drops scales that it does not know, without a word.
+    correctly: it drops scales that it does not know, silently.
     """
     header = read_header(path)
     leaves = {name.rpartition(".")[2] for name in header.tensors}

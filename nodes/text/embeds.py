@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
-from .._comfy import CATEGORY, known
+from .._comfy import CATEGORY, found_by
 from .._models import offered
 from . import embed_files
 
@@ -14,12 +14,11 @@ class FrugalSaveTextEmbeds(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalSaveTextEmbeds",
-            display_name="Save Text Embeddings (Frugal)",
+            display_name="Save Text Embeddings",
             category=f"{CATEGORY}/wan",
             description=(
-                "Writes a text conditioning to output/text_embeds, bit for bit, so that "
-                "later graphs run without "
-                "the text encoder (6.7 GB for Wan)."
+                "Saves a text conditioning to output/text_embeds, bit for bit, so that later "
+                "graphs run without the text encoder (6.7 GB for Wan)."
             ),
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="Output of a text encode node."),
@@ -31,7 +30,7 @@ class FrugalSaveTextEmbeds(io.ComfyNode):
             ],
             outputs=[],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["save conditioning", "text embeds", "prompt cache"]),
+            **found_by(["save conditioning", "text embeds", "prompt cache"]),
         )
 
     @classmethod
@@ -45,9 +44,9 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalLoadTextEmbeds",
-            display_name="Load Text Embeddings (Frugal)",
+            display_name="Load Text Embeddings",
             category=f"{CATEGORY}/wan",
-            description="Reads a saved text conditioning, or one tensor [1, tokens, width].",
+            description="Loads a saved text conditioning, or a single tensor [1, tokens, width].",
             inputs=[
                 io.Combo.Input(
                     "embeds_name",
@@ -62,7 +61,7 @@ class FrugalLoadTextEmbeds(io.ComfyNode):
                     tooltip="The conditioning as it was saved, bit for bit.",
                 ),
             ],
-            **known(io.Schema, search_aliases=["load conditioning", "text embeds", "prompt cache"]),
+            **found_by(["load conditioning", "text embeds", "prompt cache"]),
         )
 
     @classmethod

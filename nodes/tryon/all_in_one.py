@@ -5,11 +5,11 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import GraphBuilder
 
-from .._comfy import known
+from .._comfy import found_by
 from . import common_inputs
 
 # Wires are passed on to the inner nodes as wires and not as what they carry, so that ComfyUI keeps
-# each inner node's result: another seed encodes nothing anew, another blur samples nothing anew.
+# each inner node's result: another seed does not encode again, another blur does not sample again.
 WIRE = {"rawLink": True}
 
 
@@ -22,11 +22,15 @@ class FrugalTryOn(io.ComfyNode):
             node_id="FrugalTryOn",
             display_name="Try-On",
             category=common_inputs.FAMILY,
-            description="Dresses a person: prepare, condition, sample as CatVTON was published, "
-            "and stitch, in one node. It expands into those nodes and gives what they give.",
+            description=(
+                "Virtual try-on in one node: prepare, condition, sample as published for CatVTON, "
+                "and stitch. It expands into those nodes and gives the same result."
+            ),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The MODEL of 'Load CatVTON' (with mask).", extra_dict=WIRE
+                    "model",
+                    tooltip="The MODEL of 'Load CatVTON' (mask-based version).",
+                    extra_dict=WIRE,
                 ),
                 io.Vae.Input(
                     "vae",
@@ -40,31 +44,32 @@ class FrugalTryOn(io.ComfyNode):
                 ),
                 io.Image.Input(
                     "garment",
-                    tooltip="Picture of the garment, any size; alpha is laid on white.",
+                    tooltip="Image of the garment, any size; alpha is composited on white.",
                     extra_dict=WIRE,
                 ),
                 io.Mask.Input(
                     "mask",
-                    tooltip="Where to repaint: 1 on the old garment and around it.",
+                    tooltip="Area to repaint: 1 on the old garment and around it.",
                     extra_dict=WIRE,
                 ),
                 *common_inputs.canvas_size(
-                    "Canvas width in px, a multiple of 8; CatVTON knows 768 and 384.",
-                    "Canvas height in px, a multiple of 8; CatVTON knows 1024 and 512.",
+                    "Canvas width in px, a multiple of 8; CatVTON was trained at 768 and 384.",
+                    "Canvas height in px, a multiple of 8; CatVTON was trained at 1024 and 512.",
                 ),
                 common_inputs.fit(common_inputs.FIT_WITH_CONTEXT),
-                common_inputs.steps("Number of steps; CatVTON takes 50."),
+                common_inputs.steps("Number of steps; CatVTON uses 50."),
                 common_inputs.cfg(),
-                common_inputs.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
+                common_inputs.eta(
+                    "DDIM eta, the fresh noise per step: 1 as published, 0 = none (plain DDIM)."
+                ),
                 common_inputs.seed("Seed of the noise."),
                 common_inputs.mask_blur(common_inputs.SHORT_BLUR),
                 common_inputs.color_match(common_inputs.SHORT_MATCH),
             ],
             outputs=common_inputs.pictures(),
             enable_expand=True,
-            **known(
-                io.Schema,
-                search_aliases=common_inputs.WORDS,
+            **found_by(
+                common_inputs.WORDS,
             ),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ...kernels.tryon import batching
-from .._comfy import known, show_text
+from .._comfy import found_by, show_text
 from . import batch_run, common_inputs
 
 
@@ -18,40 +18,46 @@ class FrugalTryOnBatch(io.ComfyNode):
             node_id="FrugalTryOnBatch",
             display_name="Try-On Batch",
             category=common_inputs.FAMILY,
-            description="Dresses many persons in many garments: each picture is encoded once, "
-            "sampled in groups that fit into memory. When memory runs out the group is halved and "
-            "the work goes on.",
+            description=(
+                "Virtual try-on of many garments on many persons: each image is encoded once, and "
+                "sampled in batches that fit into memory. If memory runs out, the batch is halved "
+                "and the work continues."
+            ),
             inputs=[
-                io.Model.Input("model", tooltip="The MODEL of 'Load CatVTON' (with mask)."),
+                io.Model.Input(
+                    "model", tooltip=("The MODEL of 'Load CatVTON' (mask-based version).")
+                ),
                 io.Vae.Input("vae", tooltip=common_inputs.VAE),
                 io.Image.Input(
-                    "persons", tooltip="Photos: a batch, or a list of pictures of any sizes."
+                    "persons", tooltip="Photos: a batch, or a list of images of any size."
                 ),
                 io.Image.Input(
-                    "garments", tooltip="Garments: a batch, or a list of pictures of any sizes."
+                    "garments", tooltip="Garments: a batch, or a list of images of any size."
                 ),
                 io.Mask.Input(
-                    "masks", tooltip="Where to repaint: one mask per person, or one for all."
+                    "masks", tooltip="Area to repaint: one mask per person, or one for all."
                 ),
                 io.Combo.Input(
                     "combine",
                     options=[batching.ALL, batching.PAIRS],
                     default=batching.ALL,
-                    tooltip="all combinations: every garment on the first person, then on the "
-                    "second. pairs: first with first; a single one serves all.",
+                    tooltip=(
+                        "all combinations: every garment on the first person, then on the second. "
+                        "pairs: first with first; a single image is used for all."
+                    ),
                 ),
                 *common_inputs.canvas_size(
                     "Canvas width in px, a multiple of 8; a list gives one per person.",
                     "Canvas height in px, a multiple of 8; a list gives one per person.",
                 ),
                 common_inputs.fit(common_inputs.FIT_WITH_CONTEXT),
-                common_inputs.steps("Number of steps; unused with sigmas of your own."),
+                common_inputs.steps("Number of steps; not used if sigmas are connected."),
                 common_inputs.cfg(),
                 common_inputs.eta(
-                    "Fresh noise per step: 1 as published, 0 for none. Unused with a sampler of "
-                    "your own."
+                    "DDIM eta, the fresh noise per step: 1 as published, 0 = none. Not used if a "
+                    "sampler is connected."
                 ),
-                common_inputs.seed("Seed of the first picture; each next one takes one more."),
+                common_inputs.seed("Seed of the first image; each following image adds 1."),
                 common_inputs.mask_blur(common_inputs.SHORT_BLUR),
                 io.Float.Input(
                     "memory_budget",
@@ -59,23 +65,25 @@ class FrugalTryOnBatch(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.1,
-                    tooltip="GiB for the work of the UNet, beside its weights. 0: what ComfyUI "
-                    "reports free.",
+                    tooltip=(
+                        "Working memory of the UNet in GiB, in addition to its weights. 0 = what "
+                        "ComfyUI reports free."
+                    ),
                 ),
                 io.Int.Input(
                     "largest_group",
                     default=8,
                     min=1,
                     max=64,
-                    tooltip="Most pictures per forward, whatever the memory.",
+                    tooltip="Maximum number of images per forward pass, regardless of memory.",
                 ),
                 common_inputs.color_match(common_inputs.SHORT_MATCH),
                 io.Sampler.Input(
                     "sampler",
                     optional=True,
-                    tooltip="Another sampler than CatVTON's; needs sigmas.",
+                    tooltip="Sampler to use instead of CatVTON's; needs sigmas.",
                 ),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels for the sampler."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels for that sampler."),
             ],
             outputs=[
                 io.Image.Output(
@@ -85,15 +93,12 @@ class FrugalTryOnBatch(io.ComfyNode):
                     tooltip="The finished photos in order, each at its person's own size.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Groups, sizes and times, as text."
+                    "report", display_name="report", tooltip="Batches, sizes and times, as text."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
-            **known(
-                io.Schema,
-                search_aliases=["catvton", "virtual try-on", "vton", "batch", "clothes", "queue"],
-            ),
+            **found_by(["catvton", "virtual try-on", "vton", "batch", "clothes", "queue"]),
         )
 
     @classmethod

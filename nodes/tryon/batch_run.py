@@ -280,6 +280,6 @@ class Batch:
         raise FrugalError(
             f"memory ran out on picture {self.outcome.failed + 1} alone, on a canvas of "
             f"{size[1]} x {size[0]} px",
-            f"about {need / 2**30:.1f} GiB beside the weights ({free / 2**30:.1f} GiB were free)",
+            f"about {need / 2**30:.1f} GiB besides the weights ({free / 2**30:.1f} GiB were free)",
             "choose a smaller canvas, a smaller weight_dtype, or start ComfyUI with --lowvram",
         )

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.tryon import canvas
 from .._comfy import CATEGORY
 
-FAMILY = f"{CATEGORY}/Try-on"
+FAMILY = f"{CATEGORY}/try-on"
 WORDS = ["catvton", "virtual try-on", "vton", "clothes", "garment"]
 VAE = "SD 1.5 VAE; CatVTON was trained with sd-vae-ft-mse."
 
@@ -47,7 +47,9 @@ def cfg() -> io.Input:
         min=0.0,
         max=100.0,
         step=0.1,
-        tooltip="Strength of the garment; 2.5 as published, 1 is off and twice as fast.",
+        tooltip=(
+            "Guidance scale, the strength of the garment: 2.5 as published. 1 = off, twice as fast."
+        ),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ...kernels.tryon import latents, pictures
-from .._comfy import known
+from .._comfy import found_by
 from . import common_inputs, glue
 
 
@@ -53,14 +53,18 @@ class FrugalTryOnMaskFree(io.ComfyNode):
             node_id="FrugalTryOnMaskFree",
             display_name="Try-On Conditioning, Mask-Free",
             category=common_inputs.FAMILY,
-            description="Encodes the person beside the garment for the mask-free CatVTON (8 input "
-            "channels, base instruct-pix2pix). The model itself finds what to change.",
+            description=(
+                "Encodes person and garment side by side for the mask-free CatVTON (8 input "
+                "channels, base instruct-pix2pix). The model itself finds what to change."
+            ),
             inputs=[
                 *common_inputs.canvases(),
                 io.Vae.Input("vae", tooltip=common_inputs.VAE),
             ],
-            outputs=common_inputs.sides("Empty, person beside garment: twice the canvas's width."),
-            **known(io.Schema, search_aliases=["catvton", "virtual try-on", "no mask", "pix2pix"]),
+            outputs=common_inputs.sides(
+                "Empty latent, person and garment side by side: twice the canvas's width."
+            ),
+            **found_by(["catvton", "virtual try-on", "no mask", "pix2pix"]),
         )
 
     @classmethod

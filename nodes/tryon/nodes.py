@@ -7,7 +7,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.tryon import canvas, precision
-from .._comfy import REPORT_KEY, known, show_text
+from .._comfy import REPORT_KEY, found_by, show_text
 from .._models import offered
 from . import all_in_one, batch, common_inputs, glue, load_run, mask_free, parse, saving, sigmas
 from .common_inputs import FAMILY, WORDS
@@ -39,25 +39,31 @@ class FrugalLoadCatVTON(io.ComfyNode):
                     "attention",
                     options=glue.attention_choices(),
                     default=glue.NO_ATTENTION,
-                    tooltip="CatVTON attention file in models/CatVTON: model.safetensors of a "
-                    "version's attention folder; none when the base has it already.",
+                    tooltip=(
+                        "CatVTON attention file in models/CatVTON: model.safetensors of a "
+                        "version's attention folder. none: the base already contains it."
+                    ),
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=["auto", *load_run.DTYPES],
                     default="auto",
-                    tooltip="Number format of the weights in memory. auto: what ComfyUI chooses "
-                    "for this device. fp32 takes 3.3 GB, fp16 and bf16 1.6 GB for the full "
-                    "model. Of a quantised model, the weights that are left in floats.",
+                    tooltip=(
+                        "Data type of the weights in memory; the full model takes 3.3 GB in fp32, "
+                        "1.6 GB in fp16 and bf16. auto: what ComfyUI chooses for this device. For "
+                        "a quantised model it applies to the weights that stay in floating point."
+                    ),
                 ),
                 io.Combo.Input(
                     "quantize",
                     options=list(precision.CHOICES),
                     default=precision.AS_STORED,
                     optional=True,
-                    tooltip="Hold matrices and 3 x 3 convolutions in 8 bits: 0.9 GB in place of "
-                    "1.6 GB. int8 is the more exact of the two. The file stays as it is; "
-                    "'Save CatVTON' keeps the result.",
+                    tooltip=(
+                        "Keep matrices and 3 x 3 convolutions in 8 bits: 0.9 GB instead of 1.6 GB; "
+                        "int8 is more accurate than fp8. The file is not changed; 'Save CatVTON' "
+                        "saves the result."
+                    ),
                 ),
             ],
             outputs=[
@@ -67,7 +73,7 @@ class FrugalLoadCatVTON(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(io.Schema, search_aliases=[*WORDS, "load", "checkpoint"]),
+            **found_by([*WORDS, "load", "checkpoint"]),
         )
 
     @classmethod
@@ -97,22 +103,26 @@ class FrugalTryOnPrepare(io.ComfyNode):
             node_id="FrugalTryOnPrepare",
             display_name="Prepare Try-On",
             category=FAMILY,
-            description="Cuts or fits person, garment and mask to the size the try-on model "
-            "works at, and remembers the way back to the photo.",
+            description=(
+                "Crops or fits person, garment and mask to the working size of the try-on model, "
+                "and records how to put the result back into the photo."
+            ),
             inputs=[
                 io.Image.Input(
                     "person", tooltip="Photo of the person, any size; alpha is dropped."
                 ),
                 io.Image.Input(
-                    "garment", tooltip="Picture of the garment, any size; alpha is laid on white."
+                    "garment",
+                    tooltip=("Image of the garment, any size; alpha is composited on white."),
                 ),
                 io.Mask.Input(
-                    "mask", tooltip="Where to repaint: 1 on the old garment and around it."
+                    "mask", tooltip="Area to repaint: 1 on the old garment and around it."
                 ),
                 *common_inputs.canvas_size(
-                    "Canvas width in px, a multiple of 8 (64 is best); CatVTON knows 768 and 384.",
-                    "Canvas height in px, a multiple of 8 (64 is best); CatVTON knows 1024 and "
-                    "512.",
+                    "Canvas width in px, a multiple of 8 (64 is best); CatVTON was trained at 768 "
+                    "and 384.",
+                    "Canvas height in px, a multiple of 8 (64 is best); CatVTON was trained at "
+                    "1024 and 512.",
                 ),
                 common_inputs.fit(
                     "crop around mask: a window of the canvas's shape around the mask. letterbox: "
@@ -123,8 +133,10 @@ class FrugalTryOnPrepare(io.ComfyNode):
                     default=25,
                     min=0,
                     max=400,
-                    tooltip="Percent of the mask's box to add on each side when cropping; less "
-                    "where the photo ends.",
+                    tooltip=(
+                        "Margin around the mask's box when cropping, in percent per side; less "
+                        "where the photo ends."
+                    ),
                 ),
                 io.Float.Input(
                     "mask_threshold",
@@ -132,14 +144,14 @@ class FrugalTryOnPrepare(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Mask values from here on are repainted.",
+                    tooltip="Mask values at or above this are repainted.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     "person_canvas",
                     display_name="person canvas",
-                    tooltip="The person at canvas size; bars continue the photo's border.",
+                    tooltip="The person at canvas size; bars repeat the photo's border.",
                 ),
                 io.Image.Output(
                     "garment_canvas",
@@ -157,7 +169,7 @@ class FrugalTryOnPrepare(io.ComfyNode):
                     tooltip="Photo, window and mask, for 'Stitch Try-On'.",
                 ),
             ],
-            **known(io.Schema, search_aliases=[*WORDS, "crop", "letterbox"]),
+            **found_by([*WORDS, "crop", "letterbox"]),
         )
 
     @classmethod
@@ -175,15 +187,19 @@ class FrugalTryOnConditioning(io.ComfyNode):
             node_id="FrugalTryOnConditioning",
             display_name="Try-On Conditioning",
             category=FAMILY,
-            description="Encodes the masked person over the garment as inpainting conditioning. "
-            "The negative side has an empty garment half, so that cfg strengthens the garment.",
+            description=(
+                "Encodes the masked person over the garment as inpainting conditioning. The "
+                "negative has an empty garment half, so that cfg strengthens the garment."
+            ),
             inputs=[
                 *common_inputs.canvases(),
                 io.Mask.Input("mask_canvas", tooltip="Mask from 'Prepare Try-On'."),
                 io.Vae.Input("vae", tooltip=common_inputs.VAE),
             ],
-            outputs=common_inputs.sides("Empty, person over garment: twice the canvas's height."),
-            **known(io.Schema, search_aliases=[*WORDS, "inpaint", "conditioning"]),
+            outputs=common_inputs.sides(
+                "Empty latent, person over garment: twice the canvas's height."
+            ),
+            **found_by([*WORDS, "inpaint", "conditioning"]),
         )
 
     @classmethod
@@ -200,23 +216,25 @@ class FrugalTryOnStitch(io.ComfyNode):
             node_id="FrugalTryOnStitch",
             display_name="Stitch Try-On",
             category=FAMILY,
-            description="Decodes the person half and lays it into the photo at its own size. "
-            "Pixels outside the softened mask stay as they were, bit for bit.",
+            description=(
+                "Decodes the person half and composites it into the photo at its original size. "
+                "Pixels outside the softened mask stay as they were, bit for bit."
+            ),
             inputs=[
                 io.Latent.Input("samples", tooltip="Sampled latent of 'Try-On Conditioning'."),
                 io.Vae.Input("vae", tooltip="The VAE used for the conditioning."),
                 Frame.Input("frame", tooltip="Frame from 'Prepare Try-On'."),
                 common_inputs.mask_blur(
                     "Softness of the mask's edge: standard deviation of a Gaussian in photo px; "
-                    "less where the window's edge is nearer than three of them."
+                    "less where the window's edge is closer than three standard deviations."
                 ),
                 common_inputs.color_match(
-                    "Shift the painted colours so that mean and contrast agree with the photo in a "
-                    "ring around the mask. Outside the mask nothing changes."
+                    "Shift the painted colours so that mean and contrast match the photo in a ring "
+                    "around the mask. Outside the mask nothing changes."
                 ),
             ],
             outputs=common_inputs.pictures(),
-            **known(io.Schema, search_aliases=[*WORDS, "composite", "paste back"]),
+            **found_by([*WORDS, "composite", "paste back"]),
         )
 
     @classmethod
@@ -238,8 +256,10 @@ class FrugalTryOnSigmas(io.ComfyNode):
             "1), for SamplerCustom. KSampler with euler_ancestral and ddim_uniform comes close.",
             inputs=[
                 io.Model.Input("model", tooltip="The try-on MODEL."),
-                common_inputs.steps("Number of steps; CatVTON takes 50."),
-                common_inputs.eta("Fresh noise per step: 1 as published, 0 for none (plain DDIM)."),
+                common_inputs.steps("Number of steps; CatVTON uses 50."),
+                common_inputs.eta(
+                    "DDIM eta, the fresh noise per step: 1 as published, 0 = none (plain DDIM)."
+                ),
             ],
             outputs=[
                 io.Sigmas.Output(
@@ -247,7 +267,7 @@ class FrugalTryOnSigmas(io.ComfyNode):
                 ),
                 io.Sampler.Output("sampler", display_name="sampler", tooltip="The sampler."),
             ],
-            **known(io.Schema, search_aliases=[*WORDS, "ddim", "scheduler"]),
+            **found_by([*WORDS, "ddim", "scheduler"]),
         )
 
     @classmethod

@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...kernels.log import LOG
 from ...kernels.tryon import parsing
-from .._comfy import known, show_text
+from .._comfy import found_by, show_text
 from .._models import offered
 from . import common_inputs, parse_run
 
@@ -24,8 +24,10 @@ class FrugalHumanParse(io.ComfyNode):
             node_id="FrugalHumanParse",
             display_name="Human Parse",
             category=common_inputs.FAMILY,
-            description="Tells clothes, skin, hair and background of a photo apart with a "
-            "Segformer parser from models/human_parsing. Nothing is downloaded.",
+            description=(
+                "Segments clothes, skin, hair and background of a photo with a Segformer parser "
+                "from models/human_parsing. Nothing is downloaded."
+            ),
             inputs=[
                 io.Image.Input("image", tooltip="Photos of persons, any size."),
                 io.Combo.Input(
@@ -45,8 +47,10 @@ class FrugalHumanParse(io.ComfyNode):
                 io.Image.Output(
                     "body",
                     display_name="body (DensePose)",
-                    tooltip="Hands, feet, arms, legs and torso in DensePose's numbers, where the "
-                    "parser tells them apart (FASHN); else empty.",
+                    tooltip=(
+                        "Hands, feet, arms, legs and torso with DensePose's labels, if the parser "
+                        "distinguishes them (FASHN); else empty."
+                    ),
                 ),
                 io.Image.Output(
                     "preview", display_name="preview", tooltip="The photo with coloured labels."
@@ -58,10 +62,7 @@ class FrugalHumanParse(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=["segformer", "human parsing", "clothes segmentation", "atr", "lip"],
-            ),
+            **found_by(["segformer", "human parsing", "clothes segmentation", "atr", "lip"]),
         )
 
     @classmethod

@@ -20,7 +20,7 @@ from ...kernels.checkpoints import catvton
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
 from ...kernels.tryon import precision
-from .._comfy import REPORT_KEY, known, show_text
+from .._comfy import REPORT_KEY, found_by, show_text
 from .._output import free_number
 from . import common_inputs
 from .unet import CatVTONConfig
@@ -144,8 +144,11 @@ class FrugalSaveCatVTON(io.ComfyNode):
             node_id="FrugalSaveCatVTON",
             display_name="Save CatVTON",
             category=common_inputs.FAMILY,
-            description="Writes a try-on MODEL, its attention merged and quantised or not, as one "
-            "file for 'Load CatVTON'. LoRAs on it are merged. Loads faster and takes less disk.",
+            description=(
+                "Saves a try-on MODEL, its attention merged and quantised or not, as one file for "
+                "'Load CatVTON'. Its LoRAs are merged; the file loads faster and takes less disk "
+                "space."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL of 'Load CatVTON'."),
                 io.String.Input(
@@ -157,12 +160,14 @@ class FrugalSaveCatVTON(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(
-                    "report", display_name="report", tooltip="Where it is and what is in it."
+                    "report",
+                    display_name="report",
+                    tooltip=("Where the file is and what it contains."),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **known(io.Schema, search_aliases=["catvton", "try-on", "export", "quantize"]),
+            **found_by(["catvton", "try-on", "export", "quantize"]),
         )
 
     @classmethod

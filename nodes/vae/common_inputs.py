@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 
 def vae_input():
-    return io.Vae.Input("vae", tooltip="The VAE of Wan 2.1 or of Wan 2.2, whichever the model has.")
+    return io.Vae.Input("vae", tooltip="The VAE of Wan 2.1 or Wan 2.2, matching the model.")
 
 
 def latent_input():
@@ -23,8 +23,8 @@ def tile_inputs() -> list:
             step=32,
             optional=True,
             tooltip=(
-                "Side of spatial tiles in pixels. 0: whole frames, exact. Tiles take less memory "
-                "and change the picture; the report says by how much."
+                "Spatial tile size in pixels; 0 = whole frames, exact. Tiles take less memory and "
+                "change the result; the report says by how much."
             ),
         ),
         io.Int.Input(
@@ -34,7 +34,7 @@ def tile_inputs() -> list:
             max=1024,
             step=16,
             optional=True,
-            tooltip="Pixels that neighbouring tiles share and blend over. Used with tiles only.",
+            tooltip="Overlap of neighbouring tiles in pixels, blended. Used with tiles only.",
         ),
     ]
 

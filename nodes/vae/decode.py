@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import decode_run
 from .common_inputs import latent_input, report_output, tile_inputs, vae_input
 from .video_output import file_inputs, metadata, shown_videos, video_output
@@ -15,12 +15,12 @@ class FrugalWanDecode(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalWanDecode",
-            display_name="Decode Wan Video (Frugal)",
+            display_name="Decode Wan Video",
             category=f"{CATEGORY}/wan",
             description=(
                 "Decodes a Wan LATENT a few frames at a time: the same frames as VAE Decode, in "
                 "device memory that does not grow with the length. The LATENT is kept on disk "
-                "until the last frame is through."
+                "until the last frame is decoded."
             ),
             inputs=[latent_input(), vae_input(), *tile_inputs()],
             outputs=[
@@ -30,10 +30,7 @@ class FrugalWanDecode(io.ComfyNode):
                 report_output(),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=["vae decode", "wan decode", "streaming decode", "tiled decode"],
-            ),
+            **found_by(["vae decode", "wan decode", "streaming decode", "tiled decode"]),
         )
 
     @classmethod
@@ -48,12 +45,12 @@ class FrugalWanDecodeToFile(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalWanDecodeToFile",
-            display_name="Decode Wan Video to File (Frugal)",
+            display_name="Decode Wan Video to File",
             category=f"{CATEGORY}/wan",
             description=(
-                "Decodes a Wan LATENT straight into a video file in the output folder: memory does "
-                "not grow with the length. If it is cut off, the frames so far are a playable "
-                "file and the LATENT is kept on disk."
+                "Decodes a Wan LATENT directly into a video file in the output folder: memory does "
+                "not grow with the length. If decoding is interrupted, the frames so far are a "
+                "playable file and the LATENT is kept on disk."
             ),
             inputs=[
                 latent_input(),
@@ -67,10 +64,7 @@ class FrugalWanDecodeToFile(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
-            **known(
-                io.Schema,
-                search_aliases=["save video", "vae decode", "mp4", "webm", "streaming decode"],
-            ),
+            **found_by(["save video", "vae decode", "mp4", "webm", "streaming decode"]),
         )
 
     @classmethod

@@ -76,9 +76,9 @@ class Decoding:
         clips = f"{self.batch} clips of " if self.batch > 1 else ""
         lines = [
             f"decoded {clips}{self.frames} frames {width} x {height} from {self.latents} latents, "
-            f"in {len(self.half.cadence.calls)} pieces",
-            f"ComfyUI's estimate for a piece: {megabytes(self.half.memory)}; "
-            f"state kept between pieces: {megabytes(self.state)}",
+            f"in {len(self.half.cadence.calls)} chunks",
+            f"ComfyUI's estimate for a chunk: {megabytes(self.half.memory)}; "
+            f"state kept between chunks: {megabytes(self.state)}",
         ]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import encode_run
 from .common_inputs import report_output, tile_inputs, vae_input
 
@@ -14,12 +14,12 @@ class FrugalWanEncode(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalWanEncode",
-            display_name="Encode Wan Video (Frugal)",
+            display_name="Encode Wan Video",
             category=f"{CATEGORY}/wan",
             description=(
                 "Encodes images or a video to a Wan LATENT a few frames at a time: the same LATENT "
-                "as VAE Encode, device memory that does not grow with the length. A video file is "
-                "read frame by frame."
+                "as VAE Encode, in device memory that does not grow with the length. A video file "
+                "is read frame by frame."
             ),
             inputs=[
                 vae_input(),
@@ -40,10 +40,7 @@ class FrugalWanEncode(io.ComfyNode):
                 report_output(),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=["vae encode", "wan encode", "video to latent", "streaming encode"],
-            ),
+            **found_by(["vae encode", "wan encode", "video to latent", "streaming encode"]),
         )
 
     @classmethod

@@ -65,9 +65,9 @@ def encode(
     samples = half.seen(torch.cat(parts, 2))
     lines = [
         f"encoded {half.cadence.used} frames {columns * scale} x {rows * scale} to "
-        f"{samples.shape[2]} latents, in {len(half.cadence.calls)} pieces",
-        f"ComfyUI's estimate for a piece: {megabytes(half.memory)}; "
-        f"state kept between pieces: {megabytes(stream.state_bytes())}",
+        f"{samples.shape[2]} latents, in {len(half.cadence.calls)} chunks",
+        f"ComfyUI's estimate for a chunk: {megabytes(half.memory)}; "
+        f"state kept between chunks: {megabytes(stream.state_bytes())}",
         *(f"note: {note}" for note in _notes(stream, count, height, width)),
     ]
     return {"samples": samples}, "\n".join(lines)

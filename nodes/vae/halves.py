@@ -28,8 +28,8 @@ class Half:
     where the network waits for more; it replaces the entries of `state` and changes no tensor.
     around: the pointwise convolution before (decoder) or behind (encoder) the network, for all
     frames at once. seen: what the user gets of a piece that `run` returned, as pixels from 0 to 1
-    or as latents. memory, first_memory: bytes that ComfyUI reckons for a piece of this size and for
-    a single frame. scale: pixels per latent pixel. takes: what goes in, in a word.
+    or as latents. memory, first_memory: bytes that ComfyUI estimates for a chunk of this size and
+    for a single frame. scale: pixels per latent pixel. takes: what goes in, in a word.
     """
 
     cadence: Cadence

@@ -142,12 +142,12 @@ class VaeStream:
         if not self.parked:
             self.parked = True
             self.rest()
-            self.notes.append(f"{where}: the state now waits in main memory; same result")
+            self.notes.append(f"{where}: the state was moved to main memory; same result")
             yield self._reload()
         while self._smaller_tiles():
             rows, columns = self.tile
             self.notes.append(
-                f"{where}: went on in {len(self.tiles)} tiles of "
+                f"{where}: continued in {len(self.tiles)} tiles of "
                 f"{columns * self.half.scale} x {rows * self.half.scale} pixels, seams not measured"
             )
             yield self._reload()

@@ -34,15 +34,15 @@ def file_inputs() -> list:
         io.Combo.Input(
             "format",
             options=list(FORMATS),
-            tooltip="H.264 plays everywhere; AV1 and VP9 take longer, for smaller files.",
+            tooltip="H.264 plays everywhere; AV1 and VP9 give smaller files and take longer.",
         ),
         io.Combo.Input(
             "quality",
             options=list(QUALITIES),
             default="good",
             tooltip=(
-                "Constant quality of the file. As crf, high/good/small: H.264 17/21/27, "
-                "AV1 23/30/38, VP9 24/31/38."
+                "Constant quality of the file. crf for high/good/small: H.264 17/21/27, AV1 "
+                "23/30/38, VP9 24/31/38."
             ),
         ),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from . import experts_run
 
 
@@ -13,11 +13,12 @@ class FrugalWanTwoExperts(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalWanTwoExperts",
-            display_name="Join Two Wan Experts (Frugal)",
+            display_name="Join Two Wan Experts",
             category=f"{CATEGORY}/wan",
             description=(
-                "Makes one model of Wan 2.2 A14B's high noise and low noise experts, so that one "
-                "sampler runs both and switches by itself. Only the expert in use is loaded."
+                "Combines Wan 2.2 A14B's high noise and low noise experts into one model, so that "
+                "one sampler runs both and switches automatically. Only the expert in use is "
+                "loaded."
             ),
             inputs=[
                 io.Model.Input("high_noise", tooltip="The expert for the first, noisy steps."),
@@ -30,8 +31,8 @@ class FrugalWanTwoExperts(io.ComfyNode):
                     step=0.005,
                     round=0.001,
                     tooltip=(
-                        "Noise level of the switch, as a fraction of the largest timestep. Wan "
-                        "2.2: 0.875 for text to video, 0.9 for image to video."
+                        "Noise level at which the experts switch, as a fraction of the largest "
+                        "timestep. Wan 2.2: 0.875 for text to video, 0.9 for image to video."
                     ),
                 ),
                 io.Float.Input(
@@ -42,7 +43,7 @@ class FrugalWanTwoExperts(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     optional=True,
-                    tooltip="Guidance of the low noise steps. 0: the same as the sampler's.",
+                    tooltip="Guidance scale of the low noise steps. 0 = same as the sampler's.",
                 ),
             ],
             outputs=[
@@ -52,14 +53,13 @@ class FrugalWanTwoExperts(io.ComfyNode):
                     tooltip="Both experts as one model, for any sampler.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Both files and where the switch lies."
+                    "report",
+                    display_name="report",
+                    tooltip=("Both files and the noise level of the switch."),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=["wan 2.2", "moe", "high noise", "low noise", "a14b", "refiner"],
-            ),
+            **found_by(["wan 2.2", "moe", "high noise", "low noise", "a14b", "refiner"]),
         )
 
     @classmethod

@@ -277,7 +277,7 @@ def _with_changes(low: Any, high: Any, run: Any) -> Any:
     if new:
         for key, entries in new.items():
             low.patches[key] = [*low.patches.get(key, ()), *entries]
-        # The same patches give the same mark, so that ComfyUI need not load the weights anew.
+        # The same patches give the same mark, so that ComfyUI need not load the weights again.
         low.patches_uuid = uuid.uuid5(low.patches_uuid, str(run.patches_uuid))
     return low
 
@@ -299,7 +299,7 @@ def _refuse_bound_changes(high: Any, run: Any) -> None:
                 for key, entries in keyed.items()
                 if key != KEY and entries != before.get(key, [])
             ]
-    # Weight hooks are not among them: they come with a prompt, and each run registers them anew.
+    # Weight hooks are not among them: they come with a prompt, and each run registers them again.
     for kind in ("injections", "additional_models", "weight_wrapper_patches"):
         before = getattr(high, kind, {})
         found += [f"{kind} '{key}'" for key in getattr(run, kind, {}) if key not in before]

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.checkpoints.matmul_precision import AUTO
 from ...kernels.checkpoints.matmul_precision import CHOICES as PRODUCTS
 from ...kernels.quantize.on_load import AS_STORED, CHOICES
-from .._comfy import CATEGORY, known, show_text
+from .._comfy import CATEGORY, found_by, show_text
 from .._models import fingerprint, model_names, model_offered, model_path
 from . import load_run
 
@@ -17,7 +17,7 @@ class FrugalLoadWan(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalLoadWan",
-            display_name="Load Wan Model (Frugal)",
+            display_name="Load Wan Model",
             category=f"{CATEGORY}/wan",
             description=(
                 "Loads a Wan 2.1 video model from any public layout: fp32, fp16, bf16, "
@@ -37,9 +37,8 @@ class FrugalLoadWan(io.ComfyNode):
                     options=list(load_run.WEIGHT_DTYPES),
                     default=load_run.DEFAULT,
                     tooltip=(
-                        "Type in which an unquantised model is kept. default: what "
-                        "ComfyUI picks for this "
-                        "device. Quantised files need default."
+                        "Data type of an unquantised model. default: what ComfyUI picks for this "
+                        "device; quantised files need default."
                     ),
                 ),
                 io.Combo.Input(
@@ -58,7 +57,7 @@ class FrugalLoadWan(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     tooltip=(
-                        "How quantised layers multiply. full precision: expanded to the compute "
+                        "How quantised layers multiply. full precision: dequantised to the compute "
                         "type, most accurate. low precision: in their own format, activations "
                         "rounded per token; fp8 needs compute capability 8.9. auto: full for fp8, "
                         "ComfyUI's own kernels for int8 and 4 bits."
@@ -76,16 +75,15 @@ class FrugalLoadWan(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **known(
-                io.Schema,
-                search_aliases=[
+            **found_by(
+                [
                     "wan",
                     "load diffusion model",
                     "fp8",
                     "int8",
                     "gguf",
                     "unet loader",
-                ],
+                ]
             ),
         )
 

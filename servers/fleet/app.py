@@ -1,6 +1,6 @@
 """The Ray Serve application: one scheduler, one ComfyUI in each worker replica.
 
-A worker's process and its ComfyUI end together, whichever goes first; Serve then starts another
+A worker's process and its ComfyUI end together, whichever ends first; Serve then starts another
 one. The scheduler alone keeps state, on disk, so that losing any process loses no accepted job.
 """
 

@@ -93,7 +93,7 @@ async def _through(
         with atomic_write(folder / DONE) as unfinished:
             unfinished.write_text(json.dumps({"key": row.key, "job": job}, indent=1), "utf-8")
     if delete:
-        # A failed job is forgotten too, or its key would give the old failure for ever.
+        # A failed job is forgotten too, or its key would give the old failure forever.
         with contextlib.suppress(FrugalError):
             await client.delete(job["id"])
     return result

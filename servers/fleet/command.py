@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(f"{error.filename or 'a file'}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
-        _complain("stopped; the same command goes on from here")
+        _complain("stopped; the same command resumes from here")
         return 130
 
 

@@ -122,7 +122,7 @@ def _join(ray: Any, options: Mapping[str, Any]) -> None:
 
 
 def _check_room(fleet: Fleet, there: Mapping[str, float]) -> None:
-    # Serve would wait for a card that never comes, without a word.
+    # Serve would wait for a card that never comes, silently.
     for name, each in (("GPU", fleet.gpus), ("CPU", fleet.cpus)):
         wanted = fleet.workers * each
         if wanted > there.get(name, 0):

@@ -44,7 +44,7 @@ def prepare() -> None:
     """Before torch and ComfyUI are imported."""
     if NAME not in (*MODES, CPU):
         raise ValueError(f"FRUGAL_CARD={NAME}: name one of {', '.join((*MODES, CPU))}")
-    # Another environment's Triton may be in sight; there is no card to compile for.
+    # Another environment's Triton may be visible; there is no card to compile for.
     sys.modules["triton"] = None  # type: ignore[assignment]
     if MODE is None:
         from .simulated_cuda import torchvision_operators

@@ -16,8 +16,8 @@ from frugal.tests.helpers import sampling
 from frugal.tests.helpers import wan as bed
 
 WAYS = [
-    ("gather", "model"), ("gather", "fp8"), ("gather", "int8"),
-    ("merge", "model"), ("merge", "fp8"), ("merge", "int8"), ("in place", "model"),
+    ("gathered", "model"), ("gathered", "fp8"), ("gathered", "int8"),
+    ("chunked", "model"), ("chunked", "fp8"), ("chunked", "int8"), ("paged", "model"),
 ]  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def test_causal(plain, same_as_cpu, way, kind, on_host):
     with torch.inference_mode():
         made = causal_bed.causal(
             plain, window=4, sink=1, way=way, kind=kind, on_host=on_host,
-            relative=way != "in place",
+            relative=way != "paged",
         )  # fmt: skip
         same_as_cpu([causal_bed.make(made, 7, cfg=2.0)], EXACT if kind == "model" else EIGHT)
 

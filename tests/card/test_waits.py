@@ -92,17 +92,17 @@ SCENARIOS = {
     "AWQ": (packed("AWQ 4 bits"), 0, 0),
     "GGUF Q4_K": (gguf("Q4_K"), 0, 0),
     "GGUF IQ4_XS": (gguf("IQ4_XS"), 0, 0),
-    "LoRA beside": (layout(ROWS, apply=lora_beside), 0, 0),
+    "unmerged LoRA": (layout(ROWS, apply=lora_beside), 0, 0),
     "attention chosen": (layout("bf16", apply=lambda bench, m: attention_run.apply(m)), 0, 0),
-    "constant context": (layout("bf16", apply=constant_context), 1, 0),
+    "cross-attention cache": (layout("bf16", apply=constant_context), 1, 0),
     "step cache": (layout("bf16", apply=step_cache), 2, 0),
     "guided for a part": (
         layout("bf16", apply=lambda bench, m: guidance_range_run.apply(m, 0.0, 0.9)), 1, 0,
     ),
-    "causal, pages as computed": (causal(way="gather", kind="model"), 0, 0),
-    "causal, int8 pages": (causal(way="gather", kind="int8"), 0, 0),
-    "causal, fp8 pages merged": (causal(way="merge", kind="fp8"), 0, 0),
-    "causal, pages in main memory": (causal(way="gather", kind="model", on_host=True), 0, 0),
+    "causal, pages as computed": (causal(way="gathered", kind="model"), 0, 0),
+    "causal, int8 pages": (causal(way="gathered", kind="int8"), 0, 0),
+    "causal, fp8 pages merged": (causal(way="chunked", kind="fp8"), 0, 0),
+    "causal, pages in main memory": (causal(way="gathered", kind="model", on_host=True), 0, 0),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from frugal.kernels.causal.cache import VideoCache
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.paged_kernels import KERNELS
 from frugal.kernels.causal.storage import KINDS, PageFormat
-from frugal.kernels.causal.strategies import EFFICIENT, FLASH, GATHER, MERGE, with_lse
+from frugal.kernels.causal.strategies import CHUNKED, EFFICIENT, FLASH, GATHERED, with_lse
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +37,7 @@ def film(kind: str, on_host: bool, way: str, blocks: int = 12, width: int = 128)
             cache.store(layer, (0,), k, v)
             # The device is behind the host, as it is under a model.
             torch.cuda._sleep(BUSY)
-            if way == MERGE:
+            if way == CHUNKED:
                 runs = cache.runs(layer, (0,), k, v, 2)
                 parts = [torch.cat(x, 1) for x in zip(*runs, strict=True)]
             else:
@@ -53,7 +53,7 @@ def film(kind: str, on_host: bool, way: str, blocks: int = 12, width: int = 128)
     return torch.stack(seen).cpu(), cache
 
 
-@pytest.mark.parametrize("way", [GATHER, MERGE])
+@pytest.mark.parametrize("way", [GATHERED, CHUNKED])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_from_main_memory_are_the_same(kind, way):
     wanted, _ = film(kind, False, way)
@@ -67,7 +67,7 @@ def test_pages_from_main_memory_are_the_same(kind, way):
 def test_bytes_on_the_card_are_those_of_the_formula():
     gc.collect()
     before = torch.cuda.memory_allocated()
-    _, cache = film("model", False, GATHER)
+    _, cache = film("model", False, GATHERED)
     held = torch.cuda.memory_allocated() - before
     # What the last block left: the window and the sink, each page two tensors of a whole number of
     # the allocator's 512 bytes.
@@ -76,7 +76,7 @@ def test_bytes_on_the_card_are_those_of_the_formula():
     cache.release()
     cache.pool.trim()
     assert torch.cuda.memory_allocated() - before < 0.01 * held
-    _, hosted = film("model", True, GATHER)
+    _, hosted = film("model", True, GATHERED)
     held = torch.cuda.memory_allocated() - before
     assert held == pytest.approx(hosted.staging.held_bytes, rel=0.03)
     assert hosted.staging.held_bytes == 2 * 4 * hosted.fmt.page_bytes
@@ -97,7 +97,7 @@ def test_the_fused_kernels_and_their_lse(monkeypatch, kernel):
 
 @pytest.mark.parametrize("tokens", [1560, 1024])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda each: each.name)
-def test_kernels_that_read_pages_in_place(kernel, tokens):
+def test_kernels_that_read_pages(kernel, tokens):
     cuda = torch.device("cuda")
     fmt = PageFormat((2, tokens, 12, 128), torch.bfloat16)
     reason = kernel.why_not(fmt, cuda, 9)

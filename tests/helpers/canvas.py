@@ -14,7 +14,7 @@ from typing import Any
 from frugal.demo.web_page import VUE_NODES, open_page
 
 SIZE = {"width": 1600, "height": 900}
-# Limits for a machine that others keep busy; nothing waits for them in vain but a broken page.
+# Limits for a machine that others keep busy; only a broken page waits that long.
 WAIT_MS, RUN_MS = 300_000, 900_000
 
 LISTEN = """() => {

@@ -116,7 +116,7 @@ class Reference:
         return torch.cat(out, dim=2)
 
     def forget_the_unseen(self, block, size):
-        """What a recache starts from: the frames still kept, each made anew beside the others."""
+        """What a recache starts from: the frames still kept, each recomputed beside the others."""
         self.known = [frame for frame in self.known if self.sees(block, size, frame)]
 
     def forward(self, latent, number, sigma, prompt):

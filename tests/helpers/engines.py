@@ -26,7 +26,7 @@ from frugal.tests.helpers.patience import HANG
 
 PYTHON = os.environ.get("FRUGAL_VLLM_OMNI", "")
 RESULTS = os.environ.get("FRUGAL_ENGINE_RESULTS", "")
-# Where models are kept from run to run; else they are made anew.
+# Where models are kept from run to run; else they are made again.
 MODELS = os.environ.get("FRUGAL_ENGINE_MODELS", "")
 NEEDED = "real servers: set FRUGAL_VLLM_OMNI to the Python of an environment with vLLM-Omni"
 PLATFORM = Path(__file__).resolve().parents[1] / "omni_cpu"

@@ -20,7 +20,7 @@ def until(condition: Callable[[], object], say: Callable[[], object] = str) -> N
 
 
 async def comes(condition: Callable[[], object], say: Callable[[], object] = str) -> None:
-    """`until` for an event loop, which goes on meanwhile."""
+    """`until` for an event loop, which keeps running."""
     end = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < end, f"never came: {say()}"

@@ -49,7 +49,7 @@ def install(seed: int) -> None:
 def _turn(
     seed: int, name: str, size: int, *tensors: torch.Tensor | None, tail: bool = False
 ) -> int:
-    """Where the sum over `size` begins: a number that hangs on the call's shapes alone."""
+    """Where the sum over `size` begins: a number that depends on the call's shapes alone."""
     shapes = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in tensors if t is not None]
     return zlib.crc32(repr((seed, name, shapes, tail)).encode()) % size if size else 0
 

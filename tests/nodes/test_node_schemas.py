@@ -1,6 +1,6 @@
 """Saved workflows keep working: no node id, input, choice or output goes away or changes its type.
 
-`node_schemas.json` holds what was shipped. After adding a node or an input, write it anew:
+`node_schemas.json` holds what was shipped. After adding a node or an input, rewrite it:
 
     FRUGAL_WRITE_SCHEMAS=1 FRUGAL_COMFYUI_TREE=<ComfyUI> python -P -m pytest \
         tests/nodes/test_node_schemas.py
@@ -99,7 +99,7 @@ def test_what_was_shipped_still_works(now):
     shipped = json.loads(SHIPPED.read_text("utf-8"))
     assert faults(shipped, now) == []
     unlisted = sorted(set(now) - set(shipped))
-    assert not unlisted, f"write node_schemas.json anew: {unlisted} are not in it"
+    assert not unlisted, f"rewrite node_schemas.json: {unlisted} are not in it"
 
 
 def test_each_kind_of_fault_is_seen():

@@ -1,6 +1,6 @@
 """Each shipped graph in the form the server runs, as committed: the same on every ComfyUI.
 
-FRUGAL_WRITE_SNAPSHOTS=1 writes tests/workflows/api anew; tests/browser compares them with what the
+FRUGAL_WRITE_SNAPSHOTS=1 rewrites tests/workflows/api; tests/browser compares them with what the
 real page makes.
 """
 

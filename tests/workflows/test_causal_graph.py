@@ -33,8 +33,8 @@ def nodes(server):
     files = {key: path.name for key, path in build_demo_wan(server.models).items()}
     model = {"model_name": files["t2v"], "weight_dtype": "default"}
     causal = {
-        "wan_model": ["1", 0], "window": 2, "sink": 1, "positions": "relative", "pages": "int8",
-        "keep_in": "device memory", "attend": "gathered", "budget_gb": 0.1, "shift": 5.0,
+        "wan_model": ["1", 0], "window": 2, "sink": 1, "positions": "relative", "kv_dtype": "int8",
+        "kv_location": "device memory", "attention": "gathered", "max_cache_gb": 0.1, "shift": 5.0,
     }  # fmt: skip
     nodes = {
         "1": {"class_type": "FrugalLoadWan", "inputs": model},

@@ -1,4 +1,4 @@
-"""Constant context through a real server: the same frames, run after run."""
+"""Cached cross-attention through a real server: the same frames, run after run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def graph(server, constant: bool, seed: int) -> dict:
         "8": ("SaveImage", {"images": ["7", 0], "filename_prefix": "context"}),
     }  # fmt: skip
     if constant:
-        widgets = {"keep": "as computed", "contexts": 8, "release_weights": True}
+        widgets = {"kv_dtype": "as computed", "contexts": 8, "release_weights": True}
         nodes["10"] = ("FrugalWanConstantContext", {"wan_model": ["1", 0], **widgets})
         nodes["11"] = ("PreviewAny", {"source": ["10", 1]})
     return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}

@@ -124,7 +124,7 @@ def test_secrets_are_kept_from_custom_nodes(loop, comfy):
 
 
 def test_a_limit_and_a_cancel_stop_the_graph_alone(loop, comfy, monkeypatch, tmp_path):
-    """What comes after has its turn only when they have ended, for they wait for ever."""
+    """What comes after has its turn only when they have ended, for they wait forever."""
     pid = comfy.process.pid
     with monkeypatch.context() as patch:
         patch.setattr(comfy, "recipe", replace(comfy.recipe, job_seconds=0.5))

@@ -1,4 +1,4 @@
-"""Two LoRAs beside an fp8 model through a real server, against a file with both in its weights."""
+"""Two unmerged LoRAs on an fp8 model through a real server, against a file with both merged."""
 
 from __future__ import annotations
 

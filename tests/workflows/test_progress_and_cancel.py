@@ -83,7 +83,8 @@ def described(files: dict[str, str], kind: str) -> dict[str, Node]:
             links, values = {"vae": ("vae", 0), "images": ("pictures", 0)}, {}
         case "FrugalQuantize":
             nodes, links = {}, {}
-            values = {"model_name": f"{DEEP}.safetensors", "to": "W4A8", "filename_prefix": DEEP}
+            values = {"model_name": f"{DEEP}.safetensors", "format": "W4A8"}
+            values["filename_prefix"] = DEEP
         case "FrugalLoadWan":
             nodes, links = {}, {}
             values = {"model_name": f"{DEEP}.safetensors", "quantize": "fp8 per-channel"}

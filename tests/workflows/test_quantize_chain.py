@@ -74,7 +74,7 @@ def ours(name: str) -> dict:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_quantise_then_sample(target, server, files):
-    result = quantise(server, files, to=target)
+    result = quantise(server, files, format=target)
     assert (result.status, result.errors) == ("success", [])
     name = f"chain_{TARGETS[target]}.safetensors"
     folder = server.models / "diffusion_models"
@@ -90,7 +90,7 @@ def test_quantise_then_sample(target, server, files):
 
 
 def test_mistake_is_told(server, files):
-    result = quantise(server, files, to="a size", size_gb=0.001)
+    result = quantise(server, files, format="target size", size_gb=0.001)
     assert result.status == "error"
     assert any(
         "the smallest size with the formats allowed" in str(error) for error in result.errors

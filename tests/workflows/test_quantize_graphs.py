@@ -105,7 +105,7 @@ def test_record_quantise_to_a_size_and_check(server, files):
     (quantize,) = (k for k, node in prompt.items() if node["class_type"] == "FrugalQuantize")
     made = run(server, {k: n for k, n in prompt.items() if k == quantize})
     (text,) = made.outputs[quantize]["text"]
-    assert "shares of the layers measured in 1 runs" in text
+    assert "layer sensitivity measured in 1 runs" in text
     assert (folder / f"{result_name}.safetensors").stat().st_size <= SIZE * 10**9 + 10_000
     held = folder / f"{result_name}.quality.json"
     before = json.loads(held.read_text())

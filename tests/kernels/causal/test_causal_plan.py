@@ -9,7 +9,7 @@ import torch
 
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.storage import FP8, INT8, wan_page
-from frugal.kernels.causal.strategies import GATHER, MERGE, over_pages
+from frugal.kernels.causal.strategies import CHUNKED, GATHERED, over_pages
 from frugal.kernels.memory.causal import RUN_COPIES, CausalMemory, Needs, remedies
 from frugal.kernels.memory.trace import trace
 
@@ -40,7 +40,7 @@ def test_pages_are_those_of_the_frames_in_sight():
 
 
 def test_notes_say_where_it_lies():
-    assert "24 latent frames in sight, for each side" in memory().notes()[0]
+    assert "24 latent frames in the attention window, for each of" in memory().notes()[0]
     assert "in device memory" in memory().notes()[0] and len(memory().notes()) == 1
     (first, second) = memory(CacheOptions(on_host=True), sides=1).notes()
     assert "one condition" in first and "in main memory" in first and "session" in second
@@ -54,7 +54,7 @@ def test_latents_grow_with_the_run_and_not_with_what_left_the_window():
     assert more - few == (RUN_COPIES + 1) * one
 
 
-@pytest.mark.parametrize("way", [GATHER, MERGE])
+@pytest.mark.parametrize("way", [GATHERED, CHUNKED])
 @pytest.mark.parametrize("kind", ["model", FP8, INT8])
 def test_a_filled_cache_is_read_as_a_real_one(way, kind):
     """The same count of attention over pages, with memory and without."""
@@ -84,7 +84,7 @@ def test_a_filled_cache_is_read_as_a_real_one(way, kind):
 
 def needed(options: CacheOptions) -> int:
     """6 GB of forward, of which gathering is 2; half a GB of pages a frame."""
-    forward = 4 * GB if options.way == MERGE else 6 * GB
+    forward = 4 * GB if options.way == CHUNKED else 6 * GB
     pages = 0 if options.on_host else (options.window + options.sink) * GB // 2
     return forward + (pages // 2 if options.kind != "model" else pages)
 
@@ -92,10 +92,10 @@ def needed(options: CacheOptions) -> int:
 @pytest.mark.parametrize(
     ("room", "said"),
     [
-        (16.5, ["'run by run' (the same video up to rounding): 16.00", "'int8'", "window 18 "]),
+        (16.5, ["'chunked' (the same video up to rounding): 16.00", "'int8'", "window 18 "]),
         (15, ["'main memory' (the same video, slower): 6.00", "'int8'", "window 15 "]),
         (8, ["'main memory' (the same video, slower): 6.00"]),
-        (4.5, ["'main memory' and attend 'run by run'"]),
+        (4.5, ["'main memory' and attention 'chunked'"]),
         (3, ["no setting of Causal Model"]),
     ],
 )
@@ -107,7 +107,7 @@ def test_advice_changes_the_least_that_fits(room, said):
 
 
 def test_advice_repeats_no_setting_that_is_there():
-    options = replace(WINDOWED, kind=FP8, way=MERGE, on_host=True)
+    options = replace(WINDOWED, kind=FP8, way=CHUNKED, on_host=True)
     (line,) = remedies(options, 3, needed, GB)
     assert line.startswith("no setting")
     # A window that keeps everything has no largest smaller one.

@@ -200,11 +200,9 @@ def anywhere(request, monkeypatch):
 
 
 def video(blocks=4, reserve=24, **options):
-    """Attention of each block of a video in place, and over the gathered keys; the cache."""
+    """Attention of each block of a video, paged, and over the gathered keys; the cache."""
     fmt = PageFormat((1, 40, 2, 16), torch.float32)
-    cache = VideoCache(
-        fmt, 2, CPU, CacheOptions(window=3, sink=1, way=strategies.IN_PLACE, **options)
-    )
+    cache = VideoCache(fmt, 2, CPU, CacheOptions(window=3, sink=1, way=strategies.PAGED, **options))
     cache.reserve(reserve)
     make, pairs = torch.Generator().manual_seed(1), []
     for _ in range(blocks):
@@ -213,33 +211,33 @@ def video(blocks=4, reserve=24, **options):
 
 
 def block(cache, make):
-    """The attention of one more block, layer by layer: (in place, over the gathered keys)."""
+    """The attention of one more block, layer by layer: (paged, over the gathered keys)."""
     pairs = []
     cache.start_block(1)
     with cache.writing(torch.zeros(1, 1, 1, 1, 1)):
         for layer in range(2):
             q, k, v = torch.randn(3, 2, 40, 2, 16, generator=make).unbind(0)
             cache.store(layer, (1, 0), k, v)
-            found = cache.attended_in_place(layer, (1, 0), q, k, v)
+            found = cache.attended_paged(layer, (1, 0), q, k, v)
             pairs.append((found, strategies.merged(q, [cache.gathered(layer, (1, 0), k, v)])))
     return pairs
 
 
-def test_a_video_in_place(anywhere):
+def test_a_paged_video(anywhere):
     cache, pairs = video()
     assert [found is None for found, _ in pairs] == [True] * 2 + [False] * 6
     assert all((found - exact).abs().max() < 1e-5 for found, exact in pairs[2:])
-    assert (cache.in_place.calls, cache.in_place.loose, cache.in_place.reason) == (6, 0, "")
-    assert f"by {anywhere.name}: 6 calls" in cache.in_place.text()
-    assert cache.fork().in_place is cache.in_place
+    assert (cache.paged.calls, cache.paged.loose, cache.paged.reason) == (6, 0, "")
+    assert f"by {anywhere.name}: 6 calls" in cache.paged.text()
+    assert cache.fork().paged is cache.paged
 
 
 @pytest.mark.parametrize("from_disk", [False, True])
-def test_a_session_goes_on_in_place(anywhere, tmp_path, from_disk):
+def test_a_paged_session_goes_on(anywhere, tmp_path, from_disk):
     """Its pages come back into the slab: apart from it they would take their memory twice."""
     cache, _ = video()
     cache.offload()
-    assert cache.in_place.slab is None
+    assert cache.paged.slab is None
     if from_disk:
         session_file.save(cache, tmp_path / "video.safetensors")
         cache = session_file.load(tmp_path / "video.safetensors", CPU)
@@ -248,18 +246,18 @@ def test_a_session_goes_on_in_place(anywhere, tmp_path, from_disk):
         branch.unpark()
         held = [branch.pool.read(page) for s in branch.streams.values() for f in s.values()
                 for page in f]  # fmt: skip
-        assert len(held) == 16 and all(page.slab is branch.in_place.slab for page in held)
+        assert len(held) == 16 and all(page.slab is branch.paged.slab for page in held)
         found, exact = block(branch, torch.Generator().manual_seed(2))[0]
         assert (found - exact).abs().max() < 1e-5
-        assert branch.in_place.loose == 0
+        assert branch.paged.loose == 0
         branch.offload()
 
 
 def test_pages_outside_of_the_slab_are_gathered(anywhere):
     cache, pairs = video(reserve=8)
     assert [found is None for found, _ in pairs] == [True] * 2 + [False] * 4 + [True] * 2
-    assert cache.in_place.loose == 2
-    assert "2 gathered because" in cache.in_place.text()
+    assert cache.paged.loose == 2
+    assert "2 gathered because" in cache.paged.text()
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises"])
@@ -275,23 +273,23 @@ def test_a_kernel_that_is_wrong_is_found_at_its_first_call(monkeypatch, caplog, 
     cache, pairs = video()
     assert all(found is None for found, _ in pairs)
     expected = {"wrong": "was off by", "raises": "raised RuntimeError: no kernel image"}[fault]
-    assert expected in cache.in_place.text() and expected in caplog.text
+    assert expected in cache.paged.text() and expected in caplog.text
 
 
 def test_a_slab_beyond_the_budget_is_not_made(monkeypatch):
     monkeypatch.setattr(paged_attention, "choose", lambda *_: (FLEX, ""))
     # Pages of 40 tokens fit, rounded up to 128 they do not.
     cache, pairs = video(budget=24 * 2 * 40 * 2 * 16 * 4 + 1)
-    assert all(found is None for found, _ in pairs) and cache.in_place.slab is None
-    assert "more than the budget" in cache.in_place.text()
+    assert all(found is None for found, _ in pairs) and cache.paged.slab is None
+    assert "more than the budget" in cache.paged.text()
 
 
 def test_what_a_page_takes_is_counted_with_its_rows(anywhere):
     """At the most: flex_attention pads a page of 40 tokens to 128 rows, the others do not."""
     cache, _ = video()
     counted = cache.options.page_bytes(cache.fmt)
-    slab = cache.in_place.slab
+    slab = cache.paged.slab
     taken = (slab.k.nbytes + slab.v.nbytes) / slab.k.shape[0]
     assert counted == taken if anywhere is FLEX else counted > taken
-    other = CacheOptions(window=3, sink=1, way=strategies.IN_PLACE, relative=True)
+    other = CacheOptions(window=3, sink=1, way=strategies.PAGED, relative=True)
     assert other.page_bytes(cache.fmt) == cache.fmt.page_bytes

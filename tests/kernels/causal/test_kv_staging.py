@@ -11,7 +11,7 @@ from frugal.kernels.causal.cache import VideoCache
 from frugal.kernels.causal.options import CacheOptions
 from frugal.kernels.causal.staging import Lane, Staging
 from frugal.kernels.causal.storage import Page, PageFormat
-from frugal.kernels.causal.strategies import GATHER, MERGE
+from frugal.kernels.causal.strategies import CHUNKED, GATHERED
 
 B, TOKENS, HEADS, WIDTH, LAYERS = 1, 3, 2, 12, 4
 SHAPE = (B, TOKENS, HEADS, WIDTH)
@@ -71,7 +71,7 @@ def film(lane=None, blocks=6, calls=3, sides=((0,),), **options):
                 each = [kv(1000 * block + 10 * layer + side + 100 * number) for side in streams]
                 k, v = (torch.cat(part) for part in zip(*each, strict=True))
                 cache.store(layer, streams, k, v)
-                if options.get("way") == MERGE:
+                if options.get("way") == CHUNKED:
                     parts = list(cache.runs(layer, streams, k, v, 2))
                     seen.append(tuple(torch.cat(x, 1) for x in zip(*parts, strict=True)))
                 else:
@@ -94,7 +94,7 @@ def same(one, other):
     )
 
 
-@pytest.mark.parametrize("way", [GATHER, MERGE])
+@pytest.mark.parametrize("way", [GATHERED, CHUNKED])
 @pytest.mark.parametrize("kind", ["model", "int8"])
 @pytest.mark.parametrize("sides", [((0,),), ((0, 1),), ((1,), (0,))])
 def test_what_attention_sees_is_as_without(way, kind, sides):
@@ -133,7 +133,7 @@ def test_a_place_is_filled_again_only_behind_what_read_it():
     film(lane, blocks=4)
     reads = [mark for what, mark in lane.log if what == "read"]
     orders = [after for what, after in lane.log if what == "order"]
-    # None: new memory, which waits for everything; it grows with the frames in sight.
+    # None: new memory, which waits for everything; it grows with the frames in the window.
     assert orders[:2] == [None, None]
     behind = [after for after in orders if after is not None]
     assert behind and all(after in reads for after in behind)

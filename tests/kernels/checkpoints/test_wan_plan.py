@@ -341,7 +341,7 @@ def test_scale_that_is_not_finite(tmp_path):
 
 def test_scale_of_one_beside_a_plain_weight_is_dropped_and_reported(tmp_path):
     _, plan = plan_file(tmp_path, bf16() | {f"{Q}.scale_weight": torch.ones(())})
-    assert "1 scales beside unquantised weights are left out" in plan.notes
+    assert "1 scales of unquantised weights are left out" in plan.notes
     assert f"{Q}.scale_weight" not in plan.rename
 
 

@@ -164,7 +164,7 @@ def test_report_names_what_was_left():
     assert lines[0] == "a.safetensors at 0.5: 10 of 20 keys not applied:"
     assert lines[1].startswith("- blocks.0.x.lora_A.weight, ") and "and 3 more: no such" in lines[1]
     assert lines[2:4] == ["- z.alpha: odd", "a.safetensors at 0.5: 11 of 20 keys applied"]
-    assert lines[4] == "4 layers with a side branch, 3.0 MB"
+    assert lines[4] == "4 layers with an unmerged adapter, 3.0 MB"
     assert report.as_dict()["left"] == dict(report.left)
     whole = LoraReport("a.safetensors", 1.0, 9, 9, 0, {}, 4, 0)
     assert whole.text().split("\n")[0] == "a.safetensors at 1: 9 of 9 keys applied"

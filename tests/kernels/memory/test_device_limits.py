@@ -181,7 +181,7 @@ def test_a_torch_for_an_older_cuda(card):
     text = doctor.diagnose(facts(card, cuda="12.8", backends=off)).text()
     assert "torch is built for CUDA 12.8" in text
     assert ("install a torch built for CUDA 13.0" in text) == (card >= (7, 5))
-    assert ("stays with PyTorch's own products" in text) == (card < (7, 5))
+    assert ("uses PyTorch's own matmuls" in text) == (card < (7, 5))
     assert "int8: plain PyTorch" in text
     plain = {"int8_tensorwise": doctor.why_compiled_off("12.8", card)}
     layers = SimpleNamespace(file="f", layers={"a": LayerLayout("int8_tensorwise")})
@@ -347,7 +347,7 @@ def test_a_device_without_products_of_integers_expands():
     plain = {"int8_tensorwise": doctor.why_plain("int8_tensorwise", None)}
     found = plan_matmul(layers, AUTO, None, "mps", plain, why)
     assert found.expanded == ("a",)
-    assert "mps has no product of integers" in found.notes[0]
+    assert "mps has no integer matmul" in found.notes[0]
     only = SimpleNamespace(file="f", layers={"a": held["a"]})
     with pytest.raises(FrugalError, match="set matmul to auto or full"):
         plan_matmul(only, LOW, None, "mps", plain, why)

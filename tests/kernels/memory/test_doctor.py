@@ -220,7 +220,7 @@ def test_what_fits_is_streamed_or_is_too_large():
     big = found(GPU, "Wan 14B I2V", "fp8", "720p")
     assert big.peak < 12 * GB < big.reserve and big.streamed == big.weights
     tiny = found(replace(GPU, memory_total=4 * GB - 1), "Wan 14B T2V", "W4A8", "720p")
-    assert tiny.streamed is None and "too large, the work alone takes 8.6" in tiny.text()
+    assert tiny.streamed is None and "too large, the activations alone take 8.6" in tiny.text()
     kept = replace(GPU, memory_total=small.weights + small.reserve, reserved=GB)
     assert found(kept, "Wan 14B I2V", "fp8", "480p").streamed == GB
 

@@ -94,7 +94,7 @@ def test_caches_and_expanded_layers_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("budget", "work", "said"), [(9, 6, None), (6, 4, "stream"), (4, 2, "tiles")]
+    ("budget", "work", "said"), [(9, 6, None), (6, 4, "in chunks"), (4, 2, "tiles")]
 )
 def test_decoding_takes_the_first_way_that_fits(budget, work, said):
     vae = Decoding(GB // 2, 6 * GB, 4 * GB, 2 * GB)

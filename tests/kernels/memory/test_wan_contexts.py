@@ -210,9 +210,9 @@ def test_plan_of_the_14b_models():
 def test_report_says_what_a_user_can_act_on():
     report = ContextReport(8, 8, 24, 2, 1_500_000, 0, 0)
     assert report.text() == (
-        "constant context: 24 layer results given again, 8 computed, in 8 calls of the model; "
-        "2 contexts kept, 1.5 MB"
+        "cross-attention cache: 24 layer results reused, 8 computed, in 8 calls of the model; "
+        "2 contexts cached, 1.5 MB"
     )
     more = ContextReport(8, 8, 24, 2, 1_500_000, 3, 2_000_000, ("a layer was left alone",)).text()
-    assert "moved out of the device's memory: 2.0 MB" in more
-    assert "3 contexts made room" in more and "note: a layer was left alone" in more
+    assert "offloaded from the device: 2.0 MB" in more
+    assert "3 contexts were evicted" in more and "note: a layer was left alone" in more

@@ -144,7 +144,7 @@ def test_source_and_target_of_another_kind(source, tmp_path, capsys):
     assert command.main([str(source.parent), out, "--to", "fp8"]) == 1
     assert "is a folder; expected a model file" in capsys.readouterr().err
     assert command.main([str(source), out.removesuffix(".safetensors"), "--to", "fp8"]) == 1
-    assert "write to out.safetensors." in capsys.readouterr().err
+    assert "write to out.safetensors:" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -224,7 +224,7 @@ def test_interruption(source, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(command._Bar, "_show", stop)
         assert command.main([str(source), str(out), "--to", "int8"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err and not out.exists()
+    assert "the same command resumes" in capsys.readouterr().err and not out.exists()
     assert command.main([str(source), str(out), "--to", "int8"]) == 0
     assert command.main([str(source), str(tmp_path / "2.safetensors"), "--to", "int8"]) == 0
     assert out.read_bytes() == (tmp_path / "2.safetensors").read_bytes()

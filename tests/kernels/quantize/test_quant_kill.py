@@ -92,7 +92,7 @@ def test_ten_kills_lose_nothing(tmp_path):
     told = json.loads(run.stdout.splitlines()[-1])
     assert killed.read_bytes() == whole.read_bytes()
     assert os.listdir(killed.parent) == ["out.safetensors"]
-    # Guards: it was killed that often while unfinished, and later runs did not begin anew.
+    # Guards: it was killed that often while unfinished, and later runs did not start over.
     assert told["kills"] == KILLS and not any(told["finished"]), told
     assert told["journal"] == sorted(told["journal"]) and told["journal"][-1] > 3, told
     assert told["resumed"] > 3, told

@@ -152,7 +152,7 @@ def test_existing_target_stays(tmp_path):
     assert load_file(path)
 
 
-def test_target_that_appears_meanwhile_stays(tmp_path):
+def test_target_that_appears_during_the_run_stays(tmp_path):
     content, path = tensors(), tmp_path / "m.safetensors"
     by_name = {name: tensor for group in content for name, tensor in group.items()}
     with Writer(path, groups(content), {}, "f") as out:

@@ -1,4 +1,4 @@
-"""The memory plan of a causal model: what it foretells is what a run takes, and the run is the
+"""The memory plan of a causal model: what it predicts is what a run takes, and the run is the
 same.
 """
 
@@ -58,10 +58,10 @@ def sampling(plan):
         ({"window": 6, "sink": 2, "relative": True}, 3.0),
         ({"window": 6, "kind": "int8", "relative": True}, 3.0),
         ({"window": 6, "kind": "fp8"}, 1.0),
-        ({"window": 6, "way": "merge"}, 1.0),
+        ({"window": 6, "way": "chunked"}, 1.0),
         ({}, 1.0),
     ],
-    ids=["guided", "int8", "fp8", "merge", "all kept"],
+    ids=["guided", "int8", "fp8", "chunked", "all kept"],
 )
 def test_predicted_memory_is_that_of_a_run(plain, options, cfg):
     frames = 12
@@ -87,7 +87,7 @@ def test_a_window_bounds_it_and_the_block_sets_it(plain):
     hosted = parts(12, window=4, on_host=True)
     # Two layers of the two frames that are read, for each side.
     assert (hosted[CAUSAL_KV], hosted[WORK]) == (2 * 2 * 2 * 64 * 256 * 4 * 2, long[WORK])
-    assert parts(12, window=4, way="merge")[WORK] <= long[WORK]
+    assert parts(12, window=4, way="chunked")[WORK] <= long[WORK]
 
 
 def test_the_node_counts_it_and_says_what_would_fit(plain):
@@ -108,12 +108,12 @@ def test_the_node_counts_it_and_says_what_would_fit(plain):
     found = data["phases"][0]["parts"]
     assert found[CAUSAL_KV] == 2 * 2 * 9 * page
     assert data["job"]["block"] == BLOCK and "in blocks of 2 latent frames" in text
-    assert "9 latent frames in sight, for each side of the guidance" in text
+    assert "9 latent frames in the attention window, for each of cond and uncond" in text
     assert not data["advice"]
     # One byte per value is enough, and so is main memory.
     tight = (weights + data["totals"][SAMPLE] - weights) / 1e9
     text, data = made(tight - found[CAUSAL_KV] / 2 / 1e9)
-    assert any("pages 'int8'" in line for line in data["advice"]) or not data["streamed"]
+    assert any("kv_dtype 'int8'" in line for line in data["advice"]) or not data["streamed"]
     text, data = made(tight * 0.5)
     assert any(line.startswith("Causal Model") or "no setting" in line for line in data["advice"])
 
@@ -197,7 +197,7 @@ def test_comfyuis_own_causal_class_needs_the_causal_node(tmp_path):
     pytest.importorskip("comfy.ldm.wan.ar_model")
     metadata = {"config": json.dumps({"transformer": {"causal_ar": True}})}
     native = videos.load(tmp_path, metadata=metadata)
-    with pytest.raises(FrugalError, match=r"put Causal Model \(Frugal\) between"):
+    with pytest.raises(FrugalError, match=r"put Causal Model between"):
         memory_plan_run.plan_of(native, job_of(4, False), 0)
     model = videos.causal(native, window=4)
     plan, _ = memory_plan_run.plan_of(model, job_of(8, False), 0, block=BLOCK)

@@ -56,7 +56,7 @@ def test_lora_and_overrides_reach_every_layer(plain, tmp_path):
     assert videos.far(made, wanted) < 1e-5
     assert videos.far(made, videos.make(videos.causal(plain, window=4), 6)) > 1e-3
     # 8 calls of the model (2 steps, a clean pass but for the last block), 2 layers, each with
-    # attention over the frames (2, then 4, then 4 in sight) and over the 50 rows of the prompt.
+    # attention over the frames (2, then 4, then 4 in the window) and over the prompt's 50 rows.
     assert sorted(seen) == sorted([2] * 6 + [4] * 10 + [50 // 16] * 16)
 
 

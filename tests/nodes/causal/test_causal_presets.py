@@ -1,5 +1,5 @@
 """Presets do what the named projects do: their noise levels, blocks and context; a context that is
-computed anew before every block equals forwards of all frames at once.
+recomputed before every block equals forwards of all frames at once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def made(model, frames, settings, **more):
 
 
 @pytest.mark.parametrize(("block", "cfg"), [(2, 1.0), (1, 3.0)])
-def test_a_context_computed_anew_equals_the_masked_forward(plain, network, block, cfg):
-    """All frames in sight in one pass, as far as a block goes, however far apart they were made."""
+def test_a_recomputed_context_equals_the_masked_forward(plain, network, block, cfg):
+    """All frames of the window in one pass, as far as a block goes, however far apart in time."""
     options = dict(window=3, sink=1, relative=True)
     reference, wanted = videos.Reference(network, **options), []
     for first in range(0, 8, block):
@@ -44,7 +44,7 @@ def test_a_context_computed_anew_equals_the_masked_forward(plain, network, block
             frame.block = known[i // block * block].number
         wanted.append(reference.make(block, block, cfg=cfg, first=first))
     model = videos.causal(plain, **options)
-    job = Job(anew=True)
+    job = Job(recompute=True)
     found = videos.make(model, 8, block, job, cfg=cfg)
     assert videos.far(found, torch.cat(wanted, dim=2)) < 1e-5
     assert videos.far(found, videos.make(model, 8, block, cfg=cfg)) > 1e-4
@@ -54,12 +54,12 @@ def test_a_context_computed_anew_equals_the_masked_forward(plain, network, block
         assert job.calls == 2 * 4 + sum(context)
 
 
-def test_anew_goes_on_from_a_session_as_in_one_run(plain):
+def test_recompute_goes_on_from_a_session_as_in_one_run(plain):
     model = videos.causal(plain, window=3, sink=1, relative=True)
-    whole = videos.make(model, 8, job=Job(anew=True))
-    job = Job(anew=True, keep=True)
+    whole = videos.make(model, 8, job=Job(recompute=True))
+    job = Job(recompute=True, keep=True)
     first = videos.make(model, 4, job=job)
-    second = videos.make(model, 4, job=Job(cache=job.cache.fork(), anew=True), first=4)
+    second = videos.make(model, 4, job=Job(cache=job.cache.fork(), recompute=True), first=4)
     assert torch.equal(torch.cat([first, second], dim=2), whole)
 
 
@@ -68,7 +68,7 @@ def test_a_cancel_while_the_context_is_computed_leaves_no_page(plain, at):
     from comfy.patcher_extension import WrappersMP
 
     model, calls = videos.causal(plain, window=3, sink=1, relative=True), []
-    job = Job(anew=True, keep=True)
+    job = Job(recompute=True, keep=True)
     videos.make(model, 4, job=job)
     pool = job.cache.pool
     before, branch = pool.used_bytes, job.cache.fork()
@@ -81,7 +81,7 @@ def test_a_cancel_while_the_context_is_computed_leaves_no_page(plain, at):
 
     stopped = model.clone()
     stopped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "stop", stop)
-    later = Job(cache=branch, anew=True)
+    later = Job(cache=branch, recompute=True)
     with pytest.raises(KeyboardInterrupt):
         videos.make(stopped, 4, job=later, first=4)
     later.cache.release()
@@ -108,7 +108,7 @@ def test_presets(plain, name, monkeypatch):
     def watch(model, x, sigmas, extra_args=None, callback=None, disable=None, **more):
         options = extra_args["model_options"]["transformer_options"][model_run.OPTIONS]
         job = more["job"]
-        seen.append((options, tuple(sigmas.tolist()), more["frames_per_block"], job.anew))
+        seen.append((options, tuple(sigmas.tolist()), more["frames_per_block"], job.recompute))
         return run(model, x, sigmas, extra_args, callback, disable, **more)
 
     monkeypatch.setattr(video_run.causal_sampler, "sample_causal", watch)
@@ -116,10 +116,10 @@ def test_presets(plain, name, monkeypatch):
     frames = 3 * preset.block
     settings = Settings(9, 20, 1.0, "karras", 2, preset=name)
     latent, _, report = made(model, frames, settings)
-    ((options, sigmas, block, anew),) = seen
+    ((options, sigmas, block, recompute),) = seen
     assert (options.window, options.sink) == (preset.window, preset.sink) and options.relative
     assert sigmas == pytest.approx(preset.levels, abs=1e-6)
-    assert (block, anew) == (preset.block, preset.anew)
+    assert (block, recompute) == (preset.block, preset.recompute)
     calls = 3 * (len(preset.levels) - 1) + 2 + max(0, len(preset.first) - len(preset.levels))
     assert f"{frames} latent frames in {calls} model calls" in report
     assert f"{name}: noise levels 1" in report

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal.kernels.causal.strategies import IN_PLACE, MERGE
+from frugal.kernels.causal.strategies import CHUNKED, PAGED
 from frugal.nodes.causal.sampler_run import Job
 from frugal.tests.helpers import causal as videos
 
@@ -52,15 +52,15 @@ def test_equals_the_masked_forward(plain, network, window, sink, relative, block
 def test_runs_of_pages_merged_equal_the_masked_forward(plain, network):
     options = dict(window=4, sink=1, relative=True)
     wanted = videos.Reference(network, **options).make(8)
-    made = videos.make(videos.causal(plain, way=MERGE, **options), 8)
+    made = videos.make(videos.causal(plain, way=CHUNKED, **options), 8)
     assert videos.far(made, wanted) < CLOSE
 
 
-def test_pages_in_place_equal_the_masked_forward(plain, network, monkeypatch):
+def test_paged_attention_equals_the_masked_forward(plain, network, monkeypatch):
     from frugal.kernels.causal import paged_attention, paged_kernels
     from frugal.nodes.causal.sampler_run import text
 
-    model, job = videos.causal(plain, window=4, sink=1, way=IN_PLACE), Job(keep=True)
+    model, job = videos.causal(plain, window=4, sink=1, way=PAGED), Job(keep=True)
     # On the CPU it is not taken, and says so.
     gathered = videos.make(model, 6, cfg=3.0, job=job)
     assert "no compiled kernel for cpu" in text(job)
@@ -71,7 +71,7 @@ def test_pages_in_place_equal_the_masked_forward(plain, network, monkeypatch):
     wanted = videos.Reference(network, window=4, sink=1).make(6, cfg=3.0)
     assert videos.far(made, wanted) < CLOSE and videos.far(gathered, wanted) < CLOSE
     # Two blocks that see others, three calls of two layers each.
-    assert "in place by flex_attention: 12 calls" in text(job)
+    assert "paged by flex_attention: 12 calls" in text(job)
 
 
 def test_a_batch_is_its_samples(plain, network):
@@ -134,14 +134,14 @@ def test_branches_are_separate_runs_and_share_their_past(plain):
 
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("relative", [False, True])
-def test_another_prompt_with_the_past_computed_anew(plain, network, window, relative):
+def test_another_prompt_with_the_past_recomputed(plain, network, window, relative):
     options = dict(window=window, sink=1 if window else 0, relative=relative)
     model, reference = videos.causal(plain, **options), videos.Reference(network, **options)
     job = Job(keep=True)
     videos.make(model, 6, job=job, cfg=3.0)
     without = videos.make(model, 4, job=Job(cache=job.cache.fork()), first=6, prompt=7, cfg=3.0)
-    anew = Job(cache=job.cache, recache=True)
-    made = videos.make(model, 4, job=anew, first=6, prompt=7, cfg=3.0)
+    again = Job(cache=job.cache, recache=True)
+    made = videos.make(model, 4, job=again, first=6, prompt=7, cfg=3.0)
     reference.make(6, cfg=3.0)
     # What is kept is what the last block saw: the cache forgets when the next block begins.
     reference.forget_the_unseen(4, 2)

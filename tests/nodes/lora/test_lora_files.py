@@ -124,7 +124,7 @@ def test_lycoris_kinds_are_exact(kind, fp8, tmp_path):
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_dora(strength, fp8, tmp_path):
-    """magnitude * (W + BA) / ||W + BA|| of the dequantised W, and plain LoRAs beside it."""
+    """magnitude * (W + BA) / ||W + BA|| of the dequantised W, and plain LoRAs with it."""
     model, meant = fp8
     layers = ["blocks.0.ffn.0", "blocks.1.self_attn.o"]
     tensors, dense = lora(layers, alpha=2)

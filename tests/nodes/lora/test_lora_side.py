@@ -1,4 +1,4 @@
-"""LoRAs beside the layers of a loaded model: exact, stackable, gone without a trace."""
+"""Unmerged LoRAs on a loaded model: exact, stackable, gone without a trace."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_loras_between_runs_and_clones_between_each_other(t2v):
     assert torch.equal(runs.sample(stronger), wanted[1]), "the LoRA may come after the node"
 
 
-@pytest.mark.parametrize("first", ["lora", "constant context"])
+@pytest.mark.parametrize("first", ["lora", "cross-attention cache"])
 def test_lora_beside_the_weights(t2v, first, tmp_path):
     beside = lora.put(t2v, tmp_path, runs.lora(3), 0.8)[0]
     wanted = runs.sample(beside)

@@ -205,13 +205,13 @@ def execute(**inputs):
 def test_node(t2v, monkeypatch):
     shown = []
     monkeypatch.setattr(cross_kv, "show_text", lambda *args: shown.append(args))
-    inputs = {"keep": EXACT, "contexts": 8, "release_weights": True}
+    inputs = {"kv_dtype": EXACT, "contexts": 8, "release_weights": True}
     changed, report = execute(wan_model=t2v, **inputs)
     assert report.startswith("4 cross-attention projections: 1.1 MB, 16.6 % of the blocks'")
     assert torch.equal(runs.sample(changed), runs.sample(t2v))
     assert [node for node, _ in shown] == ["7", "7"]
-    assert "12 layer results given again, 4 computed, in 4 calls" in shown[1][1]
-    rounded, _ = execute(wan_model=t2v, **inputs | {"keep": FP8})
+    assert "12 layer results reused, 4 computed, in 4 calls" in shown[1][1]
+    rounded, _ = execute(wan_model=t2v, **inputs | {"kv_dtype": FP8})
     assert bed.relative(runs.sample(rounded), runs.sample(t2v)) > 0
 
 
@@ -221,4 +221,4 @@ def test_other_models_are_refused(t2v):
 
     Other.model.diffusion_model = torch.nn.Linear(2, 2)
     with pytest.raises(FrugalError, match="the model is a Module; expected a Wan model"):
-        execute(wan_model=Other, keep=EXACT, contexts=8, release_weights=True)
+        execute(wan_model=Other, kv_dtype=EXACT, contexts=8, release_weights=True)

@@ -58,8 +58,8 @@ def test_the_step_is_repeated_and_the_run_goes_on(wan, prompts, monkeypatch):
     assert seen == [0, 1, 2]
     assert [rows for rows, _ in calls] == [2, 2, 1, 1, 1, 1]
     assert torch.allclose(out, expected, atol=1e-4)
-    assert len(said) == 1 and "out of memory: this step is repeated" in said[0]
-    assert "one after the other" in said[0]
+    assert len(said) == 1 and "out of memory: retrying this step" in said[0]
+    assert "run sequentially" in said[0]
     # The next run starts as planned.
     assert run.state.now == MemoryOptions()
     assert "memory_required" not in vars(wan.model)
@@ -81,7 +81,7 @@ def test_each_failure_takes_one_notch_that_lowers_something(wan, prompts, monkey
 def test_when_nothing_is_left_it_says_what_to_do(wan, prompts, monkeypatch):
     clone, run, said = planned(wan, monkeypatch)
     clone, _ = failing(clone, run, lambda *_: True)
-    with pytest.raises(OOM, match=r"^choose a smaller size or fewer .* no room for a forward of"):
+    with pytest.raises(OOM, match=r"^choose a smaller size or fewer .* room for a forward pass of"):
         bed.sample(clone, prompts, 1)
     assert said and run.state.now == MemoryOptions()
     assert "memory_required" not in vars(wan.model)

@@ -1,4 +1,4 @@
-"""The run report: what it measures, how it reads models, and that every run is measured anew."""
+"""The run report: what it measures, how it reads models, and that every run is measured again."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_both_models_and_the_frames_are_listed():
 
 
 @pytest.mark.comfy
-def test_every_run_on_a_server_is_measured_anew(server):
+def test_every_run_on_a_server_is_measured_again(server):
     graph = {
         "1": {
             "class_type": "EmptyImage",

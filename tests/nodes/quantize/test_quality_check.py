@@ -196,7 +196,7 @@ def test_loras_beside_the_layers_act_and_are_told(bench, tmp_path):
     sample(calibrate_run.wrap(changed, settings(path)))
     error, _ = checked(changed, path)
     assert error.whole.relative == 0
-    told = "LoRAs beside the layers: lora.safetensors; when it was recorded: lora.safetensors"
+    told = "unmerged LoRAs: lora.safetensors; when it was recorded: lora.safetensors"
     assert told in error.notes
     for other, kept, told in (
         (changed, calibration, "lora.safetensors; when it was recorded: none"),
@@ -265,7 +265,9 @@ def test_what_cannot_be_kept_is_told_and_the_rest_recorded(bench, tmp_path):
     odd = model.clone()
     odd.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "more", more)
     sample(calibrate_run.wrap(odd, settings(path, say=said.append)))
-    assert "no calls kept for the quality check: the input control (dict) cannot be kept" in said[0]
+    assert (
+        "no calls saved for the quality check: the input control (dict) cannot be kept" in said[0]
+    )
     assert read_calibration(path).inputs and not read_calibration(path).entries
 
 
@@ -317,7 +319,7 @@ def test_node(bench, tmp_path, monkeypatch):
     assert alone[2].shape == (1, 280, 1024, 3) and "blocks" not in alone[0]
     with pytest.raises(FrugalError, match="no calibration"):
         node.execute(model, "none", "none")
-    # A calibration that was recorded anew is another input, the file that it writes is not.
+    # A calibration that was recorded again is another input, the file that it writes is not.
     state = node.fingerprint_inputs(calibration=calibration.name, quality_file=name)
     assert state and node.fingerprint_inputs(calibration="none") == ""
     assert state == node.fingerprint_inputs(calibration=calibration.name, quality_file="none")

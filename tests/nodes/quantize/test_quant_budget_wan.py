@@ -63,7 +63,7 @@ def test_shares_measured_while_sampling_beat_every_mix(bench, tmp_path, monkeypa
 
     curves = measure(bench.readers, TARGETS, statistics=statistics)
     shares, note = shares_of(bench.layers, known, curves)
-    assert note == "shares of the layers measured in 1 runs"
+    assert note == "layer sensitivity measured in 1 runs"
     monkeypatch.setattr(bench, "statistics", statistics)
     monkeypatch.setattr(bench, "decoded", {})
     swept = frontier(curves, 0, importance=shares)

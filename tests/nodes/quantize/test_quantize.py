@@ -203,7 +203,7 @@ def folders(tmp_path, monkeypatch, original):
 
 
 DEFAULTS = {
-    "model_name": "wan.safetensors", "to": table.FP8, "size_gb": 1.0, "calibration": "none",
+    "model_name": "wan.safetensors", "format": table.FP8, "size_gb": 1.0, "calibration": "none",
     "lora_name": "none", "lora_strength": 1.0, "measure": True, "filename_prefix": "made",
     "overwrite": False, "allow_int8": True, "allow_fp8": True, "allow_w4a8": True,
     "allow_w4a8_g64": True, "allow_awq": True,
@@ -242,8 +242,8 @@ def test_node_writes_a_file_that_loaders_list(folders):
 
 
 def test_node_meets_a_size(folders):
-    some = {"allow_fp8": False, "allow_w4a8": False, "allow_w4a8_g64": False, "to": node.BUDGET}
-    small = run(to=table.AWQ, measure=False).args[0]
+    some = {"allow_fp8": False, "allow_w4a8": False, "allow_w4a8_g64": False, "format": node.BUDGET}
+    small = run(format=table.AWQ, measure=False).args[0]
     size = (folders / "diffusion_models" / small).stat().st_size
     budget = 1.05 * size / 1e9
     name, report, _ = run(**some, size_gb=budget).args

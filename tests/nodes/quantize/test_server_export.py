@@ -22,7 +22,7 @@ from frugal.tests.helpers.wan_checks import forward, loaded_weights
 
 WIDGETS = dict(
     model_name="wan.safetensors",
-    rest=NONE,
+    diffusers_folder=NONE,
     calibration=NONE,
     group_size="32",
     lora_name=NONE,
@@ -69,10 +69,10 @@ def test_the_rest_is_chosen_from_the_models(places):
     (rest / "model_index.json").write_text(json.dumps(index))
     (rest / "transformer" / "config.json").write_text("{}")
     assert export_run.folders() == [NONE, "Wan/T2V"]
-    FrugalServerExport.execute(**WIDGETS | {"rest": "Wan/T2V"})
+    FrugalServerExport.execute(**WIDGETS | {"diffusers_folder": "Wan/T2V"})
     assert export_run.folders() == [NONE, "Wan/T2V", "made/int4"]
     with pytest.raises(FrugalError, match="is not there"):
-        FrugalServerExport.execute(**WIDGETS | {"rest": "gone", "folder_name": "other"})
+        FrugalServerExport.execute(**WIDGETS | {"diffusers_folder": "gone", "folder_name": "other"})
 
 
 @pytest.mark.parametrize("name", ["", " ", "../out", "/tmp/out", "."])

@@ -71,7 +71,7 @@ def streamed(model):
     return model
 
 
-def anew(model, *_, **__):
+def loaded_again(model, *_, **__):
     """What ComfyUI does for another set of patches, but with every weight left where it is."""
     model.unpatch_model(CPU)
     streamed(model)
@@ -191,7 +191,7 @@ def test_loras_change_between_runs_without_a_new_graph(wan, prompts, low, fresh,
     plain.add_patches(patches, 0.5)
     if low:
         for each in (model, changed, plain, wan):
-            monkeypatch.setattr(each, "partially_load", partial(anew, each))
+            monkeypatch.setattr(each, "partially_load", partial(loaded_again, each))
     before = sample(model, prompts)
     after = sample(changed, prompts)
     assert relative(after, before) > 0.01
@@ -243,7 +243,7 @@ def test_attention_is_measured_inside_compiled_blocks(wan, prompts, tmp_path, mo
 
 
 def test_together_with_what_changes_layers_and_calls(wan, prompts):
-    """Constant context puts forwards on layers, the step cache leaves out calls."""
+    """The cross-attention cache puts forwards on layers, the step cache leaves out calls."""
     cached = cross_kv_run.apply(wan, cross_kv_run.Options(), lambda _: None)[0]
     cached = step_cache_run.apply(cached, step_cache_run.Options(0.3, 0.0, 1.0), lambda _: None)
     want = sample(cached, prompts, 8)

@@ -224,7 +224,7 @@ def test_presets_plan_the_memory_and_say_what_it_took(wan, prompts, preset):
     plan, _ = memory_plan_run.plan_of(wan, Job(64, 64, 9, 1, False), 0)
     assert found["predicted"] == plan.phases[0].total > wan.model_size()
     assert found["measured"] is None and found["fits"] and not found["changes"]
-    assert "memory while sampling" in text and "pieces: none" in text
+    assert "memory while sampling" in text and "memory options: none" in text
     assert not [note for note in data["notes"] if "plan" in note]
 
 
@@ -234,12 +234,12 @@ def test_a_plan_of_the_node_stays_and_its_pieces_are_reported(wan, prompts):
     model = memory_plan_run.apply(wan, plan, peaks, False, None)
     # Even with the preset off, since the plan is at work.
     mine, text, data = ours(model, prompts, steps=2)
-    assert "one after the other, feed-forward and cross-attention in 2 pieces" in text
+    assert "cond and uncond run sequentially, feed-forward and cross-attention in 2 chunks" in text
     assert torch.equal(mine["samples"], theirs(model, prompts, steps=2)["samples"])
     assert data["notes"] == []
     _, _, data = ours(model, prompts, "distilled", steps=2, cfg=1.0)
     assert data["notes"][-1] == "the memory plan that is on the model stays as it was made there"
-    assert "2 pieces" in data["memory"]["memory_options"]
+    assert "2 chunks" in data["memory"]["memory_options"]
 
 
 def test_off_makes_no_plan_and_what_cannot_be_planned_is_said(wan, prompts, monkeypatch):
@@ -267,7 +267,7 @@ def test_memory_that_ran_out_is_in_the_report(wan, prompts):
     model.add_wrapper_with_key("apply_model", "test.oom", once)
     _, text, data = ours(model, prompts, "quality", steps=2)
     assert failed and len(data["memory"]["changes"]) == 1
-    assert "out of memory: this step is repeated" in text
+    assert "out of memory: retrying this step" in text
 
 
 def with_shift(model, shift):

@@ -113,7 +113,7 @@ def test_guidance_range_keeps_the_history_of_the_other_prompt(smooth_wan, prompt
     assert flows.relative(result, full) < 0.2
 
 
-def test_a_prompt_that_ends_midway_is_not_foretold(smooth_wan, prompts):
+def test_a_prompt_that_ends_midway_is_not_predicted(smooth_wan, prompts):
     """With start and end percents the same list of prompts means something else later."""
     first, second = (prompts[0][0][0], prompts[1][0][0])
     scheduled = [
@@ -188,7 +188,7 @@ def test_stands_aside_for_another_cache(smooth_wan, prompts, name):
     other = getattr(nodes_easycache, name).execute(smooth_wan, 0.2, 0.15, 0.95, False).args[0]
     _, report, _ = run(other, prompts)
     assert report.skipped == 0
-    assert "stands aside" in report.text()
+    assert "this step cache is inactive" in report.text()
 
 
 @pytest.mark.parametrize("ours", [False, True])

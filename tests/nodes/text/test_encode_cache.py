@@ -149,7 +149,7 @@ def test_another_encoder_file_is_another_entry(encoder):
     assert len(loads) == 3 and cached_encode_run.fingerprint(NAME) != before
 
 
-def test_a_damaged_entry_is_made_anew(encoder):
+def test_a_damaged_entry_is_encoded_again(encoder):
     _, loads = encoder
     first = run()
     for path in entries():

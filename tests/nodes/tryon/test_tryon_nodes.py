@@ -115,7 +115,7 @@ def test_a_name_in_two_folders_takes_the_folder_with_it(models):
 def test_schemas_name_and_explain_every_socket():
     for node in nodes.NODES:
         schema = node.GET_SCHEMA()
-        assert schema.node_id == node.__name__ and schema.category == "Frugal/Try-on"
+        assert schema.node_id == node.__name__ and schema.category == "Frugal/try-on"
         assert schema.description and schema.description.isascii()
         for socket in (*schema.inputs, *schema.outputs):
             assert socket.tooltip and socket.tooltip.isascii(), (node, socket.id)

@@ -241,7 +241,7 @@ def test_a_layer_survives_being_gathered_into_one_buffer(folder):
     bias.copy_(conv.bias.data)
     assert torch.equal(weight.dequantize(), conv.weight.dequantize())
     assert torch.equal(bias, conv.bias)
-    # And with a LoRA: rounded anew in the layer's own way.
+    # And with a LoRA: rounded again in the layer's own way.
     again = weight.requantize_from_float(
         weight.dequantize() * 2, scale="recalculate", stochastic_rounding=3
     )

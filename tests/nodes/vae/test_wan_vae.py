@@ -183,7 +183,7 @@ def test_out_of_memory_once_at_any_piece_changes_nothing(vae, monkeypatch):
             images, report = decode(vae, given)
         assert torch.equal(images, expected), place
         [note] = re.findall(r"note: out of memory at latent \d+: (.*)", report)
-        assert note == "the state now waits in main memory; same result"
+        assert note == "the state was moved to main memory; same result"
 
 
 def test_out_of_memory_in_encode_changes_nothing(vae, monkeypatch):
@@ -201,7 +201,7 @@ def test_out_of_memory_twice_goes_on_in_tiles(vae, monkeypatch):
         # The second piece fails whole, then whole with the state parked.
         Failing(patch, vae.first_stage_model.decoder, [2, 3])
         images, report = decode(vae, given)
-    assert "went on in 3 tiles of 64 x 32 pixels" in report and report.count("note:") == 2
+    assert "continued in 3 tiles of 64 x 32 pixels" in report and report.count("note:") == 2
     assert torch.equal(images[:1], expected[:1])
     off = (images - expected).abs()
     # Not the same, but the same picture: a state lost or put in the wrong place would show.
@@ -274,7 +274,7 @@ def test_state_does_not_grow(vae):
     sizes = []
     for frames in (5, 9, 21):
         report = decode(vae, latent(frames))[1]
-        sizes.append(re.search(r"between pieces: ([\d.]+ \w+)", report)[1])
+        sizes.append(re.search(r"between chunks: ([\d.]+ \w+)", report)[1])
     assert len(set(sizes)) == 1 and sizes[0] != "0.0 MB"
 
 

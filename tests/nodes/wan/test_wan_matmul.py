@@ -257,7 +257,7 @@ def test_a_device_without_products_of_integers(form, tmp_path, monkeypatch):
     full, _ = load(path, FULL, quantize)
     monkeypatch.setattr(matmul, "why_no_int8_product", lambda device: "not implemented for it")
     patcher, report = load(path, quantize=quantize)
-    assert any("no product of integers (not implemented for it)" in note for note in report.notes)
+    assert any("no integer matmul (not implemented for it)" in note for note in report.notes)
     with torch.inference_mode():
         assert torch.equal(forward(patcher), forward(full))
     with pytest.raises(FrugalError, match="set matmul to auto or full precision"):
