@@ -1,6 +1,7 @@
 """GGUF kept packed: memory and time of a forward beside a bf16 file and beside expanded blocks.
 
-`python bench/gguf_packed.py TREE RESULT.json`, then `--table RESULT.json`. A Wan of width 5120 with
+`python bench/gguf_packed.py TREE RESULT.json [FOLDER]`, then `--table RESULT.json`; FOLDER holds
+the files of an earlier `--write FOLDER`. A Wan of width 5120 with
 one block, random weights, one latent frame of 480x832 (1560 tokens), on the CPU; each contender in
 a process of its own, the least of two forwards. Seconds are of the processor, all threads
 together, so that other work on the machine counts little, and shown as a ratio to the bf16 file,
@@ -78,11 +79,12 @@ def one(tree: str, path: Path, weight_dtype: str) -> dict:
     }
 
 
-def measure(tree: str, out: Path) -> None:
+def measure(tree: str, out: Path, written: str = "") -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        subprocess.run([sys.executable, __file__, "--write", name], check=True)
+        folder = Path(written or name)
+        if not written:
+            subprocess.run([sys.executable, __file__, "--write", name], check=True)
         contenders = {BF16: ("bf16.safetensors", "bf16"), EXPANDED: ("Q4_K.gguf", "bf16")}
         contenders |= {f"{kind}, packed": (f"{kind}.gguf", "default") for kind in KINDS}
         for label, (file, dtype) in contenders.items():
@@ -116,4 +118,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "--one":
         print(json.dumps(one(sys.argv[2], Path(sys.argv[3]), sys.argv[4])))
     else:
-        measure(sys.argv[1], Path(sys.argv[2]))
+        measure(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

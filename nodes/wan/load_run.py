@@ -91,6 +91,7 @@ def load_wan(
     _check_loaded(plan, state_types, patcher.model.diffusion_model)
     _finish_quantised(plan, packed, patcher.model.diffusion_model)
     if packed:
+        _keep_as_stored(plan, state_dict, patcher.model.diffusion_model)
         patched_on_use.keep_packed(patcher)
     applied = matmul.apply(precision, kernels, patcher.model.diffusion_model)
     if hasattr(patcher, "cached_patcher_init"):
@@ -274,6 +275,23 @@ def _converted(
         f"{megabytes(size)} are converted to {str(changed[0].dtype).removeprefix('torch.')} in "
         "memory; a weight_dtype equal to the file's leaves weights in the mapped file",
     )
+
+
+def _keep_as_stored(
+    plan: Plan, state_dict: Mapping[str, torch.Tensor], model: torch.nn.Module
+) -> None:
+    """Let the linear layers beside packed ones keep the file's mapping too, where ComfyUI copied
+    them to a type that is no smaller: they are cast when they run, as packed ones are unpacked.
+    """
+    for name, entry in parameters(plan.config).items():
+        layer, stored = name.removesuffix(".weight"), state_dict.get(name)
+        if not entry.linear or layer in plan.layers or stored is None:
+            continue
+        module: Any = model.get_submodule(layer)
+        if stored.dtype.itemsize <= module.weight.dtype.itemsize:
+            # In older versions this is what has a layer cast its weight.
+            module._full_precision_mm = True
+            module.weight = torch.nn.Parameter(stored, requires_grad=False)
 
 
 def _finish_quantised(

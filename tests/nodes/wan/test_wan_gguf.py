@@ -77,6 +77,25 @@ def test_blocks_stay_in_the_file_and_mean_what_the_library_says(kind, config, tm
     assert patcher.model_size() <= 1.01 * path.stat().st_size
 
 
+@pytest.mark.parametrize("others", ["BF16", "F16", "F32"])
+def test_other_layers_stay_in_the_file_too(others, tmp_path):
+    path, meant = file(tmp_path, "Q4_K", others=others)
+    patcher, _ = load(path)
+    check(patcher, meant)
+    model = patcher.model.diffusion_model
+    for layer in ("text_embedding.0", "time_projection.1", "head.head"):
+        assert in_mapping(model.get_submodule(layer).weight, ".gguf")
+    assert patcher.model_size() <= 1.05 * path.stat().st_size
+    lora, dense = lora_bed.lora(["text_embedding.0"])
+    with torch.inference_mode():
+        patched = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0]
+        patched.patch_model(CPU)
+        wanted = reference(lora_bed.with_changes(meant, (dense, 1.0)))
+        # The changed weight is rounded to the type of the layer.
+        assert bed.relative(forward(patched), wanted) <= (EXACT if others == "F32" else 1e-2)
+        patched.unpatch_model(CPU)
+
+
 @pytest.mark.parametrize("kind", ["IQ3_S", "IQ2_XXS"])
 def test_types_that_do_not_stay_packed_are_unpacked_and_the_report_says_so(kind, tmp_path):
     path, meant = file(tmp_path, kind)
