@@ -40,8 +40,8 @@ REFINE = """
 masks = importlib.import_module(".kernels.masks.refine", name)
 mask = np.load(sys.argv[2])
 np.save(sys.argv[3], masks.refine(mask, masks.RefineSettings(**{settings})))
-driver = importlib.import_module(".kernels.masks.driver", name)
-print(driver.backend())
+dispatch = importlib.import_module(".kernels.masks.dispatch", name)
+print(dispatch.backend())
 """
 
 
