@@ -157,7 +157,7 @@ def test_a_process_that_ends_loses_the_worker(loop, comfy):
 
 OWNER = """
 import asyncio, sys
-from frugal.kernels.remote.fleet.comfy import Comfy, Recipe
+from frugal.servers.fleet.worker_process import Comfy, Recipe
 async def main():
     comfy = Comfy(Recipe(*sys.argv[1:3], "", tuple(sys.argv[3:]), True))
     task = asyncio.ensure_future(comfy.start())

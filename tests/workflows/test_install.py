@@ -86,6 +86,6 @@ def test_the_archive_without_what_may_be_missing(comfy_tree, tmp_path, monkeypat
     assert ours == pack_node_ids() - off
     assert len(said) == 2, said
     assert sum("'transformers'" in line for line in said) == 1
-    assert sum("'aiohttp'" in line and "remote" in line for line in said) == 1
+    assert sum("'aiohttp'" in line and "servers" in line for line in said) == 1
     assert not doctor["facts"]["numba"]
     assert "numba" in log.lower(), "the slow way is not announced"

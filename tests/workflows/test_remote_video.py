@@ -49,7 +49,8 @@ def test_every_dialect_ends_in_files(server, dialect):
 
 def test_errors_carry_the_remedy(server):
     result = server.run(graph("http://127.0.0.1:9/v1", VLLM))
-    assert result.status == "error" and "start it, or correct the address" in str(result.errors)
+    assert result.status == "error"
+    assert "start the server, or correct its address" in str(result.errors)
     result = server.run(graph("http://127.0.0.1:9/v1", TRTLLM, flow_shift=3.0))
     assert result.status == "error" and "set flow_shift to 0" in str(result.errors)
     result = server.run(graph("http://127.0.0.1:9/v1", VLLM, key_variable="sk-secret"))

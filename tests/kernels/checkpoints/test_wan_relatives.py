@@ -21,22 +21,22 @@ REMOVER = {
 }
 # label -> (tensors, words of the message)
 FILES = {
-    "InfiniteTalk, module": (INFINITE, "InfiniteTalk .* module; .*Load Model Patch"),
+    "InfiniteTalk, module": (INFINITE, "Load Model Patch.* InfiniteTalk .* module"),
     "InfiniteTalk, merged": (
         SOURCE | INFINITE,
-        "merged in.*module by itself with Load Model Patch",
+        "module by itself with Load Model Patch.*merged in",
     ),
     "Uni3C": (
         {"controlnet_patch_embedding.weight": ONE, "controlnet_blocks.0.ffn.0.weight": ONE},
-        "a Uni3C module; .*Load Model Patch",
+        "Load Model Patch.* a Uni3C module",
     ),
     "SkyReels DF": (
         SOURCE | {"fps_embedding.weight": ONE, "fps_projection.0.weight": ONE},
-        "SkyReels-V2 diffusion forcing.*without DF",
+        "without DF.*SkyReels-V2 diffusion forcing",
     ),
     "FastWan VSA": (
         SOURCE | {f"{BLOCK}self_attn.to_gate_compress.weight": ONE},
-        "video sparse attention.*FullAttn",
+        "FullAttn.*video sparse attention",
     ),
     "FastWan VSA, diffusers": (
         {bed.to_diffusers(k): v for k, v in SOURCE.items()}
