@@ -47,9 +47,10 @@ def prepare() -> None:
     # Another environment's Triton may be visible; there is no card to compile for.
     sys.modules["triton"] = None  # type: ignore[assignment]
     if MODE is None:
-        from .simulated_cuda import torchvision_operators
+        from .simulated_cuda import halves, torchvision_operators
 
         torchvision_operators.define()
+        halves.install("CPU")
         return
     # First, for it comes before torch.
     from .simulated_cuda import card

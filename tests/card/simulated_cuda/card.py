@@ -28,7 +28,7 @@ from . import native
 
 device = native.load()
 
-from . import attention, torch_cuda, torchvision_operators  # noqa: E402
+from . import attention, halves, torch_cuda, torchvision_operators  # noqa: E402
 
 __all__ = ["capability", "device", "memory_limit", "peak_of", "start"]
 
@@ -42,6 +42,7 @@ def start(memory_gb: float = 12.0, capability: tuple[int, int] = (8, 6)) -> None
     torchvision_operators.define()
     torch_cuda.install()
     attention.install()
+    halves.install("CUDA")
 
 
 @contextlib.contextmanager
