@@ -14,6 +14,7 @@ from typing import Any
 from ...kernels.errors import FrugalError
 from . import token
 from .app import Fleet, build
+from .store import claim
 
 NEEDED = ("ray", "starlette", "multipart", "filelock", "prometheus_client")
 
@@ -59,7 +60,7 @@ def running(fleet: Fleet, place: Place, say: Callable[[str], None]) -> Iterator[
     """The address of the fleet, which is up when this yields and stopped afterwards."""
     require()
     store = Path(fleet.store).resolve()
-    store.mkdir(parents=True, exist_ok=True, mode=0o700)
+    claim(store)
     Path(fleet.work).mkdir(parents=True, exist_ok=True)
     if place.token_env:
         secret, where = token.from_environment(place.token_env), f"in {place.token_env}"

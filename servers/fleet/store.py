@@ -49,6 +49,8 @@ FIELDS = (
 PLACE, OUTPUT, WORKFLOW = "input", "output", "workflow.json"
 MARKER = "frugal-fleet-store"
 LOCK, INDEX = "in-use.lock", "index.sqlite"
+# What may lie in a new store before its first job: what `launch.py` writes there.
+EARLIER = {LOCK, "token", "ray-token", "work"}
 DELETED = "deleted-"
 JOB = re.compile(rf"({DELETED})?([0-9a-f]{{32}})")
 
@@ -82,6 +84,19 @@ class Job:
     notes: list[str]
 
 
+def claim(folder: Path) -> None:
+    """Mark the folder as a store. Raises FrugalError for one with files of somebody else."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    there = {each.name for each in folder.iterdir()}
+    if not there & {MARKER, INDEX} and (strange := sorted(there - EARLIER)):
+        raise FrugalError(
+            f"the folder {folder} holds {strange[0]!a} and is no store",
+            "an empty folder, or a store",
+            "name an empty folder for the store",
+        )
+    (folder / MARKER).touch()
+
+
 class Store:
     """The jobs under `folder`. Not for two threads at once. Raises FrugalError where another
     process has it after `patience` seconds.
@@ -91,8 +106,7 @@ class Store:
         from filelock import FileLock, Timeout
 
         self.folder, self.jobs = folder, folder / "jobs"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._claim()
+        claim(folder)
         self.jobs.mkdir(exist_ok=True, mode=0o700)
         self._lock = FileLock(folder / LOCK)
         try:
@@ -114,17 +128,6 @@ class Store:
         """Give the store free."""
         self._base.close()
         self._lock.release()
-
-    def _claim(self) -> None:
-        """Mark the folder as a store. Raises FrugalError for one with files of somebody else."""
-        there = {each.name for each in self.folder.iterdir()}
-        if not there & {MARKER, INDEX} and there - {LOCK}:
-            raise FrugalError(
-                f"the folder {self.folder} holds {sorted(there - {LOCK})[0]!a} and is no store",
-                "an empty folder, or a store",
-                "name an empty folder for the store",
-            )
-        (self.folder / MARKER).touch()
 
     def _sweep(self) -> None:
         """Delete orders that were never accepted; take back results that are not listed."""

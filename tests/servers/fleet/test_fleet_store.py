@@ -14,6 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from frugal.kernels.errors import FrugalError
 from frugal.servers.fleet import store as s
 from frugal.servers.fleet.job_request import order
+from frugal.servers.fleet.token import kept
 
 GRAPH = b'{"1": {"class_type": "EmptyImage", "inputs": {"color": %d}}}'
 LIMIT = 4
@@ -174,6 +175,12 @@ def test_what_the_store_did_not_make_stays(tmp_path):
     s.Store(tmp_path / "store").close()
     assert {each.name for each in held.jobs.iterdir()} == {"holiday", "a" * 32}
     assert (tmp_path / "mine" / "jobs" / "thesis.txt").read_text() == "x"
+
+
+def test_what_a_fleet_writes_before_its_first_job_is_no_stranger(tmp_path):
+    kept(tmp_path / "token")
+    (tmp_path / "work").mkdir()
+    s.Store(tmp_path).close()
 
 
 def test_a_lost_index_loses_no_result(tmp_path):
