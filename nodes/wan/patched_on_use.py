@@ -74,6 +74,14 @@ class _KeepsPacked:
                 # Dynamic VRAM takes no function for a very small layer, whose weight it sets.
                 self.patch_weight_to_device(key, device_to)  # type: ignore[attr-defined]
 
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(device_to, unpatch_weights)  # type: ignore[misc]
+        if unpatch_weights:
+            # ComfyUI leaves functions of layers in place until the next load.
+            for _, module in _packed_layers(self.model):
+                held = getattr(module, "weight_function", [])
+                module.weight_function = [each for each in held if not isinstance(each, _Change)]
+
     def partially_unload(self, *args, **kwargs):
         with self._changed_on_use():
             return super().partially_unload(*args, **kwargs)  # type: ignore[misc]

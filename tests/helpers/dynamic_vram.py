@@ -6,7 +6,7 @@ memory, so that what ComfyUI itself does to lazy layers, buffers and patched wei
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_patcher
@@ -95,6 +95,9 @@ def streamed(patcher: Any, resident: bool):
         del s._prefetch
         return (*found, (None, None, None)) if offloadable else found
 
+    # As a model with packed layers is loaded.
+    with patcher._changed_on_use() if hasattr(patcher, "_changed_on_use") else nullcontext():
+        patches, functions = patcher.patches, patcher.weight_wrapper_patches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.ops, "cast_bias_weight", cast)
         for name, module in layers.items():
@@ -102,10 +105,10 @@ def streamed(patcher: Any, resident: bool):
             patch.setattr(module, "seed_key", name, raising=False)
             for suffix in ("weight", "bias"):
                 key, given = f"{name}.{suffix}", None
-                if key in patcher.patches:
-                    given = comfy.model_patcher.LowVramPatch(key, patcher.patches)
+                if key in patches:
+                    given = comfy.model_patcher.LowVramPatch(key, patches)
                 patch.setattr(module, f"{suffix}_lowvram_function", given, raising=False)
-                patch.setattr(module, f"{suffix}_function", [], raising=False)
+                patch.setattr(module, f"{suffix}_function", functions.get(key, []), raising=False)
         try:
             yield
         finally:

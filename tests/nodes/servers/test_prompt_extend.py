@@ -57,7 +57,7 @@ def test_the_answer_goes_on_and_is_kept(node):
         assert texts == [f"Answer {place}." for place in range(2, 2 + len(changes))]
     # Nobody is there any more.
     text, report = run(node, stub.url)
-    assert text == "Answer 1." and "answered before" in report
+    assert text == "Answer 1." and "cached answer" in report
 
 
 def test_without_an_answer_the_prompt_stays_and_is_asked_again(node):
