@@ -31,7 +31,7 @@ CONTEXT_KEY = "frugal.constant_context"
 # OUTER_SAMPLE wrapper of a MODEL that is two experts; has attributes `high` and `low`, MODELs, and
 # a method `changed`, see `for_each_expert`.
 EXPERTS_KEY = "frugal.two_experts"
-# Attachment of a planned MODEL (kernels.memory.active_plan.PlanInForce), and key of its wrappers.
+# Attachment of a planned MODEL (kernels.memory.active_plan.ActivePlan), and key of its wrappers.
 PLAN_KEY = "frugal.memory_plan"
 # Entry of transformer_options through which ComfyUI lets its attention be replaced.
 ATTENTION_OVERRIDE = "optimized_attention_override"

@@ -33,11 +33,8 @@ def free_number(
 
     ComfyUI's own function counts from 1 again where a prefix ends in a slash or a dot.
     """
-    plain = prefix.rstrip("/\\. ")
-    if not plain:
-        raise FrugalError("the file name is empty", "a name", "type a file name")
     folder, name, number, inside, _ = folder_paths.get_save_image_path(
-        plain, parent or folder_paths.get_output_directory(), width, height
+        _with_a_name(prefix), parent or folder_paths.get_output_directory(), width, height
     )
     there = {path.name for path in Path(folder).iterdir()}
     while any(each.startswith(f"{name}_{number:05}_") for each in there):
@@ -49,12 +46,18 @@ def next_path(kind: str, prefix: str, suffix: str) -> Path:
     """`prefix` with the next free number. Raises FrugalError for a name that is empty or leads out
     of the folder.
     """
-    if not prefix.strip("/\\. "):
-        raise FrugalError("the file name is empty", "a name", "type a file name")
-    folder, name, number, _ = free_number(f"{kind}/{prefix}")
+    folder, name, number, _ = free_number(f"{kind}/{_with_a_name(prefix)}")
     path = folder / f"{name}_{number:05}_{suffix}"
     check_within(kind, path, prefix)
     return path
+
+
+def _with_a_name(prefix: str) -> str:
+    """The prefix without the slashes and dots at its end. Raises FrugalError if nothing is left."""
+    plain = prefix.rstrip("/\\. ")
+    if not plain:
+        raise FrugalError("the file name is empty", "a name", "type a file name")
+    return plain
 
 
 def check_within(kind: str, path: Path, name: str) -> None:

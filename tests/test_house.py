@@ -96,7 +96,7 @@ def test_kernels_import_without_comfyui():
 
 
 def test_only_numba_files_need_numba():
-    """Without numba a package's front door still opens; only the files of jitted leaves do not."""
+    """Without numba a package's front door still opens; only the files of jitted kernels do not."""
     failed = import_kernels({"numba"})
     assert all("numba" in reason for _, reason in failed), failed
     doors = [m for m, _ in failed if (ROOT / m.replace(".", "/") / "__init__.py").is_file()]

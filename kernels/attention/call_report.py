@@ -63,7 +63,7 @@ class Table:
 
 
 def table(kernel_selector: KernelSelector) -> Table:
-    """What `chooser` saw and chose so far."""
+    """What the selector saw and chose so far."""
     rows = [_row(kernel_selector, route) for route in kernel_selector.routes.values()]
     rows.sort(key=lambda row: -(row.ms or 0.0) * row.calls)
     device = kernel_selector.place.split(" | ")[0]

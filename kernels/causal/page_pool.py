@@ -73,7 +73,7 @@ class PagePool(Generic[T]):
 
     def adopt(self, contents: Iterable[T], away: bool) -> tuple[int, ...]:
         """Numbers of written pages with these contents, one holder each. away: as after
-        `send_away`. Raises FrugalError if they are not and the budget has no room.
+        `offload_pages`. Raises FrugalError if they are not and the budget has no room.
         """
         with self._exclusive():
             found = list(contents)

@@ -31,7 +31,7 @@ def normalise(
     Scales of fp8 and int8 come out as float32, shape [], [rows, 1] or a grid of blocks; parameters
     that are no linear weights and are stored as fp8 come out as bfloat16, which holds every fp8
     value; GPTQ, AWQ and GGUF layers come out packed, to be taken out with `take_packed`. `quantise`
-    turns the float weight of a layer to be quantised on load into its tensors, leaf -> tensor.
+    turns the float weight of a layer to be quantised on load into its tensors, suffix -> tensor.
     Raises FrugalError for a scale that is not finite and for a tensor that is not there.
     """
     out: dict[str, torch.Tensor] = {}

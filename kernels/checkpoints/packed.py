@@ -290,7 +290,7 @@ def classify_lightx2v(
 
 
 def from_lightx2v(where: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """ComfyUI's NVFP4 tensors of one layer from LightX2V's (leaf -> tensor).
+    """ComfyUI's NVFP4 tensors of one layer from LightX2V's (suffix -> tensor).
 
     Half bytes change places (a copy of the packed weight); the scale of the whole weight is
     alpha x input_global_scale = 1 / weight_global_scale; input_scale is 1 / input_global_scale.

@@ -251,7 +251,7 @@ def _side_tensors(
                     "one of them",
                     "choose another file",
                 )
-    return {layer: tuple(by_suffix) for layer, by_suffix in found.items()}
+    return {layer: tuple(suffixes) for layer, suffixes in found.items()}
 
 
 def _check_keys(
@@ -261,8 +261,8 @@ def _check_keys(
     side: Mapping[str, tuple[str, ...]],
     config: WanConfig,
 ) -> None:
-    explained = {f"{layer}.{suffix}" for layer, by_suffix in side.items() for suffix in by_suffix}
-    words = {f"{layer}.weight" for layer, by_suffix in side.items() if WORDS in by_suffix}
+    explained = {f"{layer}.{suffix}" for layer, suffixes in side.items() for suffix in suffixes}
+    words = {f"{layer}.weight" for layer, suffixes in side.items() if WORDS in suffixes}
     missing = [name for name in table if name not in names and name not in words]
     unknown = [name for name in names if name not in table and name not in explained]
     what = f"a Wan {config.variant} {config.size} file with {config.layers} blocks"
@@ -313,8 +313,8 @@ def _declared(
                     "download the file again",
                 )
             declared[layer] = entry
-    for layer, by_suffix in side.items():
-        if "comfy_quant" not in by_suffix:
+    for layer, suffixes in side.items():
+        if "comfy_quant" not in suffixes:
             continue
         tensor = value(names[f"{layer}.comfy_quant"])
         if tensor.dtype != torch.uint8:

@@ -246,19 +246,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return entries
 
 
-def is_packed(path: Path) -> bool:
-    """Whether a PyTorch file was zipped again, with compression: mapped into memory, its packed
-    bytes would be taken for weights.
+def check_file(path: Path) -> None:
+    """Before ComfyUI's own reader, which has no sentence for a safetensors file that was cut or is
+    a web page, and maps PyTorch files that cannot be: raises FrugalError for these.
     """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-
-
-def check_pickle(path: Path) -> None:
-    """For files that ComfyUI reads, which maps them: raises FrugalError where that goes wrong."""
-    if path.suffix.lower() in PICKLES and is_packed(path):
+    if path.name.lower().endswith(SAFETENSORS):
+        read_header(path)
+    elif path.suffix.lower() in PICKLES and _is_compressed(path):
         raise FrugalError(
             f"{path.name} is a PyTorch file that was zipped again, with compression",
             "a file as torch.save writes it",
@@ -266,10 +260,21 @@ def check_pickle(path: Path) -> None:
         )
 
 
-def _open_pickle(path: Path) -> Source:
+def _is_compressed(path: Path) -> bool:
+    """Whether a PyTorch file was zipped again, with compression: mapped into memory, its compressed
+    bytes would be taken for weights. A damaged archive is left to the reader.
+    """
     try:
-        whole = not is_packed(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def _open_pickle(path: Path) -> Source:
+    mapped = not _is_compressed(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (
         RuntimeError,
         ValueError,
@@ -278,7 +283,6 @@ def _open_pickle(path: Path) -> Source:
         KeyError,
         AttributeError,
         pickle.UnpicklingError,
-        zipfile.BadZipFile,
     ) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise FrugalError(

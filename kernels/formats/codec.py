@@ -15,7 +15,17 @@ import torch
 
 from ..errors import FrugalError
 from . import per_channel
-from .table import AWQ, BF16, DECLARATION, FP8, INT8, by_suffix, chosen_options, declaration, half
+from .table import (
+    AWQ,
+    BF16,
+    DECLARATION,
+    FP8,
+    INT8,
+    chosen_options,
+    declaration,
+    half,
+    tensor_specs,
+)
 
 # Values turned to float32 at a time: bounds the working memory of a layer.
 PIECE = 1 << 22
@@ -32,7 +42,7 @@ def encode(
     *,
     where: str = "the model",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `leaves` for a float weight [out, in], on the CPU, computed on `device`.
+    """The tensors of `tensor_specs` for a float weight [out, in], on the CPU, computed on `device`.
 
     Without `statistics` every value is rounded to the nearest one of the grid; with the statistics
     of the layer's inputs the codes are solved by GPTQ (4 bits: `gptq.solve`) or the scales searched
@@ -50,7 +60,7 @@ def encode(
     if chosen:
         made[DECLARATION] = declaration(target, shape, options)
     return {
-        suffix: made[suffix].cpu() for suffix in by_suffix(target, shape, options, weight.dtype)
+        suffix: made[suffix].cpu() for suffix in tensor_specs(target, shape, options, weight.dtype)
     }
 
 

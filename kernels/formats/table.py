@@ -83,7 +83,7 @@ def options(target: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return made | {"group_size": SCALE_GROUP[target], "convrot_groupsize": rotation}
 
 
-def by_suffix(
+def tensor_specs(
     target: str,
     shape: tuple[int, ...],
     options: Mapping[str, Any] | None = None,
@@ -129,7 +129,9 @@ def _float_specs(
 
 def stored_bytes(target: str, shape: tuple[int, ...]) -> int:
     """Bytes a weight of `shape` [out, in] takes in the file, scales and declaration included."""
-    return sum(math.prod(size) * kind.itemsize for kind, size in by_suffix(target, shape).values())
+    return sum(
+        math.prod(size) * kind.itemsize for kind, size in tensor_specs(target, shape).values()
+    )
 
 
 def half(dtype: torch.dtype) -> torch.dtype:

@@ -1,3 +1,3 @@
-"""Mask refinement on the CPU: Numba leaf kernels, their driver, and the SciPy reference they are
+"""Mask refinement on the CPU: Numba kernels, their dispatch, and the SciPy reference they are
 tested against.
 """

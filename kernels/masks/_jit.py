@@ -1,4 +1,4 @@
-"""The pack's `njit` and `leaf`: nogil, and a compile cache that survives moving the pack.
+"""The pack's `njit` and `njit_no_refcount`: nogil, and a compile cache that survives a move.
 
 Numba keys its cache files by module name. Under ComfyUI that name is the full path of the pack, so
 a moved folder, or a second name for the same checkout, would load code that asks for a module that
@@ -65,7 +65,7 @@ def njit(function: Callable[..., Any]) -> Any:
 
     `parallel=True` is never used: two Python threads inside Numba's workqueue layer abort the
     process, and the pack shares that process with others. Raises ImportError (or SystemError, from
-    an old Numba on a new NumPy) when Numba cannot be used; `driver` then takes the reference.
+    an old Numba on a new NumPy) when Numba cannot be used; `dispatch` then takes the reference.
     """
     return _compiled(function, {})
 

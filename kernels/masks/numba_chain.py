@@ -1,4 +1,4 @@
-"""The chain on Numba kernels. Importing this module imports Numba; `driver` does it on first use.
+"""The chain on Numba kernels. Importing this module imports Numba; `dispatch` does it on first use.
 
 One frame runs on one thread, or, split into word rows and row bands, on several: both ways give
 the same bits.

@@ -1,7 +1,7 @@
 """The pack's own threads for masks: frames or bands side by side, cancelled by the caller.
 
 Numba's parallel layer is not used: two callers at once abort the process under its workqueue. The
-leaf kernels hold no GIL, so plain Python threads run them side by side.
+the kernels hold no GIL, so plain Python threads run them side by side.
 """
 
 from __future__ import annotations

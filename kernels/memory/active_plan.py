@@ -12,7 +12,7 @@ from .plan import SAMPLE, MemoryPlan
 @dataclass(frozen=True)
 class PlanOutcome:
     """Bytes. predicted: everything on the device while sampling; measured: the peak while sampling,
-    None where there is no such count. switches: those planned, in words. changes:
+    None where there is no such count. memory_options: those planned, in words. changes:
     what was done in the run because memory ran out.
     """
 

@@ -1,4 +1,4 @@
-"""Memory of a video run, phase by phase, before it starts, and which switches make it fit.
+"""Memory of a video run, phase by phase, before it starts, and which memory options make it fit.
 
 All numbers are bytes. A phase is one stage of the run (text, sampling, decoding) and is a stack of
 parts that are on the device at the same time: weights, what a forward has alive, latents. ComfyUI
@@ -209,10 +209,10 @@ def make_plan(
     notes: Iterable[str] = (),
     latents: int | None = None,
 ) -> MemoryPlan:
-    """Find the switches that cost the least time with which the run fits into `budget`; a notch
+    """Find the memory options that cost the least time with which the run fits into `budget`; one
     that lowers nothing is left out.
 
-    peak: bytes alive in a forward under these switches, both conditions counted unless sequential.
+    peak: bytes alive in a forward under these options, both conditions counted unless sequential.
     latents: bytes of latents around a forward, if not those of an ordinary sampler.
     """
     beside = {

@@ -171,7 +171,7 @@ def _made(
     kind = table.half(stored) if target == table.BF16 else kind
     group = {
         f"{unit}.{suffix}": TensorInfo(dtype, size)
-        for suffix, (dtype, size) in table.by_suffix(target, shape, dtype=kind).items()
+        for suffix, (dtype, size) in table.tensor_specs(target, shape, dtype=kind).items()
     }
     return Step(unit, MAKE, group, target, table.options(target, shape), twice)
 
@@ -211,8 +211,8 @@ def convert(
     target) quantised; see `uniform`. An interrupted call goes on when it is made again.
 
     `calibration` knows the layers' inputs, `merge` changes weights before, `measure` (layer,
-    target, float weight, tensors by leaf, statistics) gives figures for the report, `facts` (JSON)
-    are added to the file's metadata and decide with the rest whether an unfinished file fits.
+    target, float weight, tensors by suffix, statistics) gives figures for the report, `facts`
+    (JSON) are added to the file's metadata and decide with the rest if an unfinished file fits.
     `progress` gets bytes done and in all; an exception that it raises stops the work and leaves
     what is done. Memory beyond one layer's pieces is bounded: one layer as float32 where the source
     is quantised or something is merged.

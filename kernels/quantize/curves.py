@@ -102,7 +102,7 @@ def stored_error(
     statistics: Statistics | None = None,
     device: torch.device | str = "cpu",
 ) -> FormatError:
-    """The error of `tensors` (leaf -> tensor, in the format `target` with `options`) as a stored
+    """The error of `tensors` (suffix -> tensor, in the format `target` with `options`) as a stored
     form of the float weight [out, in]. Works in pieces of rows on `device`.
 
     Raises FrugalError where the statistics are of another width, or an error is not finite.

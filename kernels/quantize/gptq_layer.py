@@ -42,7 +42,7 @@ def suits(shape: tuple[int, int], group: int) -> str | None:
     return None
 
 
-def by_suffix(shape: tuple[int, int], group: int) -> formats.TensorSpecs:
+def tensor_specs(shape: tuple[int, int], group: int) -> formats.TensorSpecs:
     """Every tensor stored for a weight of `shape` [out, in]: name beside the layer -> (dtype,
     shape).
     """
@@ -62,7 +62,7 @@ def encode(
     *,
     where: str = "the model",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `leaves` for a float weight [out, in], on the CPU, computed on `device`.
+    """The tensors of `tensor_specs` for a float weight [out, in], on the CPU, computed on `device`.
 
     With the statistics of the layer's inputs codes and scales are solved by GPTQ, else each group
     gets the scale with the least squared error of its weights. `where` ("file: layer") names the
@@ -94,8 +94,8 @@ def encode(
 
 
 def decode(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], group: int) -> torch.Tensor:
-    """The float32 weight [out, in] that the tensors of `leaves` stand for."""
-    words, zeros, scales = (tensors[suffix] for suffix in by_suffix(shape, group))
+    """The float32 weight [out, in] that the tensors of `tensor_specs` stand for."""
+    words, zeros, scales = (tensors[suffix] for suffix in tensor_specs(shape, group))
     return dequantise(PackedWeight(words, scales, zeros, None, spec(shape, group)), torch.float32)
 
 

@@ -5,8 +5,8 @@ image and camera parts stay as the file holds them, as published quantised Wan f
 
 fp8 per-channel: e4m3 with one scale per output row. int8 ConvRot: rows rotated in groups of inputs
 by a normalised Hadamard matrix, then int8 with one scale per row. W4A8: the same rotation, 4-bit
-codes with fp8 scales per 16 inputs. The last two are made by formats.py; the first is in no file
-that ComfyUI reads, so it is here.
+codes with fp8 scales per 16 inputs. The last two are made by formats/codec.py; the first is in no
+file that ComfyUI reads, so it is here.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _layout(file: str, name: str, width: int, target: str) -> LayerLayout:
 def quantiser(
     file: str, device: torch.device, step: Callable[[], None] = lambda: None
 ) -> Callable[[torch.Tensor, LayerLayout], dict[str, torch.Tensor]]:
-    """A function (float weight [out, in], layout) -> tensors by leaf, on the CPU, computed on
+    """A function (float weight [out, in], layout) -> tensors by suffix, on the CPU, computed on
     `device`; `step` is called after each layer.
 
     Raises FrugalError for a weight that is not finite, and where comfy-kitchen is missing.

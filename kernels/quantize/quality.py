@@ -154,7 +154,7 @@ def measured(
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """The figures of one layer as it is written, JSON-ready: float weight [out, in], its stored
-    tensors by leaf, the statistics of its inputs. `report_of` puts such figures together.
+    tensors by suffix, the statistics of its inputs. `report_of` puts such figures together.
     """
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     options = formats.options(target, shape)

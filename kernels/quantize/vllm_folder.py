@@ -246,7 +246,7 @@ def _group(source: Weights, unit: str, group: int) -> dict[str, TensorInfo]:
         )
     return {
         f"{layer}.{suffix}": TensorInfo(dtype, size)
-        for suffix, (dtype, size) in gptq_layer.by_suffix(shape, group).items()
+        for suffix, (dtype, size) in gptq_layer.tensor_specs(shape, group).items()
     }
 
 

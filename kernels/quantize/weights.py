@@ -122,7 +122,7 @@ class Weights:
 def decoded(
     layout: LayerLayout, by_suffix: Mapping[str, torch.Tensor], shape: tuple[int, int]
 ) -> torch.Tensor:
-    """The float32 weight [out, in] of a quantised layer from its normalised tensors (leaf ->
+    """The float32 weight [out, in] of a quantised layer from its normalised tensors (suffix ->
     tensor), those that `normalise` gives.
     """
     form, options = layout.format, layout.options
@@ -171,7 +171,7 @@ def decoded(
 
 
 def label(layout: LayerLayout | None, shape: tuple[int, int]) -> str | None:
-    """The target of formats.py that a layer is stored in already, None if it is another format."""
+    """The target of formats/table.py that a layer is stored in already, None if it is another."""
     if layout is None or layout.format == PLAIN or layout.grid != ONE or layout.lightx2v:
         return None
     if layout.format == formats.FORMATS[formats.FP8]:

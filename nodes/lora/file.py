@@ -16,8 +16,7 @@ import comfy.model_base
 import comfy.utils
 import torch
 
-from ...kernels.checkpoints.header import read_header
-from ...kernels.checkpoints.source import SAFETENSORS, check_pickle
+from ...kernels.checkpoints.source import check_file
 from ...kernels.errors import FrugalError
 from ...kernels.lora.names import BIAS, MAGNITUDE, ending, parameter_key, spelling, spellings
 from ...kernels.lora.scale import StatedScale, stated_scale
@@ -102,10 +101,7 @@ def read_for(path: Path, places: dict[str, Any], wan: bool = True) -> LoraFile:
     spelling of Wan's names counts. Raises FrugalError for a file that holds more than one LoRA, or
     states a strength that cannot be read.
     """
-    if path.name.lower().endswith(SAFETENSORS):
-        # ComfyUI's reader has no sentence for a file that was cut, or a web page in its place.
-        read_header(path)
-    check_pickle(path)
+    check_file(path)
     held, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     tensors = comfy.lora_convert.convert_lora(held)
     stated = stated_scale(path, metadata)

@@ -26,18 +26,18 @@ Forward = Callable[..., torch.Tensor]
 
 
 @dataclass
-class InForce:
-    """The switches that a MODEL's patches follow, and those to return to after a run."""
+class ActiveOptions:
+    """The memory options that a MODEL's patches follow, and those to return to after a run."""
 
     planned: MemoryOptions
     now: MemoryOptions
 
     @classmethod
-    def of(cls, memory_options: MemoryOptions) -> InForce:
+    def of(cls, memory_options: MemoryOptions) -> ActiveOptions:
         return cls(memory_options, memory_options)
 
 
-def forwards(model: Any, state: InForce, original: Callable[[str], Forward]) -> Iterator:
+def forwards(model: Any, state: ActiveOptions, original: Callable[[str], Forward]) -> Iterator:
     """(path below `model`, forward in pieces) of every part of every Wan block in `model`.
 
     original: path -> the forward that the pieces go through.
@@ -60,14 +60,14 @@ def forwards(model: Any, state: InForce, original: Callable[[str], Forward]) -> 
                 yield path, forward
 
 
-def _rowwise(whole: Forward, state: InForce) -> Forward:
+def _rowwise(whole: Forward, state: ActiveOptions) -> Forward:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return in_pieces(lambda part, _: whole(part, *args, **kwargs), x, state.now.pieces)
 
     return forward
 
 
-def _self_attention(attention: Any, whole: Forward, state: InForce) -> Forward:
+def _self_attention(attention: Any, whole: Forward, state: ActiveOptions) -> Forward:
     def forward(
         x: torch.Tensor, freqs: torch.Tensor, transformer_options: dict[str, Any] | None = None
     ) -> torch.Tensor:

@@ -33,7 +33,7 @@ from ...kernels.memory.plan import (
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import CONTEXT_KEY, EXPERTS_KEY, PLAN_KEY, compute_dtype, experts_of, show_text
 from . import causal_trace, doctor_run, dynamic_vram, run_report_run
-from .chunked_blocks import InForce, forwards
+from .chunked_blocks import ActiveOptions, forwards
 from .meta_models import ForwardPeaks, check, decoded
 from .policy import Policy
 
@@ -106,7 +106,7 @@ def plan_of(
 
 def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: str | None) -> Any:
     """A clone of `model` that works as planned; of two experts both do. limit: keep its weights
-    within the budget too. The plan is attached under PLAN_KEY, as a PlanInForce.
+    within the budget too. The plan is attached under PLAN_KEY, as an ActivePlan.
     """
 
     in_force = ActivePlan(plan)
@@ -115,7 +115,7 @@ def apply(model: Any, plan: MemoryPlan, peaks: ForwardPeaks, limit: bool, node: 
         budget = plan.budget if limit else None
         buffers = BUFFERS * weights_of(of).largest if limit else 0
         return Policy(
-            InForce.of(plan.memory_options), copy.copy(peaks), budget, say, changes, buffers
+            ActiveOptions.of(plan.memory_options), copy.copy(peaks), budget, say, changes, buffers
         )
 
     def show(line: str) -> None:

@@ -24,7 +24,7 @@ from ...kernels.memory.trace import (
 )
 from .._comfy import ATTENTION_OVERRIDE, compute_dtype
 from . import doctor_run
-from .chunked_blocks import PARTS, InForce, forwards
+from .chunked_blocks import PARTS, ActiveOptions, forwards
 from .without_memory import MetaOps, without_memory
 
 META = torch.device("meta")
@@ -87,7 +87,7 @@ class ForwardPeaks:
         """Put in place what else changes a forward of `model`, which is without memory."""
 
     def of_job(self, job: Job, memory_options: MemoryOptions) -> int:
-        """Peak in bytes of the forwards of a job under `switches`."""
+        """Peak in bytes of the forwards of a job under `memory_options`."""
         rows = job.batch * (2 if job.guided and not memory_options.sequential else 1)
         return self.of(rows, job.latent, memory_options)
 
@@ -105,12 +105,12 @@ class ForwardPeaks:
         return trace(lambda: model(**arguments()), parts, decomposed, fused)
 
     def model(self, layers: int, memory_options: MemoryOptions) -> Any:
-        """A Wan like this one without memory, of so many layers, working under `switches`."""
+        """A Wan like this one without memory, of so many layers, working under `memory_options`."""
         changed = {"num_layers": layers, "dtype": self._dtype}
         if "vace_layers" in self._config:
             changed["vace_layers"] = 1
         model = self._class(**{**self._config, **changed}, device=META, operations=MetaOps)
-        state = InForce.of(memory_options)
+        state = ActiveOptions.of(memory_options)
 
         def original(path: str) -> Callable[..., Any]:
             return model.get_submodule(path.rpartition(".")[0]).forward

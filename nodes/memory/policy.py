@@ -23,7 +23,7 @@ from ...kernels.retry import NothingLeftError, retry
 from .._comfy import PLAN_KEY
 from .._memory import is_out_of_memory
 from . import dynamic_vram, run_report_run
-from .chunked_blocks import InForce
+from .chunked_blocks import ActiveOptions
 from .meta_models import ForwardPeaks
 
 KEY = PLAN_KEY
@@ -38,7 +38,7 @@ class Policy:
     the same, of the latest run. buffers: bytes for weights on their way to the device.
     """
 
-    state: InForce
+    state: ActiveOptions
     peaks: ForwardPeaks
     budget: int | None
     say: Callable[[str], None]
@@ -156,7 +156,7 @@ class Policy:
             yield
 
     def alive(self, memory_options: MemoryOptions, shape: Shape) -> int:
-        """Bytes of a forward under these switches, of both conditions unless they are apart."""
+        """Bytes of a forward under these options, of both conditions unless they are apart."""
         rows = shape[0] * (1 if memory_options.sequential else 2)
         return self.peaks.of(rows, tuple(shape[2:]), memory_options)
 

@@ -38,7 +38,7 @@ class LastRun:
 
 
 class Run:
-    """One sampling run: its chooser, and whether 8-bit kernels may be used at the present step."""
+    """One sampling run: its selector, and whether 8-bit kernels may be used at the present step."""
 
     def __init__(self, kernel_selector: KernelSelector, allowed: list[bool]):
         self.kernel_selector, self.allowed = kernel_selector, allowed

@@ -18,8 +18,7 @@ from comfy.model_base import ModelType
 from comfy.model_detection import detect_unet_config
 
 from ...kernels.checkpoints import catvton
-from ...kernels.checkpoints.header import read_header
-from ...kernels.checkpoints.source import check_pickle
+from ...kernels.checkpoints.source import check_file
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.report import LoadReport
@@ -34,9 +33,7 @@ SD15_WIDTH, SD15_CONTEXT = 320, 768
 
 def read_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (views of the mapped file, never to be written to) and safetensors metadata."""
-    if path.lower().endswith((".safetensors", ".sft")):
-        read_header(path)  # says what is wrong with a cut or damaged file
-    check_pickle(Path(path))
+    check_file(Path(path))
     tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     strays = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if strays:
@@ -349,7 +346,7 @@ def weight_bytes(module: torch.nn.Module) -> dict[str, int]:
         if hasattr(parameter, "_qdata"):
             from . import quantized_layers
 
-            parts = quantized_layers.by_suffix(parameter).values()
+            parts = quantized_layers.stored_tensors(parameter).values()
         for part in parts:
             kind = str(part.dtype).removeprefix("torch.")
             found[kind] = found.get(kind, 0) + part.nbytes

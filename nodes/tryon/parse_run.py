@@ -20,7 +20,7 @@ import folder_paths
 import numpy as np
 import torch
 
-from ...kernels.checkpoints.source import check_pickle
+from ...kernels.checkpoints.source import check_file
 from ...kernels.errors import FrugalError
 from ...kernels.log import LOG
 from ...kernels.masks.labels import voc_palette
@@ -88,7 +88,7 @@ def checked_weights(folder: str, file: str, network: torch.nn.Module) -> dict[st
     """The file's tensors under the network's names. Raises FrugalError unless every tensor of the
     network is there, in its shape, and no other.
     """
-    check_pickle(Path(folder, file))
+    check_file(Path(folder, file))
     weights = comfy.utils.load_torch_file(os.path.join(folder, file), safe_load=True)
     wanted = network.state_dict()
     names_of = segformer_names.module_names(weights, wanted)

@@ -118,7 +118,7 @@ def is_quantised(weight: Any) -> bool:
     return isinstance(weight, comfy.quant_ops.QuantizedTensor)
 
 
-def by_suffix(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def stored_tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """`weight` and `weight_scale` of one of ComfyUI's quantised tensors, the pack's or its own."""
     if NEW:
         return {"weight": weight._qdata, SCALE: weight._params.scale}
@@ -156,7 +156,7 @@ class _WeightOnly:
         held = {} if destination is None else destination
         if self.weight.is_meta:
             return held
-        own = by_suffix(self.weight) | {DECLARATION: self.layer.declaration()}
+        own = stored_tensors(self.weight) | {DECLARATION: self.layer.declaration()}
         held.update({prefix + suffix: tensor for suffix, tensor in own.items()})
         if self.bias is not None:
             held[f"{prefix}bias"] = self.bias
@@ -207,7 +207,7 @@ class _WeightOnly:
         )
         try:
             if is_quantised(weight):
-                q, s = by_suffix(weight).values()
+                q, s = stored_tensors(weight).values()
                 plain = per_channel.decode(q, s, input.dtype, self.layer.rotation)
             else:
                 plain = weight.to(input.dtype)

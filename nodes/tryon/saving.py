@@ -78,7 +78,7 @@ def _quantised_layer(weight: torch.Tensor, module: Any) -> precision.Layer | Non
 def _leaves(path: str, weight: Any, layer: precision.Layer) -> dict[str, torch.Tensor]:
     from . import quantized_layers
 
-    own = quantized_layers.by_suffix(weight) | {precision.DECLARATION: layer.declaration()}
+    own = quantized_layers.stored_tensors(weight) | {precision.DECLARATION: layer.declaration()}
     return {f"{path}.{suffix}": tensor for suffix, tensor in own.items()}
 
 

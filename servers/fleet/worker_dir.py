@@ -39,7 +39,7 @@ class WorkerDir:
         return found
 
     def lay(self, files: Mapping[str, bytes]) -> None:
-        """An empty workplace with these inputs."""
+        """An empty folder with these inputs."""
         self.clear()
         for name, data in files.items():
             (self.folder / "input" / name).write_bytes(data)

@@ -62,7 +62,7 @@ def test_forward_peak_within_ten_percent(comfy, size, picture, pieces, record_pr
     """Two layers on the card show the peak of all: what one needs is needed once."""
     from frugal.kernels.memory.plan import Job, MemoryOptions
     from frugal.nodes.memory import meta_models
-    from frugal.nodes.memory.chunked_blocks import InForce, forwards
+    from frugal.nodes.memory.chunked_blocks import ActiveOptions, forwards
 
     device = torch.device("cuda")
     job = Job(*SIZES[picture], 81)
@@ -74,7 +74,7 @@ def test_forward_peak_within_ten_percent(comfy, size, picture, pieces, record_pr
     for path, forward in list(
         forwards(
             model,
-            InForce.of(memory_options),
+            ActiveOptions.of(memory_options),
             lambda path: model.get_submodule(path.rpartition(".")[0]).forward,
         )
     ):

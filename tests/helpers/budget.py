@@ -90,7 +90,7 @@ class Bench:
         )
 
     def tensors(self, name: str, target: str) -> dict[str, torch.Tensor]:
-        """A layer as it is stored, by leaf."""
+        """A layer as it is stored, by suffix."""
         statistics = self.statistics(name)
         return codec.encode(target, self.weights[name], "cpu", statistics=statistics)
 

@@ -52,7 +52,7 @@ def tolerance(label: str) -> float:
 def native_layer(
     label: str, weight: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
-    """(tensors by leaf, dequantised float32 [out, in], declaration) of a float weight."""
+    """(tensors by suffix, dequantised float32 [out, in], declaration) of a float weight."""
     form, layout, arguments, options = NATIVE[label]
     kind = getattr(importlib.import_module("comfy_kitchen.tensor"), layout)
     data, params = kind.quantize(weight, **arguments)

@@ -27,7 +27,7 @@ def gptq_or_awq_layer(
     act_order: bool = False,
     version: int = 1,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Tensors of one layer (leaf -> tensor) and the float32 weight that they stand for."""
+    """Tensors of one layer (suffix -> tensor) and the float32 weight that they stand for."""
     rows, width = weight.shape
     index = np.arange(width) // group
     if act_order:
@@ -72,7 +72,7 @@ def gptq_or_awq_layer(
 def w4a16_layer(
     weight: torch.Tensor, group: int = 64, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Tensors of one awq_w4a16 layer (leaf -> tensor) and the float32 weight that they stand for,
+    """Tensors of one awq_w4a16 layer (suffix -> tensor) and the float32 weight that they stand for,
     value by value from the definition: (q - 8) * scale + zero, even input in the low half byte.
     """
     rows, width = weight.shape

@@ -36,7 +36,7 @@ def weight(rows=96, width=256, seed=1, dtype=torch.bfloat16):
 def test_leaves_are_what_is_encoded(target, rows, groups, dtype):
     shape = (rows, 64 * groups)
     made = codec.encode(target, weight(*shape, dtype=dtype), "cpu")
-    told = table.by_suffix(target, shape, dtype=dtype)
+    told = table.tensor_specs(target, shape, dtype=dtype)
     assert list(made) == list(told)
     for suffix, (kind, size) in told.items():
         assert (made[suffix].dtype, tuple(made[suffix].shape)) == (kind, size), suffix
@@ -171,7 +171,7 @@ def test_statistics_lower_the_error_of_the_output(target):
     errors = []
     for known in (None, statistics_of("x", inputs)):
         made = codec.encode(target, exact, "cpu", statistics=known)
-        assert {k: (t.dtype, tuple(t.shape)) for k, t in made.items()} == table.by_suffix(
+        assert {k: (t.dtype, tuple(t.shape)) for k, t in made.items()} == table.tensor_specs(
             target, (64, 128), dtype=torch.float32
         )
         got = codec.decode(target, made, None, (64, 128))

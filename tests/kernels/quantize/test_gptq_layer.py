@@ -43,7 +43,7 @@ def test_the_words_say_what_was_chosen(bed, group, calibrated):
     shape = tuple(bed.weight.shape)
     assert {
         suffix: (t.dtype, tuple(t.shape)) for suffix, t in made.items()
-    } == gptq_layer.by_suffix(shape, group)
+    } == gptq_layer.tensor_specs(shape, group)
     assert np.array_equal(gptq_layer.decode(made, shape, group).numpy(), unpacked(made, group))
     # Symmetric: all zero points in the middle.
     assert set(made["qzeros"].unique().tolist()) == {0x77777777}

@@ -61,8 +61,8 @@ def decoded(made: dict[str, torch.Tensor], layout: LayerLayout) -> torch.Tensor:
 def test_only_the_large_layers_change(target, tmp_path):
     held, plan = planned(tmp_path, target)
     inside = [f"blocks.0.{part}" for part in ("ffn.0", "ffn.2")]
-    for attention, by_suffix in {"self_attn": "qkvo", "cross_attn": "qkvo"}.items():
-        inside += [f"blocks.0.{attention}.{suffix}" for suffix in by_suffix]
+    for attention, projections in {"self_attn": "qkvo", "cross_attn": "qkvo"}.items():
+        inside += [f"blocks.0.{attention}.{suffix}" for suffix in projections]
     inside += ["blocks.0.cross_attn.k_img", "blocks.0.cross_attn.v_img"]
     assert sorted(plan.layers) == sorted(inside)
     steps = []

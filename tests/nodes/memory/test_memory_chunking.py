@@ -15,7 +15,7 @@ from frugal.kernels.memory import chunks
 from frugal.kernels.memory.plan import MemoryOptions
 from frugal.kernels.memory.trace import trace
 from frugal.nodes.memory import meta_models
-from frugal.nodes.memory.chunked_blocks import InForce, forwards
+from frugal.nodes.memory.chunked_blocks import ActiveOptions, forwards
 from frugal.tests.helpers import rounding
 from frugal.tests.helpers import wan as bed
 from frugal.tests.helpers.memory import allocator_peak
@@ -57,8 +57,8 @@ def arguments(model, dtype, batch=1):
     return found
 
 
-def in_pieces_of(model) -> InForce:
-    state = InForce.of(MemoryOptions())
+def in_pieces_of(model) -> ActiveOptions:
+    state = ActiveOptions.of(MemoryOptions())
 
     def module(path):
         return model.get_submodule(path.rpartition(".")[0])

@@ -23,7 +23,7 @@ def small_pieces(monkeypatch):
 
 
 def planned(model, monkeypatch):
-    """A planned clone that starts without switches, and what it said on the node."""
+    """A planned clone that starts without memory options, and what it said on the node."""
     said = []
     monkeypatch.setattr(memory_plan_run, "show_text", lambda _, line: said.append(line))
     plan, peaks = memory_plan_run.plan_of(model, Job(64, 64, 5), 0)
@@ -34,7 +34,7 @@ def planned(model, monkeypatch):
 
 
 def failing(model, run, when):
-    """A clone whose forwards run out of memory while `when(number of the call, switches)`."""
+    """A clone whose forwards run out of memory while `when(number of the call, options)`."""
     calls = []
 
     def wrapper(executor, x, *args, **kwargs):

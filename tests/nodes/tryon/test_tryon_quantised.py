@@ -72,7 +72,8 @@ def test_error_of_a_forward_and_bytes_held(folder, plain, tuned, kind):
     assert len(large) == 56 and sum(p.ndim == 4 for p in large.values()) == 26
     halves = {n: p.numel() * 2 for n, p in named.items()}
     held = {
-        n: sum(t.nbytes for t in quantized_layers.by_suffix(p).values()) for n, p in large.items()
+        n: sum(t.nbytes for t in quantized_layers.stored_tensors(p).values())
+        for n, p in large.items()
     }
     assert sum(held.values()) <= 0.52 * sum(halves[n] for n in large)
     rest = sum(p.nbytes for n, p in named.items() if n not in large)
@@ -95,8 +96,10 @@ def test_each_convolution_and_matrix_is_the_rounded_weight(folder, plain):
         layer = quantized_layers.layer_of(module)
         source = comfy.utils.get_attr(plain.model.diffusion_model, f"{name}.weight")
         q, s = per_channel.encode(source, "int8", rotation=layer.rotation)
-        assert torch.equal(quantized_layers.by_suffix(weight)["weight"], q)
-        assert torch.equal(quantized_layers.by_suffix(weight)["weight_scale"].reshape(s.shape), s)
+        assert torch.equal(quantized_layers.stored_tensors(weight)["weight"], q)
+        assert torch.equal(
+            quantized_layers.stored_tensors(weight)["weight_scale"].reshape(s.shape), s
+        )
         assert layer.rotation == (64 if layer.ndim == 2 else 0)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from frugal.kernels.checkpoints.source import check_pickle
+from frugal.kernels.checkpoints.source import check_file
 from frugal.kernels.errors import FrugalError
 from frugal.nodes.wan import load_run
 from frugal.tests.helpers import wan as bed
@@ -103,8 +103,8 @@ def test_pickle_that_was_zipped_again(tmp_path):
             packed.writestr(name, whole.read(name))
     assert same(load(tmp_path / "wan.pt")[0], source)
     with pytest.raises(FrugalError, match=r"save it with torch.save: wan.pt .* zipped again"):
-        check_pickle(tmp_path / "wan.pt")
-    check_pickle(tmp_path / "whole.pt")
+        check_file(tmp_path / "wan.pt")
+    check_file(tmp_path / "whole.pt")
 
 
 def test_parts_with_an_index(tmp_path):
