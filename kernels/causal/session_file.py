@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..atomic_write import atomic_write
 from ..errors import FrugalError
+from ..tensor_file import write_tensors
 from .cache import CachedFrame, VideoCache
 from .offload import HOST, to_device
 from .options import CacheOptions
@@ -50,8 +49,7 @@ def save(cache: VideoCache, path: Path) -> None:
         "prompt": cache.prompt,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished, {"format": FORMAT, "session": json.dumps(facts)})
+    write_tensors(path, tensors, {"format": FORMAT, "session": json.dumps(facts)})
 
 
 def load(path: Path, device: torch.device) -> VideoCache:

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from ..atomic_write import atomic_write
 from ..errors import FrugalError
+from ..tensor_file import write_tensors
 from .header import read_header
 
 MARK = "frugal_text_embeds"
@@ -61,8 +60,7 @@ def write_text_embeds(conditioning: Conditioning, path: Path) -> None:
                 )
         entries.append({"plain": plain, "order": list(extras)})
     metadata = {MARK: json.dumps({"version": VERSION, "entries": entries})}
-    with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def _is_plain(value: Any) -> bool:

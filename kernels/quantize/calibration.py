@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from ..atomic_write import atomic_write
 from ..checkpoints.header import read_header
 from ..errors import FrugalError
+from ..tensor_file import write_tensors
 from .moments import Moment
 from .reference_calls import ReferenceCall, checked, packed, unpacked
 
@@ -199,8 +198,7 @@ def write_calibration(
     if calls:
         held, content["calls"] = packed(calls)
         tensors |= held
-    with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished, metadata={MARK: json.dumps(content)})
+    write_tensors(path, tensors, {MARK: json.dumps(content)})
 
 
 def read_calibration(path: Path | str) -> Calibration:

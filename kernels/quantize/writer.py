@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,26 +224,32 @@ class Writer:
             self.commit()
 
     def _put(self, data: memoryview, step: Callable[[int], None] = lambda done: None) -> None:
-        try:
-            for start in range(0, len(data), SLICE):
-                piece = data[start : start + SLICE]
-                done = 0
+        for start in range(0, len(data), SLICE):
+            piece = data[start : start + SLICE]
+            done = 0
+            with self._telling_of_the_disk():
                 while done < len(piece):
                     done += self._file.write(piece[done:])
-                step(len(piece))
+            step(len(piece))
+
+    @contextlib.contextmanager
+    def _telling_of_the_disk(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            do = "free some space" if full else "check that disk"
             raise FrugalError(
-                f"the disk of {self.target.parent.name} is full",
+                f"{self.part} could not be written ({error.strerror or error})",
                 f"{self.size} bytes for {self.target.name}",
-                "free some space and run again: what is done stays",
+                f"{do} and run again, what is done stays",
             ) from error
 
     def commit(self) -> None:
         """Bring what was written to the disk and note it in the journal."""
-        _to_disk(self._file)
-        self._append({"groups": self.written, "bytes": self._position, "notes": self._pending})
+        with self._telling_of_the_disk():
+            _to_disk(self._file)
+            self._append({"groups": self.written, "bytes": self._position, "notes": self._pending})
         self._pending, self._since, self._when = {}, 0, time.monotonic()
 
     def _append(self, entry: Mapping[str, Any]) -> None:
@@ -275,7 +281,7 @@ class Writer:
         """Leave the unfinished file for a later run and give the lock back."""
         if self._file is not None and not self._file.closed:
             if self.written > self.resumed or self._pending:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(FrugalError):
                     self.commit()
             self._file.close()
         if not self._log.closed:

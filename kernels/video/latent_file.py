@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from ..atomic_write import atomic_write
+from ..tensor_file import write_tensors
 
 LATENT = "latent_tensor"
 # Its presence says that values are not scaled by 1 / 0.18215.
@@ -18,8 +17,7 @@ SUFFIX = ".latent"
 def write_latent(samples: torch.Tensor, path: Path) -> None:
     """Write a latent of any shape and type bit for bit; the name appears once the file is whole."""
     tensors = {LATENT: samples.detach().cpu().contiguous(), VERSION: torch.tensor([])}
-    with atomic_write(path) as unfinished:
-        save_file(tensors, unfinished)
+    write_tensors(path, tensors)
 
 
 class GrowingLatent:

@@ -13,12 +13,11 @@ import comfy.utils
 import torch
 from comfy.model_base import ModelType
 from comfy_api.v0_0_2 import io, ui
-from safetensors.torch import save_file
 
-from ...kernels.atomic_write import atomic_write
 from ...kernels.checkpoints import catvton
 from ...kernels.errors import FrugalError
 from ...kernels.report import megabytes
+from ...kernels.tensor_file import write_tensors
 from ...kernels.tryon import precision
 from .._comfy import REPORT_KEY, found_by, show_text
 from .._output import free_number
@@ -119,8 +118,7 @@ def save_catvton(patcher: Any, path: str) -> str:
     tensors = tensors_of(patcher)
     metadata = metadata_of(patcher, tensors)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with atomic_write(Path(path)) as unfinished:
-        save_file(tensors, unfinished, metadata)
+    write_tensors(Path(path), tensors, metadata)
     lines = [f"{os.path.basename(path)}: {megabytes(os.path.getsize(path))}"]
     lines += [f"{len(patcher.patches)} patched weights merged"] if patcher.patches else []
     wrappers = [key for kind in patcher.wrappers.values() for key in kind if kind[key]]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from frugal.kernels.atomic_write import WriteError
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats import codec, table
 from frugal.kernels.quantize import calibration, gptq
@@ -18,6 +19,7 @@ from frugal.kernels.quantize.calibration import read_calibration, write_calibrat
 from frugal.kernels.quantize.moments import Gatherer, Moment, columns_within, merged
 from frugal.kernels.quantize.reference_calls import ReferenceCall, unstorable
 from frugal.tests.helpers.quantize import layer, output_error
+from tests.helpers.disk import small_disk
 
 
 def rows_of(count, width, seed=0):
@@ -204,17 +206,11 @@ def test_files_come_back_as_they_were(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path, moments = tmp_path / "wan.safetensors", {0: gathered(rows_of(90, 40), 40)}
     write_calibration(path, {"a": 0}, moments, {})
     before = path.read_bytes()
-
-    def fails(tensors, file, metadata):
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(calibration, "save_file", fails)
-    with pytest.raises(OSError, match="No space"):
+    with small_disk(1000), pytest.raises(WriteError):
         write_calibration(path, {"a": 0}, moments, {})
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

@@ -193,7 +193,7 @@ def test_disk_that_fills_up(tmp_path, monkeypatch):
                 return getattr(real, name)
 
         out._file = Full()
-        with pytest.raises(FrugalError, match="is full"):
+        with pytest.raises(FrugalError, match="free some space and run again"):
             out.write({name: by_name[name] for name in out.groups[1]})
     whole = tmp_path / "whole.safetensors"
     fill(whole, content)
