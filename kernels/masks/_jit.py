@@ -9,6 +9,7 @@ function imported from another file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,6 +19,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..log import LOG
 
 CACHE_VARIABLE = "FRUGAL_CACHE_DIR"
 _decorating = threading.Lock()
@@ -84,6 +87,37 @@ def njit_no_refcount(function: Callable[..., Any]) -> Any:
         return njit(function)
 
 
+class _RecoveringCache:
+    """Numba's cache of one function, whose damaged or full files cost a compilation and no more.
+
+    Numba reads its cache at every new signature; a file that a full disk or a power cut left half
+    written raises there, and would again at every call.
+    """
+
+    def __init__(self, cache: Any):
+        self._held = cache
+
+    def load_overload(self, *given: Any) -> Any:
+        try:
+            return self._held.load_overload(*given)
+        except Exception as error:
+            LOG.warning(
+                "[Frugal] masks: a compiled kernel on disk is damaged (%r); made anew", error
+            )
+            with contextlib.suppress(OSError):
+                self._held.flush()
+            return None
+
+    def save_overload(self, *given: Any) -> None:
+        try:
+            self._held.save_overload(*given)
+        except Exception as error:
+            LOG.warning("[Frugal] masks: a compiled kernel was not kept on disk: %r", error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._held, name)
+
+
 def _compiled(function: Callable[..., Any], more: dict[str, Any]) -> Any:
     import numba.core.config
 
@@ -96,7 +130,11 @@ def _compiled(function: Callable[..., Any], more: dict[str, Any]) -> Any:
         before = config.CACHE_DIR
         config.CACHE_DIR = folder
         try:
-            return numba.njit(cache=True, **options)(function)
+            compiled: Any = numba.njit(cache=True, **options)(function)
+            # No public name, so where a newer Numba has another the cache is as it comes.
+            if hasattr(compiled, "_cache"):
+                compiled._cache = _RecoveringCache(compiled._cache)
+            return compiled
         except (RuntimeError, OSError):
             return numba.njit(**options)(function)
         finally:

@@ -134,6 +134,31 @@ def test_no_writable_cache_folder_costs_the_cache_only(tmp_path):
     assert blocked.read_text() == "not a folder"
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("*.nbi", 0.5), ("*.nbc", 0.0), ("*.nbc", 0.97)])
+def test_damaged_files_of_the_cache_are_made_anew(tmp_path, kind, kept):
+    cache = tmp_path / "cache"
+    made, _, _ = fresh(tmp_path, ROOT, settings=SMALLEST, FRUGAL_CACHE_DIR=str(cache))
+    files = {path: path.read_bytes() for path in cache.rglob(kind)}
+    assert files, "nothing was cached, so this test would prove nothing"
+    for path, content in files.items():
+        path.write_bytes(content[: int(len(content) * kept)])
+    result, backend, log = fresh(tmp_path, ROOT, settings=SMALLEST, FRUGAL_CACHE_DIR=str(cache))
+    assert backend == "numba" and np.array_equal(result, made)
+    assert "a compiled kernel on disk is damaged" in log
+    _, _, log = fresh(tmp_path, ROOT, settings=SMALLEST, FRUGAL_CACHE_DIR=str(cache))
+    assert "damaged" not in log
+
+
+def test_a_full_cache_disk_costs_the_cache_only(tmp_path):
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (53_000, 53_000))\n"
+    cache = tmp_path / "cache"
+    result, backend, log = fresh(
+        tmp_path, ROOT, before=full, settings=SMALLEST, FRUGAL_CACHE_DIR=str(cache)
+    )
+    assert backend == "numba" and result is not None
+    assert "was not kept on disk" in log
+
+
 def test_an_edited_source_gets_another_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(_jit.CACHE_VARIABLE, str(tmp_path / "cache"))
     source = tmp_path / "kernel.py"
