@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("--out", type=Path, default=Path("fleet-results"))
     for name, what in (("cancel", "stop an open job"), ("delete", "forget an ended job")):
         parts.add_parser(name, help=what).add_argument("job")
+    check = parts.add_parser("check", help="whether a store at rest is whole")
+    check.add_argument("--store", type=Path, required=True)
+    check.add_argument("--repair", action="store_true", help="put right what can be")
     for name in ("submit", "status", "fetch", "cancel", "delete"):
         client = parts.choices[name]
         client.add_argument("--url", default=URL, help="default: %(default)s")
@@ -99,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "serve":
             return serve(given)
+        if given.command == "check":
+            return check(given.store, given.repair)
         return asyncio.run(_ask(given))
     except FrugalError as error:
         _complain(str(error))
@@ -138,6 +143,16 @@ def serve(given: argparse.Namespace) -> int:
     with running(fleet, place, _say):
         until_stopped()
     return 0
+
+
+def check(folder: Path, repair: bool) -> int:
+    from . import store_check
+
+    found = store_check.check(folder, repair)
+    for line in found:
+        _say(line)
+    _say("the store is whole" if not found else "repaired" if repair else "add --repair to repair")
+    return 0 if repair or not found else 1
 
 
 async def _ask(given: argparse.Namespace) -> int:

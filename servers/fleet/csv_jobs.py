@@ -8,21 +8,33 @@ the type that the workflow has there.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import copy
 import csv
 import hashlib
+import io
 import json
+import locale
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import FrugalError
-from .job_request import JobRequest, order
+from ...kernels.log import LOG
+from .job_request import JobRequest, is_link, order
 
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# The first of equals is taken, so a header of one column is one column.
+DELIMITERS = ",;\t"
+SAVE = "save the table as CSV UTF-8"
 FILE = re.compile(r".*\.(png|jpe?g|webp|bmp|gif|tiff?|mp4|mov|mkv|webm|wav|mp3|flac)", re.I)
-LINK_PARTS = 2
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,9 @@ def rows(table: Path, workflow: bytes, named: Mapping[str, str] | None = None) -
     sent.
     """
     base = order(workflow, {}).workflow
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        read = csv.reader(file)
-        header = [cell.strip() for cell in next(read, [])]
-        lines = [line for line in read if any(cell.strip() for cell in line)]
+    read = _cells(table)
+    header = [cell.strip() for cell in next(read, [])]
+    lines = [line for line in read if any(cell.strip() for cell in line)]
     if not lines:
         raise FrugalError(
             f"{table.name} has no rows", "a header and a row per job", "fill in the table"
@@ -70,6 +81,37 @@ def rows(table: Path, workflow: bytes, named: Mapping[str, str] | None = None) -
         _row(number, dict(zip(header, line, strict=False)), header, base, places, table.parent)
         for number, line in enumerate(lines, 1)
     ]
+
+
+def _cells(table: Path) -> Iterator[list[str]]:
+    """Rows of cells, as Excel saves them too: UTF-8 with a mark or without, UTF-16, the Windows
+    code page of western Europe; commas, semicolons or tabs.
+    """
+    raw = table.read_bytes()
+    text = None
+    for mark, encoding in MARKS.items():
+        if raw.startswith(mark):
+            text = raw.decode(encoding, "replace")
+    if text is None:
+        text = _without_mark(raw, table.name)
+    if "\0" in text:
+        raise FrugalError(f"{table.name} is no text", "a CSV file", SAVE)
+    first = text.partition("\n")[0]
+    delimiter = max(DELIMITERS, key=first.count)
+    try:
+        yield from csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    except csv.Error as error:
+        raise FrugalError(f"{table.name} cannot be read ({error})", "a CSV file", SAVE) from None
+
+
+def _without_mark(raw: bytes, name: str) -> str:
+    for encoding in ("utf-8", locale.getpreferredencoding(False), "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            text = raw.decode(encoding)
+            if encoding != "utf-8":
+                LOG.warning("[Frugal] %s is no UTF-8; it is read as %s", name, encoding)
+            return text
+    raise FrugalError(f"{name} is text of an unknown encoding", "UTF-8", SAVE)
 
 
 def _row(
@@ -166,7 +208,7 @@ def _titled(workflow: Mapping[str, Any], title: str) -> list[str]:
 
 def _field(node: Mapping[str, Any], name: str, given: str, column: str) -> str:
     inputs = node["inputs"]
-    free = [each for each, value in inputs.items() if not _is_link(value)]
+    free = [each for each, value in inputs.items() if not is_link(value)]
     files = [
         each for each in free if isinstance(inputs[each], str) and FILE.fullmatch(inputs[each])
     ]
@@ -181,7 +223,3 @@ def _field(node: Mapping[str, Any], name: str, given: str, column: str) -> str:
         "the name of one of them" if free else "a node with a value to set",
         f"call the column {name}.{free[0]}" if free else "name another node",
     )
-
-
-def _is_link(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == LINK_PARTS and isinstance(value[0], str)

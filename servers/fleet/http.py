@@ -78,7 +78,8 @@ class Guarded:
             kind, _, key = given.partition(" ")
             # Digests have one length, and comparing them takes one time.
             if kind.lower() != "bearer" or not hmac.compare_digest(hashed(key.strip()), self.token):
-                self.scheduler().store.count("refused_token")
+                # In memory alone: a stranger's request must not cost a write to the disk.
+                self.scheduler().store.note("refused_token")
                 answer = _error(
                     401,
                     "send the token that the fleet was started with: no valid token; expected the "

@@ -15,6 +15,7 @@ from ...kernels.errors import FrugalError
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ ()+-]{0,199}")
 KEY = re.compile(r"[\x21-\x7e]{1,200}")
 LARGEST_WORKFLOW = 8 * 10**6
+LINK_PARTS = 2
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,29 @@ def _workflow(text: bytes | str) -> Mapping[str, Any]:
                 "an object with class_type and inputs",
                 "export the workflow with Workflow > Export (API)",
             )
+    _check_links(found)
     return found
+
+
+def is_link(value: Any) -> bool:
+    """Whether ComfyUI takes an input's value for the output of another node."""
+    return isinstance(value, list) and len(value) == LINK_PARTS and isinstance(value[0], str)
+
+
+def _check_links(workflow: Mapping[str, Any]) -> None:
+    """Inputs that a node does not declare count too: ComfyUI follows them before it looks."""
+    for name, node in workflow.items():
+        for field_name, value in node["inputs"].items():
+            if not is_link(value):
+                continue
+            if value[0] in workflow and type(value[1]) is int and value[1] >= 0:
+                continue
+            raise FrugalError(
+                f"input {ascii(field_name)[:60]} of node {ascii(name)[:40]} is linked to output "
+                f"{ascii(value[1])[:20]} of node {ascii(value[0])[:40]}",
+                "an output of a node of the workflow, by its number",
+                "connect that input again and export the workflow with Workflow > Export (API)",
+            )
 
 
 def _files(files: Mapping[str, bytes]) -> Mapping[str, bytes]:

@@ -272,8 +272,12 @@ class JobScheduler:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP)
-            if self.rules.keep_seconds:
-                self.store.count("expired", self.store.expire(self.rules.keep_seconds))
+            try:
+                self.store.flush()
+                if self.rules.keep_seconds:
+                    self.store.count("expired", self.store.expire(self.rules.keep_seconds))
+            except (OSError, sqlite3.Error) as error:
+                LOG.error("[Frugal] the fleet's store cannot be written: %s", _short(error))
 
 
 def _inside(folder: Path, name: str) -> Path:

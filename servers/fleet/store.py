@@ -19,6 +19,7 @@ import shutil
 import sqlite3
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +36,16 @@ TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, key TEXT UNIQUE, digest TEXT NOT NULL, status TEXT NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0, needs INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL,
-    started REAL, ended REAL, worker TEXT NOT NULL DEFAULT '', error TEXT NOT NULL DEFAULT '',
-    shown TEXT NOT NULL DEFAULT '{}', files TEXT NOT NULL DEFAULT '[]',
-    notes TEXT NOT NULL DEFAULT '[]'
+    started REAL, ended REAL, clock REAL, worker TEXT NOT NULL DEFAULT '',
+    error TEXT NOT NULL DEFAULT '', shown TEXT NOT NULL DEFAULT '{}',
+    files TEXT NOT NULL DEFAULT '[]', notes TEXT NOT NULL DEFAULT '[]'
 );
 CREATE INDEX IF NOT EXISTS by_status ON jobs (status, created);
 CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS clock (seconds REAL NOT NULL);
 """
+# Columns that an index of an earlier version lacks, with their types.
+LATER = {"clock": "REAL"}
 FIELDS = (
     "id", "key", "status", "attempts", "needs", "created", "started", "ended", "worker", "error",
     "shown", "files", "notes",
@@ -119,15 +123,62 @@ class Store:
             ) from None
         # Serve may build the object in one thread and use it in another, one after the other.
         self._base = sqlite3.connect(folder / INDEX, isolation_level=None, check_same_thread=False)
+        self._noted: Counter[str] = Counter()
+        try:
+            self._begin()
+        except BaseException as error:
+            self._base.close()
+            self._lock.release()
+            if not isinstance(error, sqlite3.DatabaseError):
+                raise
+            raise _refusal(folder, error) from error
+        self._opened = time.monotonic()
+        self._sweep()
+
+    def _begin(self) -> None:
+        # Held in the index itself too: a lock file can be deleted while it is in use.
+        self._base.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._base.execute("PRAGMA journal_mode=WAL")
         self._base.execute("PRAGMA synchronous=FULL")
         self._base.executescript(TABLE)
-        self._sweep()
+        there = {row[1] for row in self._base.execute("PRAGMA table_info(jobs)")}
+        for name in LATER.keys() - there:
+            self._base.execute(f"ALTER TABLE jobs ADD COLUMN {name} {LATER[name]}")
+        found = self._base.execute("SELECT seconds FROM clock").fetchone()
+        if found is None:
+            self._base.execute("INSERT INTO clock VALUES (0)")
+        self._before = found[0] if found else 0.0
+        self._base.execute(
+            "UPDATE jobs SET clock = ? WHERE ended IS NOT NULL AND clock IS NULL", (self._before,)
+        )
 
     def close(self) -> None:
         """Give the store free."""
-        self._base.close()
-        self._lock.release()
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self.flush()
+        finally:
+            self._base.close()
+            self._lock.release()
+
+    def clock(self) -> float:
+        """Seconds that a fleet has had this store open, over all its runs.
+
+        Ages are counted by it: by the time of day a clock that jumped a year ahead would expire
+        every result.
+        """
+        return self._before + time.monotonic() - self._opened
+
+    def note(self, name: str) -> None:
+        """Add one to a counter without touching the disk, until `flush`."""
+        self._noted[name] += 1
+
+    def flush(self) -> None:
+        """Write what is only in memory: the noted counters and the clock."""
+        for name, more in self._noted.items():
+            self.count(name, more)
+        self._noted.clear()
+        self._base.execute("UPDATE clock SET seconds = ?", (self.clock(),))
 
     def _sweep(self) -> None:
         """Delete orders that were never accepted; take back results that are not listed."""
@@ -147,10 +198,11 @@ class Store:
     def _take_back(self, folder: Path) -> None:
         made = (folder / OUTPUT).stat().st_mtime
         self._base.execute(
-            "INSERT INTO jobs (id, digest, status, created, ended, files, notes)"
-            " VALUES (?, '', ?, ?, ?, ?, ?)",
+            "INSERT INTO jobs (id, digest, status, created, ended, clock, files, notes)"
+            " VALUES (?, '', ?, ?, ?, ?, ?, ?)",
             (
-                folder.name, COMPLETED, made, time.time(), json.dumps(_files(folder / OUTPUT)),
+                folder.name, COMPLETED, made, time.time(), self.clock(),
+                json.dumps(_files(folder / OUTPUT)),
                 json.dumps(["its result was found on disk; the index did not know it"]),
             ),
         )  # fmt: skip
@@ -245,7 +297,8 @@ class Store:
 
     def counters(self) -> dict[str, int]:
         """All counters."""
-        return dict(self._base.execute("SELECT name, value FROM counts ORDER BY name").fetchall())
+        kept = self._base.execute("SELECT name, value FROM counts ORDER BY name").fetchall()
+        return dict(Counter(dict(kept)) + self._noted)
 
     # What happens to a job
 
@@ -296,15 +349,22 @@ class Store:
 
     def _end(self, job: str, status: str, error: str, shown: str, files: str) -> bool:
         changed = self._base.execute(
-            "UPDATE jobs SET status = ?, error = ?, shown = ?, files = ?, ended = ?"
+            "UPDATE jobs SET status = ?, error = ?, shown = ?, files = ?, ended = ?, clock = ?"
             " WHERE id = ? AND status IN (?, ?)",
-            (status, error, shown, files, time.time(), job, *OPEN),
+            (status, error, shown, files, time.time(), self.clock(), job, *OPEN),
         ).rowcount
         if changed:
             shutil.rmtree(self.jobs / job / PLACE, ignore_errors=True)
             for left in (self.jobs / job).glob("attempt-*"):
                 shutil.rmtree(left, ignore_errors=True)
         return bool(changed)
+
+    def spoil(self, job: str, error: str, status: str) -> None:
+        """A completed job whose result cannot be given any more; what is left of it stays."""
+        self._base.execute(
+            "UPDATE jobs SET status = ?, error = ?, files = '[]' WHERE id = ? AND status = ?",
+            (status, error, job, COMPLETED),
+        )
 
     def file(self, job: str, name: str) -> Path:
         """The path of a result. Raises KeyError where the job has no such file."""
@@ -326,9 +386,9 @@ class Store:
         shutil.rmtree(gone, ignore_errors=True)
 
     def expire(self, seconds: float) -> int:
-        """Delete what ended more than `seconds` ago; returns how many."""
+        """Delete what ended more than `seconds` of `clock` ago; returns how many."""
         rows = self._base.execute(
-            "SELECT id FROM jobs WHERE ended IS NOT NULL AND ended < ?", (time.time() - seconds,)
+            "SELECT id FROM jobs WHERE ended IS NOT NULL AND clock < ?", (self.clock() - seconds,)
         ).fetchall()
         for row in rows:
             self.delete(row[0])
@@ -345,6 +405,20 @@ class Store:
             self._base.execute("SELECT digest FROM jobs WHERE id = ?", (job,))
         ) as rows:
             return rows.fetchone()[0]
+
+
+def _refusal(folder: Path, error: sqlite3.DatabaseError) -> FrugalError:
+    if "locked" in str(error):
+        return FrugalError(
+            f"another fleet uses the store {folder}, whose lock file was deleted",
+            "one fleet per store",
+            "stop the other one, or name another folder",
+        )
+    return FrugalError(
+        f"the index of the store {folder} is damaged ({error})",
+        "a whole one",
+        f"run python -m frugal.fleet check --repair --store {folder}",
+    )
 
 
 def _job(row: tuple[Any, ...]) -> Job:

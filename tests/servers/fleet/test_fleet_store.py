@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from frugal.kernels.errors import FrugalError
 from frugal.servers.fleet import store as s
+from frugal.servers.fleet import store_check
 from frugal.servers.fleet.job_request import order
 from frugal.servers.fleet.token import kept
 
@@ -229,17 +231,100 @@ def test_results_are_found_by_listed_name_only(tmp_path):
     held.close()
 
 
-def test_old_results_expire(tmp_path, monkeypatch):
+def test_old_results_expire_by_the_time_that_the_fleet_was_up(tmp_path, monkeypatch):
     held = s.Store(tmp_path)
     old, new = (held.add(an_order(color), "", 9)[0].id for color in (0, 1))
-    now = s.time.time()
-    monkeypatch.setattr(s.time, "time", lambda: now - 100)
     held.fail(old, "why")
-    monkeypatch.undo()
+    now = s.time.monotonic()
+    monkeypatch.setattr(s.time, "monotonic", lambda: now + 100)
     held.fail(new, "why")
-    assert held.expire(200) == 0 and held.expire(50) == 1
+    assert held.expire(200) == 0
+    held.close()
+    # What was counted before a restart counts on, and a wrong time of day does not count.
+    monkeypatch.setattr(s.time, "time", lambda: 4e9)
+    held = s.Store(tmp_path)
+    assert held.expire(150) == 0 and held.expire(50) == 1
     assert [job.id for job in held.list()] == [new]
     held.close()
+
+
+def test_counters_that_are_only_noted_are_written_at_the_end(tmp_path):
+    held = s.Store(tmp_path)
+    held.note("refused_token")
+    held.note("refused_token")
+    assert held.counters() == {"refused_token": 2}
+    assert held._base.execute("SELECT COUNT(*) FROM counts").fetchone() == (0,)
+    held.close()
+    held = s.Store(tmp_path)
+    assert held.counters() == {"refused_token": 2}
+    held.close()
+
+
+def test_a_deleted_lock_file_lets_no_second_fleet_in(tmp_path):
+    held = s.Store(tmp_path)
+    (tmp_path / s.LOCK).unlink()
+    with pytest.raises(FrugalError, match="another fleet uses the store"):
+        s.Store(tmp_path, patience=0)
+    held.close()
+    s.Store(tmp_path, patience=0).close()
+
+
+def test_an_index_of_an_earlier_version_is_taken_over(tmp_path):
+    held = s.Store(tmp_path)
+    job = held.add(an_order(), "k", 9)[0].id
+    held.fail(job, "why")
+    held.close()
+    base = sqlite3.connect(tmp_path / s.INDEX)
+    base.execute("ALTER TABLE jobs DROP COLUMN clock")
+    base.execute("DROP TABLE clock")
+    base.commit()
+    base.close()
+    held = s.Store(tmp_path)
+    assert held.job(job).error == "why" and held.expire(1000) == 0
+    held.close()
+
+
+def a_result(held: s.Store, content: bytes) -> str:
+    job = held.add(an_order(), "", 9)[0].id
+    folder = held.attempt_folder(job)
+    (folder / "a.png").write_bytes(content)
+    held.start(job, "w")
+    assert held.complete(job, folder, {})
+    return job
+
+
+def test_a_store_is_checked_and_repaired(tmp_path):
+    held = s.Store(tmp_path)
+    whole, cut = (a_result(held, content) for content in (b"whole", b"to be cut"))
+    with pytest.raises(FrugalError, match="stop the fleet first"):
+        store_check.check(tmp_path, repair=False)
+    held.close()
+    assert store_check.check(tmp_path, repair=False) == []
+    (tmp_path / "jobs" / cut / s.OUTPUT / "a.png").write_bytes(b"cut")
+    for repair in (False, True):
+        (line,) = store_check.check(tmp_path, repair)
+        assert cut in line and "has 3 bytes; expected 9" in line
+    assert store_check.check(tmp_path, repair=False) == []
+    held = s.Store(tmp_path)
+    assert held.job(cut).status == s.FAILED and held.job(cut).error == store_check.GONE
+    assert held.job(whole).status == s.COMPLETED
+    held.close()
+
+
+def test_a_damaged_index_is_named_with_its_repair_and_built_anew(tmp_path):
+    held = s.Store(tmp_path)
+    job = a_result(held, b"kept")
+    held.close()
+    index = tmp_path / s.INDEX
+    index.write_bytes(b"no database" + index.read_bytes()[11:])
+    with pytest.raises(FrugalError, match=r"^run python -m frugal.fleet check --repair --store"):
+        s.Store(tmp_path, patience=0)
+    assert "damaged" in store_check.check(tmp_path, repair=False)[0]
+    assert len(store_check.check(tmp_path, repair=True)) == 2
+    held = s.Store(tmp_path, patience=0)
+    assert held.file(job, "a.png").read_bytes() == b"kept"
+    held.close()
+    assert [each.name for each in tmp_path.glob("*.damaged-*")]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +337,10 @@ def test_old_results_expire(tmp_path, monkeypatch):
         (b'{"nodes": [], "links": []}', r"as the web page saves it; expected the API form"),
         (b'{"1": {"inputs": {}}}', "node '1' of the workflow"),
         (b'{"1": {"class_type": "A"}}', "node '1' of the workflow"),
+        (b'{"1": {"class_type": "A", "inputs": {"x": ["2", 0]}}}', "'x' of node '1' is linked to"),
+        (b'{"1": {"class_type": "A", "inputs": {"x": ["1", -1]}}}', "output -1 of node '1'"),
+        (b'{"1": {"class_type": "A", "inputs": {"x": ["1", 0.5]}}}', "output 0.5 of node '1'"),
+        (b'{"1": {"class_type": "A", "inputs": {"x": ["1", true]}}}', "output True of node '1'"),
     ],
 )
 def test_refused_workflows(workflow, told):
