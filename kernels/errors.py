@@ -18,5 +18,13 @@ class FrugalError(ValueError):
     __module__ = "frugal"
 
     def __init__(self, found: str, expected: str, do: str):
-        super().__init__(plain(f"{do.rstrip('.')}: {found}; expected {expected}."))
+        super().__init__(_one_line(f"{do.rstrip('.')}: {found}; expected {expected}."))
         self.found, self.expected, self.do = found, expected, do
+
+
+def _one_line(text: str) -> str:
+    """In ASCII, control characters as escapes: a name from a file may hold any."""
+    return "".join(
+        each if each.isprintable() else " " if each == "\n" else f"\\x{ord(each):02x}"
+        for each in plain(text)
+    )

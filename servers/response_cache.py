@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..kernels import json_text
 from ..kernels.atomic_write import atomic_write
 
 LARGEST = 10**6
@@ -31,7 +32,7 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > LARGEST:
             return None
-        found = json.loads(path.read_text("utf-8"))
+        found = json_text.parse(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

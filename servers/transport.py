@@ -7,7 +7,6 @@ fail and answers that break off are tried again a few times; all else is the cal
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import socket
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from ..kernels import json_text
 from ..kernels.errors import FrugalError
 from .address import Server
 from .waiting import within
@@ -25,6 +25,7 @@ TRIES = 3
 PAUSE, LONGEST_PAUSE = 1.0, 30.0
 JSON_LIMIT = 8 * 10**6
 SHOWN = 300
+UNPACKED = ("", "identity", "gzip", "deflate")
 SHORTEST_KEY = 8  # what is shorter may be in any answer by chance
 
 
@@ -39,7 +40,7 @@ class Reply:
     def json(self, where: str) -> Any:
         """The body as JSON. Raises FrugalError naming `where` if it is none."""
         try:
-            return json.loads(self.body)
+            return json_text.parse(self.body)
         except ValueError:
             raise FrugalError(
                 f"{where} answered {self.status} with {self.kind or 'no type'}: {self.text()}",
@@ -51,7 +52,7 @@ class Reply:
         """What the server said about an error, as short ASCII."""
         said: Any = self.body[: 4 * SHOWN].decode("utf-8", "replace")
         try:
-            said = json.loads(self.body)
+            said = json_text.parse(self.body)
         except ValueError:
             said = re.sub(r"<[^>]*>", " ", said)
         for key in ("error", "message", "detail"):
@@ -120,9 +121,18 @@ async def _once(
     limit: int,
     body: Mapping[str, Any],
 ) -> tuple[Reply, float]:
+    # Some versions of aiohttp unpack a whole piece of brotli at once, however large it becomes.
+    headers = {**server.headers, "Accept-Encoding": "gzip, deflate"}
     async with session.request(
-        method, server.base + path, headers=server.headers, allow_redirects=False, **body
+        method, server.base + path, headers=headers, allow_redirects=False, **body
     ) as answer:
+        packed = answer.headers.get("Content-Encoding", "identity").strip().lower()
+        if packed not in UNPACKED:
+            raise FrugalError(
+                f"{server.name}{path} sent an answer packed as {ascii(packed)[1:-1][:40]}",
+                "a plain answer, or one in gzip or deflate",
+                "switch that compression off at the server or its proxy",
+            )
         pieces, size = [], 0
         async for piece in answer.content.iter_chunked(1 << 16):
             size += len(piece)

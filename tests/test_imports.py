@@ -21,7 +21,7 @@ PARTS = {
     "nodes": (set(), {"nodes", "kernels", "servers"}),
 }
 # What servers/ uses of kernels/: no tensors.
-SHARED = {"atomic_write", "errors", "log", "report"}
+SHARED = {"atomic_write", "errors", "json_text", "log", "report"}
 
 
 def module(path: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import json_text
 from ..atomic_write import atomic_write
 from .measure import Decision
 
@@ -30,7 +31,7 @@ def load(path: Path) -> dict[str, Decision]:
     held is measured again.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json_text.parse(path.read_text(encoding="utf-8"))
         if held["format"] != FORMAT:
             return {}
         return {key: _read(entry) for key, entry in held["choices"].items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .. import json_text
 from ..errors import FrugalError
 from ..tensor_file import write_tensors
 from .cache import CachedFrame, VideoCache
@@ -63,22 +64,56 @@ def load(path: Path, device: torch.device) -> VideoCache:
                 raise FrugalError(
                     f"{path.name} is no session of this version", FORMAT, "choose another file"
                 )
-            return _restored(json.loads(metadata["session"]), file, device)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            return _restored(json_text.parse(metadata["session"]), file, device)
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, FrugalError):
+            raise
+        reason = ascii(str(error))[1:-1][:120]
         raise FrugalError(
-            f"{path.name} cannot be read ({error})",
+            f"{path.name} cannot be read ({reason})",
             "a whole session file",
             "save the session again",
         ) from error
 
 
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def _count(facts: dict, name: str, least: int = 0) -> int:
+    value = facts[name]
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {ascii(value)[:40]}")
+    return value
+
+
+def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    # fp8 pages have no infinity, and their scales are looked at.
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} holds values that are not finite")
+    return tensor
+
+
+def _kept(entries: list) -> list[CachedFrame]:
+    kept = [CachedFrame(**each) for each in entries]
+    numbers = [number for each in kept for number in (each.frame, each.position, each.block)]
+    if not kept or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("frames without numbers")
+    frames = [each.frame for each in kept]
+    if sorted(set(frames)) != frames:
+        raise ValueError("frames out of order")
+    return kept
+
+
 def _restored(facts: dict, file, device: torch.device) -> VideoCache:
     options = CacheOptions(**facts["options"])
     shape = tuple(facts["shape"])
-    fmt = PageFormat(shape, getattr(torch, facts["dtype"]), options.kind)
+    if len(shape) != 4 or any(type(size) is not int or size < 1 for size in shape):
+        raise ValueError(f"pages of shape {ascii(shape)[:60]}")
+    fmt = PageFormat(shape, DTYPES[facts["dtype"]], options.kind)
+    _count(facts, "layers", 1)
     cache = VideoCache(fmt, facts["layers"], device, options)
     wanted = fmt.empty(torch.device("meta")).tensors()
-    cache.kept = [CachedFrame(**each) for each in facts["kept"]]
+    cache.kept = _kept(facts["kept"])
     for number in facts["streams"]:
         for each in cache.kept:
             contents = []
@@ -88,10 +123,15 @@ def _restored(facts: dict, file, device: torch.device) -> VideoCache:
                 for name, tensor in held.items():
                     if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
                         raise KeyError(f"{prefix}{name} is {tuple(tensor.shape)} {tensor.dtype}")
+                    _finite(f"{prefix}{name}", tensor)
                 contents.append(Page(**held))
             pages = cache.pool.adopt(contents, away=not options.on_host)
             cache.streams.setdefault(number, {})[each.frame] = pages
-    cache.clean = {each.frame: file.get_tensor(f"clean.{each.frame}") for each in cache.kept}
-    cache.next_frame, cache.blocks_made = facts["next_frame"], facts["blocks_made"]
+    clean = {each.frame: file.get_tensor(f"clean.{each.frame}") for each in cache.kept}
+    if len({(tensor.shape, tensor.dtype) for tensor in clean.values()}) != 1:
+        raise ValueError("clean latents of different shapes")
+    cache.clean = {frame: _finite(f"clean.{frame}", tensor) for frame, tensor in clean.items()}
+    cache.next_frame = _count(facts, "next_frame", cache.kept[-1].frame + 1)
+    cache.blocks_made = _count(facts, "blocks_made")
     cache.error, cache.prompt = facts["error"], facts["prompt"]
     return cache

@@ -234,7 +234,7 @@ def head_count(metadata: Mapping[str, str], widths: Iterable[int], file: str) ->
     Raises FrugalError when the number is none or does not divide every attention width.
     """
     text = metadata.get("num_heads", "8")
-    heads = int(text) if text.isdecimal() else 0
+    heads = int(text) if text.isdecimal() and len(text) < 6 else 0
     bad = [width for width in widths if heads == 0 or width % heads]
     if bad:
         raise FrugalError(

@@ -100,11 +100,15 @@ def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
 
 def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor) -> torch.Tensor:
     suffix = name.rpartition(".")[2]
+    if layout.packed:
+        return tensor  # check_packed looks at them
     if layout.format == W4A16:
-        _scale(file, name, tensor)
+        _scale(file, name, tensor, negative=True)
         return tensor
-    blocks = (layout.format in (NVFP4, MXFP8) or layout.packed) and suffix == "weight_scale"
-    if blocks or suffix not in ("weight_scale", "weight_scale_2"):
+    if suffix not in ("weight_scale", "weight_scale_2"):
+        return tensor
+    if layout.format in (NVFP4, MXFP8) and suffix == "weight_scale":
+        _scale(file, name, _block_scales(layout.format, tensor))
         return tensor
     scale = _scale(file, name, tensor)
     if scale.numel() == 1:
@@ -115,12 +119,21 @@ def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor
     return scale.reshape(-1) if layout.format == W4A4 else scale.reshape(-1, 1)
 
 
-def _scale(file: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _block_scales(form: str, tensor: torch.Tensor) -> torch.Tensor:
+    """As numbers; some writers store their bytes as uint8."""
+    if tensor.dtype != torch.uint8:
+        return tensor
+    return tensor.view(torch.float8_e4m3fn if form == NVFP4 else torch.float8_e8m0fnu)
+
+
+def _scale(file: str, name: str, tensor: torch.Tensor, negative: bool = False) -> torch.Tensor:
+    """As float32. negative: whether scales below 0 occur, as in files of AutoRound."""
     scale = tensor.to(torch.float32)
-    if not bool(torch.isfinite(scale).all()):
-        bad = int((~torch.isfinite(scale)).sum())
+    sound = torch.isfinite(scale) if negative else torch.isfinite(scale) & (scale >= 0)
+    if not bool(sound.all()):
         raise FrugalError(
-            f"{file}: {name} holds {bad} values that are not finite",
+            f"{file}: {name} holds {int((~sound).sum())} values that are "
+            f"{'not finite' if negative else 'negative or not finite'}",
             "finite scales",
             "download the file again",
         )

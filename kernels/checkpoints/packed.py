@@ -8,13 +8,13 @@ beside it, and must agree with them. The arithmetic is in `formats/packed_int.py
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from .. import json_text
 from ..errors import FrugalError
 from ..formats.gguf_blocks import TYPES, largest
 from ..formats.packed_int import (
@@ -56,8 +56,8 @@ def settings(file: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if CONFIG in metadata:
         try:
-            found = json.loads(metadata[CONFIG])
-        except (ValueError, RecursionError):
+            found = json_text.parse(metadata[CONFIG])
+        except ValueError:
             found = None  # type: ignore[assignment]
         if not isinstance(found, dict):
             raise FrugalError(

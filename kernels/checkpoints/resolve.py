@@ -4,7 +4,6 @@ weights are read.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import json_text
 from ..errors import FrugalError
 from .header import TensorInfo
 from .layouts import FLOAT8, FLOATS, FOREIGN, ONE, PLAIN, SIDE, LayerLayout, classify
@@ -183,9 +183,9 @@ def _transformer(file: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     if "config" not in metadata:
         return {}
     try:
-        entry = json.loads(metadata["config"])
+        entry = json_text.parse(metadata["config"])
         transformer = entry.get("transformer", {})
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         transformer = None
     if not isinstance(transformer, dict):
         raise FrugalError(
@@ -334,8 +334,8 @@ def _declared(
 
 def _json(file: str, name: str, raw: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        entry = json_text.parse(raw)
+    except ValueError as error:
         raise FrugalError(
             f"{file} has a damaged {name}", "JSON", "convert the model again"
         ) from error

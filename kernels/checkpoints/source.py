@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import json_text
 from ..errors import FrugalError
 from .gguf_file import SUFFIX, open_gguf
 from .header import DOWNLOAD, Header, TensorInfo, read_header
@@ -27,6 +27,9 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 MAX_SMALL_BYTES = 65_536
 MAX_INDEX_BYTES = 100_000_000
+# Tensors of a PyTorch file may share numbers, and zipped weights shrink by a fifth; beyond these
+# a small file is made to fill the memory.
+MOST_REPEATED, MOST_GROWTH = 4, 20
 # Files in which the writers of GPTQ and AWQ models leave their settings, the most specific first.
 SETTINGS = ("quantize_config.json", "quant_config.json", "config.json")
 
@@ -138,9 +141,9 @@ def _with_settings(source: Source) -> Source:
         if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
             continue
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = json_text.parse(path.read_text("utf-8"))
             found = content if name != "config.json" else content.get(CONFIG)
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise FrugalError(
                 f"{name} beside {source.name} is no readable settings file",
                 "JSON with settings of GPTQ or AWQ",
@@ -227,9 +230,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise ValueError("too large")
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        weight_map = json_text.parse(index.read_text("utf-8"))["weight_map"]
         entries = dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise FrugalError(
             f"{index.name} is no readable index", "JSON with a weight_map", DOWNLOAD
         ) from error
@@ -264,26 +267,24 @@ def _is_compressed(path: Path) -> bool:
     """Whether a PyTorch file was zipped again, with compression: mapped into memory, its compressed
     bytes would be taken for weights. A damaged archive is left to the reader.
     """
+    return any(entry.compress_type != zipfile.ZIP_STORED for entry in _entries(path))
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    """Of a PyTorch file that is an archive; none of one that is not, or is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError):
-        return False
+            return archive.infolist()
+    except Exception:  # the standard library raises what the damaged bytes happen to mean
+        return []
 
 
 def _open_pickle(path: Path) -> Source:
     mapped = not _is_compressed(path)
+    size = _unpacked_size(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (
-        RuntimeError,
-        ValueError,
-        OSError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise FrugalError(
             f"{path.name} cannot be read as plain weights ({ascii(first)[1:-1][:160]})",
@@ -297,7 +298,30 @@ def _open_pickle(path: Path) -> Source:
     tensors = {
         name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()
     }
+    claimed = sum(info.nbytes for info in tensors.values())
+    if claimed > MOST_REPEATED * size:
+        raise FrugalError(
+            f"{path.name} has {size} bytes and tensors of {claimed}, the same numbers again and "
+            "again",
+            "tensors with numbers of their own",
+            "use a safetensors copy of the model",
+        )
     return Source(path.name, (path,), tensors, {}, loaded=loaded)
+
+
+def _unpacked_size(path: Path) -> int:
+    """Bytes of a PyTorch file without compression. Raises FrugalError for an archive that grows
+    far beyond what compressed weights do.
+    """
+    packed = path.stat().st_size
+    size = sum(entry.file_size for entry in _entries(path))
+    if size > MOST_GROWTH * packed:
+        raise FrugalError(
+            f"{path.name} grows from {packed} to {size} bytes",
+            f"at most {MOST_GROWTH} times its size",
+            "use a safetensors copy of the model",
+        )
+    return max(size, packed)
 
 
 def _flatten(content: Any, prefix: str, into: dict[str, torch.Tensor], depth: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .. import json_text
 from ..errors import FrugalError
 from ..tensor_file import write_tensors
 from .header import read_header
@@ -81,10 +82,10 @@ def read_text_embeds(path: Path) -> list[list[Any]]:
     if MARK not in header.metadata:
         return [[_single(path.name, tensors), {}]]
     try:
-        content = json.loads(header.metadata[MARK])
+        content = json_text.parse(header.metadata[MARK])
         version = content["version"]
         entries = [(dict(entry["plain"]), list(entry["order"])) for entry in content["entries"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FrugalError(
             f"{path.name} has damaged entries",
             "entries written by this pack",
@@ -112,8 +113,24 @@ def read_text_embeds(path: Path) -> list[list[Any]]:
                     "save the prompt again",
                 )
         extras = {key: stored[key] if key in stored else plain[key] for key in order}
-        conditioning.append([stored[EMBEDDING], extras])
+        conditioning.append([_checked(path.name, stored.get(EMBEDDING)), extras])
     return conditioning
+
+
+def _checked(name: str, tensor: torch.Tensor | None) -> torch.Tensor:
+    """Raises FrugalError for what no text encoder gives."""
+    if tensor is None or tensor.dim() != 3 or not tensor.numel() or not tensor.is_floating_point():
+        found = "no tensor" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise FrugalError(
+            f"{name} holds {found} as an embedding",
+            "floats of shape [batch, tokens, width]",
+            "save the prompt again",
+        )
+    if not bool(tensor.float().isfinite().all()):
+        raise FrugalError(
+            f"{name} holds values that are not finite", "finite numbers", "save the prompt again"
+        )
+    return tensor
 
 
 def _single(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -135,4 +152,4 @@ def _single(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
             "floats of shape [1, tokens, width]",
             "choose a text embedding",
         )
-    return tensor
+    return _checked(name, tensor)

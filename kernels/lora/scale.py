@@ -9,13 +9,13 @@ adapter_config.json beside adapter_model.safetensors.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import json_text
 from ..errors import FrugalError
 
 JSON_ENTRIES = ("lora_adapter_metadata", "lora_config", "adapter_config", "peft_config")
@@ -105,8 +105,8 @@ def stated_scale(path: Path, metadata: Mapping[str, str] | None) -> StatedScale:
 
 def _object(name: str, text: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = json_text.parse(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise FrugalError(f"{ascii(name)[1:-1][:120]} is no JSON object", "a JSON object", SAVE)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 
+from .. import json_text
 from ..checkpoints.header import read_header
 from ..errors import FrugalError
 from ..tensor_file import write_tensors
@@ -213,7 +214,7 @@ def read_calibration(path: Path | str) -> Calibration:
             f"{path.name} holds no {MARK}", "a calibration file", "choose one made by Calibrate"
         )
     try:
-        content = json.loads(header.metadata[MARK])
+        content = json_text.parse(header.metadata[MARK])
         version, meta = content["version"], dict(content["meta"])
         inputs = {str(name): int(index) for name, index in content["layers"].items()}
         rows = tuple(int(count) for count in content["rows"])
@@ -226,7 +227,7 @@ def read_calibration(path: Path | str) -> Calibration:
         if not all(math.isfinite(share) and share >= 0 for share in shares.layers.values()):
             raise ValueError("shares")
         entries = checked(content.get("calls", ()), header.tensors)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FrugalError(
             f"{path.name} has damaged entries", "entries written by this pack", "calibrate again"
         ) from error

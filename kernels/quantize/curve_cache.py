@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .. import json_text
 from .curves import FormatError, LayerCurve
 
 SUFFIX = ".part.curves"
@@ -57,7 +58,7 @@ class CurveFile:
 
 def _read(line: bytes, mark: str) -> LayerCurve | None:
     try:
-        entry: Mapping[str, Any] = json.loads(line)
+        entry: Mapping[str, Any] = json_text.parse(line)
         if entry["of"] != mark:
             return None
         made = {target: FormatError(**error) for target, error in entry["formats"].items()}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .. import json_text
 from ..atomic_write import atomic_write
 from ..errors import FrugalError
 from ..formats import table as formats
@@ -244,7 +245,7 @@ def write_json(report: QualityReport, path: Path) -> Path:
 def read_json(path: str | os.PathLike[str]) -> QualityReport:
     """A report that `write_json` wrote. Raises FrugalError for anything else."""
     try:
-        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        held = json_text.parse(Path(path).read_text(encoding="utf-8"))
         end = held["end_to_end"]
         return report_of(
             str(held["file"]),
@@ -254,7 +255,7 @@ def read_json(path: str | os.PathLike[str]) -> QualityReport:
             None if end is None else from_dict(end),
             held["notes"],
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise FrugalError(
             f"{Path(path).name} is no readable quality report",
             f"a file ending in {SUFFIX} as the converter writes it",

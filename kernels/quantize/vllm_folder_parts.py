@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import json_text
 from ..errors import FrugalError
 
 TRANSFORMER, MODEL = "transformer", "model_index.json"
@@ -97,7 +98,7 @@ def _held(index: Mapping[str, Any], name: str) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json_text.parse(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise FrugalError(
             f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__})",

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from .. import json_text
 from ..checkpoints.header import DTYPES, TensorInfo
 from ..errors import FrugalError
 
@@ -295,7 +296,7 @@ def _progress(raw: bytes, mark: str, most: int) -> tuple[int | None, int, dict[s
     groups, position, notes, good = None, 0, {}, 0
     for number, line in enumerate(raw.split(b"\n")[:-1]):
         try:
-            entry = json.loads(line)
+            entry = json_text.parse(line)
             if number == 0 and entry["of"] != mark:
                 break
             found, end, own = int(entry["groups"]), int(entry["bytes"]), dict(entry["notes"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .. import json_text
 from ..errors import FrugalError
 from ..formats import per_channel
 from ..formats.per_channel import FP8, INT8, TYPES
@@ -110,7 +111,7 @@ def declared(tensors: Mapping[str, torch.Tensor], file: str) -> dict[str, Layer]
 
 def _read(tensor: torch.Tensor, where: str) -> Layer:
     try:
-        entry = json.loads(bytes(tensor.tolist()))
+        entry = json_text.parse(bytes(tensor.tolist()))
         named = entry["format"]
     except (ValueError, TypeError, KeyError) as error:
         raise FrugalError(f"{where} has an unreadable declaration", "JSON", GET) from error

@@ -15,6 +15,7 @@ import comfy.lora_convert
 import comfy.model_base
 import comfy.utils
 import torch
+from comfy.weight_adapter import LoRAAdapter
 
 from ...kernels.checkpoints.source import check_file
 from ...kernels.errors import FrugalError
@@ -121,8 +122,21 @@ def read_for(path: Path, places: dict[str, Any], wan: bool = True) -> LoraFile:
     entries: list[Entry] = []
     scaled = 0
     for group in groups.values():
-        scaled += group.scale(stated)
-        found, left = group.entries()
+        try:
+            scaled += group.scale(stated)
+            found, left = group.entries()
+            for entry in found:
+                _check_ranks(entry.patch)
+        except FrugalError:
+            raise
+        except Exception as error:  # ComfyUI's readers count on whole pairs of the right shapes
+            reason = ascii(str(error))[1:-1][:120]
+            raise FrugalError(
+                f"{path.name}: the {len(group.raw)} tensors of {ascii(group.layer)[1:-1][:80]} do "
+                f"not belong together ({type(error).__name__}: {reason})",
+                "a pair of factors, and one number as alpha",
+                "download the LoRA again",
+            ) from error
         entries += found
         unplaced |= dict.fromkeys(left, "not read by ComfyUI")
     count = sum(not key.startswith(TEXT_ENCODERS) for key in tensors)
@@ -197,6 +211,17 @@ class _Group:
             ]
             left += [self.raw[key] for key in unread if key in self.raw]
         return entries, left
+
+
+def _check_ranks(patch: Any) -> None:
+    """Raises ValueError for factors of different ranks, which ComfyUI only logs when it applies
+    them, leaving the layer as it was.
+    """
+    if not isinstance(patch, LoRAAdapter):
+        return
+    up, down, _, middle = patch.weights[:4]
+    if middle is None and up.shape[1] != down.shape[0]:
+        raise ValueError(f"factors of ranks {up.shape[1]} and {down.shape[0]}")
 
 
 def _refuse_two_experts(file: str, groups: dict[str, _Group]) -> None:

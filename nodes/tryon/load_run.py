@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from ...kernels.checkpoints import catvton
 from ...kernels.checkpoints.source import check_file
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
+from ...kernels.json_text import read_object
 from ...kernels.report import LoadReport
 from ...kernels.tryon import precision
 from .._comfy import REPORT_KEY, known
@@ -34,7 +34,15 @@ SD15_WIDTH, SD15_CONTEXT = 320, 768
 def read_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (views of the mapped file, never to be written to) and safetensors metadata."""
     check_file(Path(path))
-    tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    try:
+        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+        reason = ascii((str(error).splitlines() or [type(error).__name__])[0])[1:-1][:160]
+        raise FrugalError(
+            f"{os.path.basename(path)} cannot be read as plain weights ({reason})",
+            "a file that holds tensors only",
+            "use a safetensors copy of the model",
+        ) from error
     strays = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if strays:
         raise FrugalError(
@@ -59,7 +67,7 @@ def read_base(path: str) -> tuple[str, dict[str, torch.Tensor], dict[str, str]]:
     scheduler = _read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
     beside = {
         "num_heads": str(heads),
-        "modelspec.prediction_type": scheduler.get("prediction_type", "epsilon"),
+        "modelspec.prediction_type": str(scheduler.get("prediction_type", "epsilon")),
     }
     return file, tensors, beside | metadata
 
@@ -87,8 +95,7 @@ def diffusers_weights(folder: str) -> str:
 def _read_json(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as stream:
-        return json.load(stream)
+    return read_object(Path(path))
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -172,6 +179,7 @@ def quantise(
     that what is quantised can leave memory.
     """
     layers = precision.declared(unet, file)
+    check_numbers(unet, layers, file)
     kinds = {target, *(layer.kind for layer in layers.values())}
     if precision.FP8 in kinds:
         device = comfy.model_management.get_torch_device()
@@ -256,6 +264,20 @@ def build(
             catvton.GET_BASE,
         )
     return patcher
+
+
+def check_numbers(
+    unet: Mapping[str, torch.Tensor], layers: Mapping[str, precision.Layer], file: str
+) -> None:
+    """Raises FrugalError for whole numbers that no declaration gives a scale."""
+    for name, tensor in floats_of(unet, layers).items():
+        if not tensor.is_floating_point():
+            raise FrugalError(
+                f"{file} stores '{name}' as {str(tensor.dtype).removeprefix('torch.')} without "
+                "saying how it is quantised",
+                "floats, or layers that 'Save CatVTON' quantised",
+                catvton.GET_BASE,
+            )
 
 
 def floats_of(

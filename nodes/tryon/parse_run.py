@@ -8,7 +8,6 @@ folder and stay with ComfyUI's memory management.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 from ...kernels.checkpoints.source import check_file
 from ...kernels.errors import FrugalError
+from ...kernels.json_text import read_object
 from ...kernels.log import LOG
 from ...kernels.masks.labels import voc_palette
 from ...kernels.tryon import parsing, pictures, segformer_names
@@ -67,8 +67,7 @@ def _json(folder: str, name: str) -> dict:
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as stream:
-        return json.load(stream)
+    return read_object(Path(path))
 
 
 class Parser(torch.nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...kernels import json_text
 from ...kernels.atomic_write import atomic_write
 from ...kernels.errors import FrugalError
 from .client import FleetClient, settled
@@ -101,7 +102,7 @@ async def _through(
 
 def _earlier(folder: Path, row: Row) -> Result | None:
     try:
-        found = json.loads((folder / DONE).read_text("utf-8"))
+        found = json_text.parse((folder / DONE).read_text("utf-8"))
         job = found["job"]
         files = tuple(file["name"] for file in job["files"])
         whole = all((folder / f["name"]).stat().st_size == f["bytes"] for f in job["files"])

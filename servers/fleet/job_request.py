@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...kernels import json_text
 from ...kernels.errors import FrugalError
 
 # A name that is one file in one folder on every system: no path, no drive, no hidden file.
@@ -144,12 +145,9 @@ def _files(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
 
 
 def _json(text: bytes | str, what: str) -> Any:
-    def refuse(name: str) -> Any:
-        raise ValueError(name)
-
     try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        return json_text.parse(text, constants=False)
+    except ValueError as error:
         reason = ascii(str(error) or type(error).__name__)[1:-1][:120]
         raise FrugalError(
             f"{what} is no JSON ({reason})", "JSON", "export the workflow again"

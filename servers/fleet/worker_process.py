@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import socket
@@ -22,6 +21,7 @@ from typing import Any
 
 import aiohttp
 
+from ...kernels import json_text
 from ...kernels.errors import FrugalError
 from .job_request import JobRequest
 from .scheduler import Event
@@ -274,7 +274,7 @@ class Comfy:
         assert self._session is not None
         async with self._session.request(method, self._url + path, json=body) as answer:
             data = await answer.read()
-            return json.loads(data) if data.strip() else {}
+            return json_text.parse(data) if data.strip() else {}
 
     def _lost(self, error: BaseException) -> LostError:
         return LostError(
@@ -285,7 +285,7 @@ class Comfy:
 def _refusal(text: str) -> str:
     """What ComfyUI's answer to /prompt complains about, as one line."""
     try:
-        said = json.loads(text)
+        said = json_text.parse(text)
         first = said["error"]
         parts = [f"{first['message']} {first.get('details', '')}".strip()]
         for node, found in said.get("node_errors", {}).items():

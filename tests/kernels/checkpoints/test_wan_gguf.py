@@ -121,7 +121,7 @@ DAMAGED = {
     ),
     "nested array": (
         struct.pack("<IQQ", 3, 0, 1) + entry(9, struct.pack("<IQ", 9, 1)),
-        "an array of 1 entries of type 9",
+        "an array of arrays",
     ),
     "rank 9": (struct.pack("<IQQQ", 3, 1, 0, 1) + b"x" + struct.pack("<I", 9), "of 9 dimensions"),
     "truncated": (struct.pack("<IQQ", 3, 1, 0), "damaged GGUF file"),
