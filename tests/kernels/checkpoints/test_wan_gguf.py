@@ -112,12 +112,12 @@ DAMAGED = {
     "long name": (struct.pack("<IQQQ", 3, 0, 1, 2**50), "an entry ends at byte"),
     "unknown type": (struct.pack("<IQQ", 3, 0, 1) + entry(13, b""), "a value of type 13"),
     "endless array": (
-        struct.pack("<IQQ", 3, 0, 1) + entry(9, struct.pack("<IQ", 4, 9_000_000)),
+        struct.pack("<IQQ", 3, 0, 1) + entry(9, struct.pack("<IQ", 4, 1_400_000)),
         "an entry ends at byte",
     ),
     "vast array": (
         struct.pack("<IQQ", 3, 0, 1) + entry(9, struct.pack("<IQ", 0, 2**60)),
-        "an array of 1152921504606846976 entries",
+        "arrays of 1152921504606846976 entries",
     ),
     "nested array": (
         struct.pack("<IQQ", 3, 0, 1) + entry(9, struct.pack("<IQ", 9, 1)),
