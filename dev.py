@@ -210,6 +210,7 @@ def test(options: argparse.Namespace, arguments: list[str]) -> int:
     named = named_trees(options.comfyui)
     make_venv()
     install("demo", "test")
+    newest_page()
     trees = find_trees(named)
     say(f"ComfyUI found: {', '.join(map(str, trees))}. {ANOTHER_COMFYUI}")
     command = [str(PYTHON), str(ROOT / "tests" / "suite.py"), "--jobs", str(options.jobs)]
@@ -240,6 +241,20 @@ def gpu(options: argparse.Namespace, arguments: list[str]) -> int:
     out = Path(options.out).resolve() if options.out else out
     command = [python, str(ROOT / "bench" / "gpu.py"), str(tree), str(out), *arguments]
     return subprocess.call(command, cwd=ROOT, env=environment())
+
+
+def newest_page() -> None:
+    """The newest version of ComfyUI's web page beside the installed one, for the browser tests;
+    they skip what needs it where it cannot be fetched.
+    """
+    wanted = ["--no-deps", "--upgrade", "--target", str(VENV / "newest-page")]
+    try:
+        run_step(
+            "fetching the newest web page",
+            [str(PYTHON), "-m", "pip", "install", "-q", *wanted, "comfyui-frontend-package"],
+        )
+    except SetupError as error:
+        say(f"no newest web page: {str(error).splitlines()[-1]}")
 
 
 def card() -> list[str]:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -17,6 +18,8 @@ FLAGS = [
     # As root, without an accelerator, in a container with little shared memory.
     "--no-sandbox", "--disable-gpu", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
     "--disable-dev-shm-usage",
+    # A page whose files are put in the place of the server's is no local one to Chromium.
+    "--disable-features=LocalNetworkAccessChecks",
 ]  # fmt: skip
 SETTINGS = {
     # Else a gallery covers the canvas of a first visitor, and old tabs come back.
@@ -57,3 +60,18 @@ def open_page(page: Any, url: str, settings: dict[str, Any]) -> None:
         raise RuntimeError(f"{url} refused the settings: {answer.status} {answer.status_text}")
     page.goto(url)
     page.wait_for_function(READY, timeout=READY_MS)
+
+
+def take_files(page: Any, url: str, static: Path) -> None:
+    """Let a tab have the page's own files from the folder `static`, as from another version of
+    comfyui-frontend-package, and everything else from the server at `url`.
+    """
+
+    def answer(route: Any) -> None:
+        name = route.request.url.removeprefix(url).partition("?")[0].strip("/") or "index.html"
+        if (static / name).is_file():
+            route.fulfill(path=static / name)
+        else:
+            route.continue_()
+
+    page.route(f"{url}/**", answer)

@@ -11,6 +11,8 @@ import logging
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from . import _reports
+
 FAMILIES = (
     "wan", "text", "vae", "causal", "memory", "sampling", "lora", "quantize", "tryon", "masks",
     "servers",
@@ -23,6 +25,7 @@ def _pack_name() -> str:
 
 class FrugalExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        _reports.serve()
         found: list[type[io.ComfyNode]] = []
         for family in FAMILIES:
             try:

@@ -15,6 +15,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
 
+from . import _reports
+
 CATEGORY = "Frugal"
 REPORT_KEY = "frugal.load_report"
 # Attachment of a MODEL with an attribute `table`: what attention took in its latest run.
@@ -95,11 +97,6 @@ def _cast_rounded(layer: Any, x: Any, compute_dtype: Any = None, want_requant=Tr
 
 
 def show_text(node_id: str | None, text: str) -> None:
-    """Show plain text on a node while it runs; silent outside a server."""
-    if not node_id:
-        return
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        server.send_progress_text(text, str(node_id))
+    """Show plain text on a node, while it runs and afterwards; silent outside a server."""
+    if node_id:
+        _reports.send(str(node_id), text)

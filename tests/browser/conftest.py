@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +19,9 @@ from frugal.demo.tiny_wan import build_demo_wan
 from frugal.tests.helpers import canvas
 
 MODES = {"classic": False, "nodes2": True}
+PAGE = "comfyui_frontend_package"
+# Made by dev.py: the newest version of the page, beside the installed one.
+NEWEST = Path(sys.prefix) / "newest-page"
 
 
 # Not for the whole run: while it is there no other test may start an event loop.
@@ -30,9 +38,7 @@ def chromium():
 @pytest.fixture(scope="session")
 def site(server):
     """The shared server with the demo's models and pictures where its graphs look for them."""
-    pytest.importorskip(
-        "comfyui_frontend_package", reason="no web page; tests/requirements.txt lists it"
-    )
+    pytest.importorskip(PAGE, reason="no web page; tests/requirements.txt lists it")
     shutil.copytree(MODELS, server.models, dirs_exist_ok=True)
     build_demo_wan(server.models)
     pictures = server.base / "input"
@@ -50,3 +56,18 @@ def tab(chromium, site, request):
     seen.open(MODES[getattr(request, "param", "classic")])
     yield seen
     seen.page.close()
+
+
+def static_files(version: str, tree: Path) -> Path:
+    """The page's own files: of the `installed` version, or of the `newest`, which only the ComfyUI
+    gets that asks for the installed one.
+    """
+    wanted = re.search(r"comfyui-frontend-package==(\S+)", (tree / "requirements.txt").read_text())
+    if version == "installed":
+        [found] = importlib.util.find_spec(PAGE).submodule_search_locations
+        return Path(found) / "static"
+    if wanted and wanted[1] != importlib.metadata.version(PAGE):
+        pytest.skip("an older ComfyUI, which people have with an older page")
+    if not (NEWEST / PAGE / "static").is_dir():
+        pytest.skip("no newest web page; 'python dev.py test' fetches it")
+    return NEWEST / PAGE / "static"

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from frugal.demo.web_page import VUE_NODES, open_page
+from frugal.demo.web_page import VUE_NODES, open_page, take_files
 
 SIZE = {"width": 1600, "height": 900}
 # Limits for a machine that others keep busy; only a broken page waits that long.
@@ -113,16 +113,32 @@ IN_VIEW = """text => {
 }"""
 
 
-class Canvas:
-    """One tab of the page at `url`; `open` before anything else."""
+# What a person sees: words that are wide and high enough to be read.
+REPORTS = """() => Object.fromEntries(app.graph.nodes.map(node => {
+    const element = node.widgets?.find(widget => widget.name === "frugal_report")?.element;
+    const box = element?.getBoundingClientRect();
+    return [node.type, box?.width > 50 && box.height > 20 ? element.innerText : ""];
+}))"""
+PLAYABLE = "() => [...document.querySelectorAll('video')].some(v => v.readyState >= 3)"
 
-    def __init__(self, page: Any, url: str):
+
+class Canvas:
+    """One tab of the page at `url`; `open` before anything else. static: folder of the page's own
+    files, in place of the server's.
+    """
+
+    def __init__(self, page: Any, url: str, static: Path | None = None):
         self.page, self.url = page, url
         page.set_default_timeout(WAIT_MS)
+        if static is not None:
+            take_files(page, url, static)
 
-    def open(self, vue: bool = False) -> None:
-        """Load the page; `vue`: draw nodes as its "Nodes 2.0" does."""
-        open_page(self.page, self.url, {VUE_NODES: vue})
+    def open(self, vue: bool = False, persist: bool = False) -> None:
+        """Load the page; `vue`: draw nodes as its "Nodes 2.0" does; `persist`: with the workflow
+        that was open before.
+        """
+        settings = {VUE_NODES: vue, "Comfy.Workflow.Persist": persist}
+        open_page(self.page, self.url, settings)
         self.page.evaluate(LISTEN)
 
     def drop(self, path: Path) -> None:
@@ -168,6 +184,14 @@ class Canvas:
         """
         button = self.page.get_by_role("button", name=name, exact=True).first
         button.evaluate("it => it.click()")
+
+    def reports(self) -> dict[str, str]:
+        """The text on each node that can be seen, by the node's type."""
+        return self.page.evaluate(REPORTS)
+
+    def await_player(self) -> None:
+        """Wait for a video that is ready to play."""
+        self.page.wait_for_function(PLAYABLE)
 
     def fetch(self, address: str) -> bytes:
         answer = self.page.request.get(address)
