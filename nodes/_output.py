@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import folder_paths
 
 from ..kernels.errors import FrugalError
+
+# Bytes of one part of a prefix: file systems take 255, and a number and an ending follow.
+LONGEST = 220
 
 
 def folder_of(kind: str) -> Path:
@@ -33,8 +38,12 @@ def free_number(
 
     ComfyUI's own function counts from 1 again where a prefix ends in a slash or a dot.
     """
+    prefix = _with_a_name(prefix)
+    if not parent:
+        # ComfyUI's own sentence for this is three lines of paths.
+        check_within("", folder_of("") / prefix, prefix)
     folder, name, number, inside, _ = folder_paths.get_save_image_path(
-        _with_a_name(prefix), parent or folder_paths.get_output_directory(), width, height
+        prefix, parent or folder_paths.get_output_directory(), width, height
     )
     there = {path.name for path in Path(folder).iterdir()}
     while any(each.startswith(f"{name}_{number:05}_") for each in there):
@@ -52,11 +61,32 @@ def next_path(kind: str, prefix: str, suffix: str) -> Path:
     return path
 
 
+def prefix_problem(kind: str, prefix: str | None) -> bool | str:
+    """For the `validate_inputs` of a node that writes below output/<kind>: True, or the sentence
+    that says why no file can have this prefix. prefix: None if another node gives it.
+    """
+    try:
+        if prefix is not None:
+            check_within(kind, folder_of(kind) / _with_a_name(prefix), prefix)
+    except FrugalError as error:
+        return str(error)
+    return True
+
+
 def _with_a_name(prefix: str) -> str:
-    """The prefix without the slashes and dots at its end. Raises FrugalError if nothing is left."""
+    """The prefix without the slashes and dots at its end. Raises FrugalError if nothing is left, or
+    if a part is too long for a name.
+    """
     plain = prefix.rstrip("/\\. ")
     if not plain:
         raise FrugalError("the file name is empty", "a name", "type a file name")
+    longest = max(len(os.fsencode(part)) for part in re.split(r"[/\\]", plain))
+    if longest > LONGEST:
+        raise FrugalError(
+            f"{ascii(plain)[1:41]}... has a part of {longest} bytes",
+            f"at most {LONGEST}, to which a number and an ending are added",
+            "shorten the file name",
+        )
     return plain
 
 
@@ -64,7 +94,7 @@ def check_within(kind: str, path: Path, name: str) -> None:
     """Raises FrugalError, about the typed `name`, unless `path` lies in the folder."""
     if not within(kind, path):
         raise FrugalError(
-            f"the name {ascii(name)[:60]} leads out of output/{kind}",
+            f"the name {ascii(name)[:60]} leads out of {Path('output', kind).as_posix()}",
             "a name inside it",
             "type a plain name",
         )

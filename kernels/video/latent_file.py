@@ -24,10 +24,13 @@ class GrowingLatent:
     """Latents as they are made, [B, C, t, h, w] at a time, kept in a file that is whole at every
     moment. A file cannot grow along time in place, so it is rewritten each time a quarter has
     come since: five times the final size in all, and a process that dies loses at most a fifth.
+
+    path: None for nowhere. problem: why the file could not be written last time, "" if it could. No
+    reason to stop: the file is needed only if something else does.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.frames = path, 0
+    def __init__(self, path: Path | None, problem: str = ""):
+        self.path, self.frames, self.problem = path, 0, problem
         self._parts: list[torch.Tensor] = []
         self._written = 0
 
@@ -39,10 +42,20 @@ class GrowingLatent:
 
     def write(self) -> None:
         """All of them, now."""
-        if self._written < self.frames:
+        if self._written < self.frames and self.path is not None:
             self._parts = [torch.cat(self._parts, dim=2)]
-            write_latent(self._parts[0], self.path)
-            self._written = self.frames
+            try:
+                write_latent(self._parts[0], self.path)
+            except OSError as error:
+                self.problem = str(error)
+                return
+            self._written, self.problem = self.frames, ""
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def kept(self) -> int:
+        """Frames in the file."""
+        return self._written

@@ -17,7 +17,7 @@ from ...kernels.report import megabytes
 from ...kernels.video.latent_file import GrowingLatent
 from ...kernels.video.writer import VideoWriter
 from ..vae.clip_decoder import ClipDecoder
-from ..vae.decode_run import bytes_of, kept_path, preview_of, video_path
+from ..vae.decode_run import bytes_of, check_pixels, kept_path, preview_of, video_path
 from ..vae.halves import decoder_of, wan_decoder
 
 
@@ -80,7 +80,10 @@ class LiveVideo:
             self._files.enter_context(writer)
             self.paths.append(path)
             self._clips.append((ClipDecoder(self.vae, half, height, width, tile, overlap), writer))
-        self._kept = GrowingLatent(kept_path())
+        try:
+            self._kept = GrowingLatent(kept_path())
+        except OSError as error:
+            self._kept = GrowingLatent(None, str(error))
 
     def add(self, latents: torch.Tensor) -> bool:
         """The next latents of the LATENT, [B, C, t, h, w], a block; whether it, and what waited,
@@ -95,6 +98,7 @@ class LiveVideo:
         self._waiting = []
         for item, (clip, writer) in enumerate(self._clips):
             for pixels in clip.feed(block[item : item + 1]):
+                check_pixels(pixels, writer.frames + len(pixels), self.vae)
                 writer.write(bytes_of(pixels))
                 self.picture = preview_of(pixels)
             clip.stream.rest()
@@ -124,22 +128,43 @@ class LiveVideo:
         left = self._left()
         LOG.warning("[Frugal] %s", left)
         if isinstance(error, Exception) and not _cancelled(error):
-            said = ascii(str(error))[1:-1][:300].rstrip(".")
+            # A cause that is known has a remedy of its own, and comes first.
+            first, cause = [], str(error)
+            if isinstance(error, FrugalError):
+                first, cause = [error.do], error.found
+            said = ascii(cause)[1:-1][:300].rstrip(".")
             raise FrugalError(
-                f"sampling stopped after latent frame {self._kept.frames} of {self.latents} "
-                f"({said}), {left}",
+                f"{self._stopped()} ({said}), {left}",
                 "to reach the last frame",
-                f"load {self._kept.path.name} with 'Load Latent' and connect it as start_latent "
-                "to go on",
+                ", then ".join([*first, self._go_on()]),
             ) from error
+
+    def _stopped(self) -> str:
+        assert self._kept is not None
+        if self.complete:
+            return f"all {self.latents} latent frames were sampled, and decoding them failed"
+        return f"sampling stopped after latent frame {self._kept.frames} of {self.latents}"
+
+    def _go_on(self) -> str:
+        """The remedy: what to do with what is there."""
+        assert self._kept is not None
+        if not (self._kept.kept and self._kept.path):
+            return "run again"
+        if self.complete:
+            return f"load {self._kept.path.name} with 'Load Latent' and decode it"
+        return (
+            f"load {self._kept.path.name} with 'Load Latent' and connect it as start_latent to go "
+            "on"
+        )
 
     def _left(self) -> str:
         assert self._kept is not None
         files = [writer.partial for _, writer in self._clips if writer.partial.exists()]
         names = [f"the frames so far as {each.name}" for each in files]
-        return " and ".join(
-            [f"{self._kept.frames} latent frames are kept as input/{self._kept.path.name}", *names]
-        )
+        kept = f"no LATENT could be written ({self._kept.problem})"
+        if self._kept.kept and self._kept.path:
+            kept = f"{self._kept.kept} latent frames are kept as input/{self._kept.path.name}"
+        return " and ".join([kept, *names])
 
     def report(self) -> str:
         """What was decoded and what it cost, as text."""
@@ -154,6 +179,9 @@ class LiveVideo:
         )
         lines.append(f"state of the VAE between chunks: {megabytes(self.state)} of main memory")
         notes = [note for clip, _ in self._clips for note in clip.notes()]
+        notes += [writer.note for _, writer in self._clips if writer.note]
+        if self._kept is not None and self._kept.problem:
+            notes.append(f"the LATENT could not be kept while sampling ({self._kept.problem})")
         return "\n".join(lines + [f"note: {note}" for note in notes])
 
 

@@ -10,6 +10,7 @@ from ...kernels.causal.storage import FP8, INT8, MODEL
 from ...kernels.causal.strategies import CHUNKED, GATHERED, PAGED
 from .._comfy import found_by, show_text
 from .._models import offered
+from .._output import prefix_problem
 from . import model_run as causal_model
 from . import session_files, video_run
 from .common_inputs import (
@@ -278,6 +279,10 @@ class FrugalSaveCausalSession(io.ComfyNode):
             is_output_node=True,
             **found_by(ALIASES),
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem(session_files.FOLDER, filename_prefix)
 
     @classmethod
     def execute(cls, session, filename_prefix) -> io.NodeOutput:

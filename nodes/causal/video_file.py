@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.causal.presets import AS_SET
 from .._comfy import found_by, show_text
 from ..vae.common_inputs import tile_inputs, vae_input
-from ..vae.video_output import file_inputs, metadata, shown_videos, video_output
+from ..vae.video_output import file_inputs, metadata, prefix_checked, shown_videos, video_output
 from . import video_run
 from .common_inputs import (
     ALIASES,
@@ -65,6 +65,8 @@ class FrugalCausalVideoFile(io.ComfyNode):
             is_output_node=True,
             **found_by([*ALIASES, "save video", "vae decode", "mp4", "streaming decode"]),
         )
+
+    validate_inputs = classmethod(prefix_checked)
 
     @classmethod
     def execute(

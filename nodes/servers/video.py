@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import InputImpl, io, ui
 
 from ...servers.dialects import DIALECTS, VideoRequest
 from .._comfy import CATEGORY, found_by, show_text
+from .._output import prefix_problem
 from . import glue, video_run
 from .common_inputs import key_input
 
@@ -140,6 +141,10 @@ class FrugalRemoteVideo(io.ComfyNode):
             is_output_node=True,
             **found_by(["vLLM", "TensorRT-LLM", "SGLang", "remote", "wan api", "cloud"]),
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem("", filename_prefix)
 
     @classmethod
     def execute(

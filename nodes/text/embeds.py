@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from .._comfy import CATEGORY, found_by
 from .._models import offered
+from .._output import prefix_problem
 from . import embed_files
 
 
@@ -32,6 +33,10 @@ class FrugalSaveTextEmbeds(io.ComfyNode):
             is_output_node=True,
             **found_by(["save conditioning", "text embeds", "prompt cache"]),
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem(embed_files.FOLDER, filename_prefix)
 
     @classmethod
     def execute(cls, conditioning, filename_prefix) -> io.NodeOutput:

@@ -20,7 +20,7 @@ from ...kernels.report import megabytes
 from ...kernels.tensor_file import write_tensors
 from ...kernels.tryon import precision
 from .._comfy import REPORT_KEY, found_by, show_text
-from .._output import free_number
+from .._output import free_number, prefix_problem
 from . import common_inputs
 from .unet import CatVTONConfig
 
@@ -167,6 +167,10 @@ class FrugalSaveCatVTON(io.ComfyNode):
             is_output_node=True,
             **found_by(["catvton", "try-on", "export", "quantize"]),
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem("", filename_prefix)
 
     @classmethod
     def execute(cls, model, filename_prefix):

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from .._comfy import CATEGORY, found_by, show_text
 from . import decode_run
 from .common_inputs import latent_input, report_output, tile_inputs, vae_input
-from .video_output import file_inputs, metadata, shown_videos, video_output
+from .video_output import file_inputs, metadata, prefix_checked, shown_videos, video_output
 
 
 class FrugalWanDecode(io.ComfyNode):
@@ -66,6 +66,8 @@ class FrugalWanDecodeToFile(io.ComfyNode):
             is_output_node=True,
             **found_by(["save video", "vae decode", "mp4", "webm", "streaming decode"]),
         )
+
+    validate_inputs = classmethod(prefix_checked)
 
     @classmethod
     def execute(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.report import megabytes
 from ...kernels.video.latent_file import SUFFIX, write_latent
 from ...kernels.video.writer import FORMATS, VideoWriter
@@ -38,6 +39,7 @@ class Decoding:
         wan_decoder(vae)
         self.vae, self.samples = vae, latent["samples"]
         _check(vae, self.samples)
+        _check_finite(self.samples)
         self.batch, _, self.latents, self.height, self.width = self.samples.shape
         self.half = decoder_of(vae, self.latents, self.height, self.width)
         self.tile, self.overlap = tile // self.half.scale, overlap // self.half.scale
@@ -51,6 +53,7 @@ class Decoding:
         clip = ClipDecoder(self.vae, self.half, self.height, self.width, self.tile, self.overlap)
         for pixels in clip.feed(self.samples[item : item + 1]):
             self.done += pixels.shape[0]
+            check_pixels(pixels, self.done, self.vae)
             yield pixels
             self.bar.update_absolute(self.done, None, preview_of(pixels))
         self.state = clip.stream.state_bytes()
@@ -104,6 +107,8 @@ def to_files(
     """(one file per clip, their folder inside output, report); errors as `to_images`."""
     decoding = Decoding(vae, latent, tile, overlap)
     width, height = decoding.size
+    # Before the work: a name that cannot be, or a folder that cannot be made.
+    video_path(prefix, format, width, height)
     written: list[Path] = []
     unfinished: list[Path] = []
 
@@ -120,6 +125,7 @@ def to_files(
                     writer.cancel()
                     raise
             written.append(path)
+            decoding.notes += [writer.note] if writer.note else []
         return subfolder
 
     subfolder = _kept_safe(decoding, write, unfinished)
@@ -131,25 +137,48 @@ def _kept_safe(decoding: Decoding, work: Callable[[], Any], files: Sequence[Path
     """Do the work with the LATENT on disk until it is done: hours of sampling may be in it. files:
     unfinished ones that may be left when it fails.
     """
-    path = kept_path()
-    write_latent(decoding.samples, path)
+    path = _kept(decoding)
     try:
         made = work()
     except comfy.model_management.InterruptProcessingException:
-        path.unlink(missing_ok=True)
+        if path is not None:
+            path.unlink(missing_ok=True)
         raise
     except Exception as error:
         left = [f"the frames so far as {each.name}" for each in files if each.exists()]
-        kept = " and ".join([f"the LATENT is kept as input/{path.name}", *left])
+        found, do = error.args[0] if error.args else type(error).__name__, "decode again"
+        if path is not None:
+            left.insert(0, f"the LATENT is kept as input/{path.name}")
+            do = f"choose {path.name} in 'Load Latent' and {do}"
+        if isinstance(error, FrugalError):
+            # A cause that is known has a remedy of its own, and comes first.
+            found, do = error.found, f"{error.do}, then {do}"
+        else:
+            do = f"{do}, with tile_size {RETRY_TILE} if memory ran out"
         raise FrugalError(
             f"decoding stopped after frame {decoding.done} of {decoding.batch * decoding.frames} "
-            f"({ascii(str(error))[1:-1][:300].rstrip('.')}), {kept}",
+            f"({ascii(str(found))[1:-1][:300].rstrip('.')}), {' and '.join(left)}".rstrip(", "),
             "to reach the last frame",
-            f"choose {path.name} in 'Load Latent' and decode again, with tile_size {RETRY_TILE} if "
-            "memory ran out",
+            do,
         ) from error
-    path.unlink(missing_ok=True)
+    if path is not None:
+        path.unlink(missing_ok=True)
     return made
+
+
+def _kept(decoding: Decoding) -> Path | None:
+    """Where the LATENT is on disk now; None, and a note, where that cannot be: decoding needs it
+    only if it fails.
+    """
+    try:
+        path = kept_path()
+        write_latent(decoding.samples, path)
+        return path
+    except OSError as error:
+        note = f"the LATENT is not kept on disk while it is decoded ({error})"
+        LOG.warning("[Frugal] %s", note)
+        decoding.notes.append(note)
+        return None
 
 
 def kept_path() -> Path:
@@ -176,6 +205,33 @@ def _check(vae: Any, samples: Any) -> None:
             f"the LATENT has the shape {list(shape) if shape else 'of several parts'}",
             f"[batch, {channels}, frames, height, width] for this VAE",
             "connect the LATENT of a Wan sampler and the VAE of the same Wan version",
+        )
+
+
+def _check_finite(samples: torch.Tensor) -> None:
+    """Raises FrugalError for a LATENT that would decode to black or torn frames."""
+    broken = ~samples.isfinite().all(dim=1).flatten(2).all(dim=2)
+    if broken.any():
+        frames = broken.any(dim=0).nonzero().flatten().tolist()
+        raise FrugalError(
+            f"the LATENT has NaN or infinite values in {len(frames)} of {samples.shape[2]} latent "
+            f"frames, the first of them {frames[0]}",
+            "finite numbers",
+            "sample again with preset off and without an Attention node; if that gives the same, "
+            "load the model with another weight type",
+        )
+
+
+def check_pixels(pixels: torch.Tensor, done: int, vae: Any) -> None:
+    """Raises FrugalError for frames [n, H, W, 3], the last of them number `done`, that are not
+    finite.
+    """
+    if not pixels.isfinite().all():
+        raise FrugalError(
+            f"the VAE made NaN or infinite pixels before frame {done}, computing in "
+            f"{str(vae.vae_dtype).removeprefix('torch.')}",
+            "finite numbers",
+            "start ComfyUI with --fp32-vae",
         )
 
 

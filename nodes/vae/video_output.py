@@ -11,6 +11,7 @@ from comfy.cli_args import args
 from comfy_api.v0_0_2 import InputImpl, io, ui
 
 from ...kernels.video.writer import FORMATS, QUALITIES
+from .._output import prefix_problem
 
 
 def file_inputs() -> list:
@@ -46,6 +47,13 @@ def file_inputs() -> list:
             ),
         ),
     ]
+
+
+def prefix_checked(cls, filename_prefix=None):
+    """`validate_inputs` of a node with `file_inputs`: a name that cannot be is refused before
+    anything is sampled.
+    """
+    return prefix_problem("", filename_prefix)
 
 
 def video_output():
