@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from frugal.kernels.video.writer import FORMATS
 from frugal.nodes.vae import decode as decode_nodes
 from frugal.nodes.vae import decode_run, encode_run, stream
 from frugal.nodes.vae import encode as encode_nodes
+from frugal.tests.helpers.full_disk import held_open, room_for
 
 pytest.importorskip("av")
 
@@ -144,6 +146,73 @@ def test_a_failure_leaves_what_plays_and_the_latent(vae, folders, monkeypatch):
     assert left(folders)[-2:] == [
         "output/clips/a_00001_.partial.mp4", "output/clips/a_00002_.mp4",
     ]  # fmt: skip
+
+
+def test_a_latent_that_cannot_be_kept_is_decoded_all_the_same(vae, folders, monkeypatch):
+    """The copy on disk is needed only if decoding fails."""
+    given = latent(3)
+    with room_for(1000), torch.inference_mode():
+        images, report = decode_run.to_images(vae, given, 0, 64)
+        assert torch.equal(images, vae.decode(given["samples"])[0])
+    assert "is not kept on disk" in report and left(folders) == []
+    monkeypatch.setattr(decode_run, "kept_path", lambda: folders / "gone" / "a.latent")
+    assert "is not kept on disk" in to_file(vae, given).args[1]
+    stopping(monkeypatch, RuntimeError("no more power"))
+    with pytest.raises(FrugalError, match=r"^decode again, with tile_size .*no more power"):
+        to_file(vae, latent(6))
+
+
+@pytest.mark.parametrize("room", [0, 3000])
+def test_a_full_disk_is_one_error_and_the_latent_is_kept(vae, folders, monkeypatch, room):
+    """The latent was written before; the video is what does not fit."""
+    own = decode_run.VideoWriter.__init__
+
+    def full(self, *args, **kwargs):
+        limits.enter_context(room_for(room))
+        own(self, *args, **kwargs)
+
+    monkeypatch.setattr(decode_run.VideoWriter, "__init__", full)
+    given = latent(6)
+    with contextlib.ExitStack() as limits, pytest.raises(FrugalError) as caught:
+        to_file(vae, given)
+    assert caught.value.do.startswith("choose a folder on a disk")
+    assert "frugal_undecoded_00001_.latent in 'Load Latent'" in caught.value.do
+    assert left(folders)[0] == "input/frugal_undecoded_00001_.latent"
+    assert [name for name in left(folders)[1:] if "partial" not in name] == []
+    assert held_open(folders) == []
+
+
+@pytest.mark.parametrize("prefix", ["a" * 250, "b/" + "\u00e4" * 120, "../out", "/etc/x", ""])
+def test_a_name_that_cannot_be_is_refused_before_the_work(vae, folders, prefix):
+    node = decode_nodes.FrugalWanDecodeToFile
+    said = node.validate_inputs(filename_prefix=prefix)
+    assert isinstance(said, str) and said.startswith(("shorten", "type a"))
+    with pytest.raises(FrugalError) as caught:
+        decode_run.to_files(vae, latent(2), prefix, 16.0, "MP4 (H.264)", "high", 0, 64, {})
+    assert str(caught.value) == said and left(folders) == []
+    for good in ("video/wan", "%year%-%month%/a", "a" * 200, None):
+        assert node.validate_inputs(filename_prefix=good) is True
+
+
+def test_a_latent_with_nan_is_refused_before_the_work(vae, folders):
+    given = latent(4)
+    given["samples"][0, 3, 2, 1, 1] = float("nan")
+    with pytest.raises(FrugalError, match=r"1 of 4 latent frames, the first of them 2"):
+        to_file(vae, given)
+    assert left(folders) == []
+
+
+def test_pixels_that_are_not_finite_are_no_video(vae, folders, monkeypatch):
+    """What a VAE in half precision gives where its values overflow."""
+    own = decode_run.ClipDecoder.feed
+
+    def feed(self, latents):
+        for number, pixels in enumerate(own(self, latents)):
+            yield pixels * float("inf" if number == 2 else 1)
+
+    monkeypatch.setattr(decode_run.ClipDecoder, "feed", feed)
+    with pytest.raises(FrugalError, match=r"^start ComfyUI with --fp32-vae, then choose"):
+        to_file(vae, latent(6))
 
 
 def test_a_cancel_leaves_nothing(vae, folders, monkeypatch):
