@@ -242,7 +242,9 @@ def wan(part: str, server: Any, result: Result, tiny: bool) -> None:
     result.timed("files", lambda: files(server, name, tiny, "--file", file, "--format", target))
     size = (server.models / "diffusion_models" / file).stat().st_size
     result.add(model=name, format=target, file_bytes=size, rows=[])
-    gpu_files.picture(server.base / "input" / "person.png", 480, 832, False)
+    from frugal.demo.wan_graph import FIRST_FRAME
+
+    gpu_files.picture(server.base / "input" / FIRST_FRAME, 480, 832, False)
     result.timed("server", server.start)
     result.add(server=seen(server))
     prompts = []

@@ -9,6 +9,9 @@ are predictions that no run here has checked. All in fp32 on a CPU, the real siz
 
 `python bench/plan.py --example PICTURE.png TREE` prints the plan of a 14B I2V in int8 and in W4A8,
 832 x 480, 81 frames, in 12 GB, and draws the first: traced in bf16, weights by arithmetic.
+
+`python bench/plan.py --cards TREE` prints what docs/user/start-12gb.md and the notes of the 4-step
+graphs say of cards: one of Wan 2.2's experts at a time, cfg 1, by the same arithmetic.
 """
 
 from __future__ import annotations
@@ -178,15 +181,7 @@ def example(picture: str, tree: str) -> None:
     )
     config = fit.WAN["Wan 14B I2V"]
     for form in ("int8", "W4A8"):
-        size = fit.wan_bytes(config, form)
-        layer = int(fit.FORMATS[form][0] * config.dim * config.ffn_dim)
-        weights = memory.Weights(
-            size,
-            {form: size},
-            layer,
-            2 * config.dim * config.ffn_dim,
-            fit.wan_bytes(config, "W4A8"),
-        )
+        weights = weights_of(config, form)
         plan = memory.make_plan(
             f"Wan 14B I2V {form}", job, weights, lambda s: peaks.of_job(job, s), 12 * 10**9,
             "typed in", encoder, memory.Decoding(held, *works, how),
@@ -194,6 +189,49 @@ def example(picture: str, tree: str) -> None:
         print(plan.text(), end="\n\n")
         if form == "int8":
             Image.fromarray(plan_picture.picture(plan)).save(picture)
+
+
+def weights_of(config, form: str):
+    from frugal.kernels.memory import fit
+    from frugal.kernels.memory.plan import Weights
+
+    size = fit.wan_bytes(config, form)
+    layer = int(fit.FORMATS[form][0] * config.dim * config.ffn_dim)
+    width = config.dim * config.ffn_dim
+    return Weights(size, {form: size}, layer, 2 * width, fit.wan_bytes(config, "W4A8"))
+
+
+# Name, budget in GB: the card less 1 GB for the context and for what kernels and screens take.
+CARDS = (("8 GB", 7), ("12 GB", 11), ("16 GB", 15), ("24 GB", 23))
+CLIPS = {"480 x 832": (480, 832, 81), "480 x 640, 49 frames": (480, 640, 49)}
+
+
+def cards(tree: str) -> None:
+    harness.enter(tree)
+    import torch
+
+    from frugal.kernels.memory import fit
+    from frugal.kernels.memory import plan as memory
+    from frugal.nodes.memory import meta_models
+
+    config = fit.WAN["Wan 14B I2V"]
+    peaks = meta_models.ForwardPeaks(
+        shape_of(*REAL["14B I2V"], torch.bfloat16), torch.device("cpu")
+    )
+    for label, size in CLIPS.items():
+        job = memory.Job(*size, guided=False)
+        for card, budget in CARDS:
+            for form in ("fp8", "W4A8"):
+                plan = memory.make_plan(
+                    card, job, weights_of(config, form), lambda s, job=job: peaks.of_job(job, s),
+                    budget * 10**9, "typed in", None, None,
+                )  # fmt: skip
+                sampling = max(sum(phase.parts.values()) for phase in plan.phases)
+                print(
+                    f"{label} | {card}, budget {budget} GB | {form} | "
+                    f"{'fits' if plan.fits else 'does not fit'} | {plan.memory_options.text()} | "
+                    f"peak {sampling / 1e9:.1f} GB | streamed {plan.streamed / 1e9:.1f} GB a step"
+                )
 
 
 def measure(tree: str) -> dict:
@@ -220,5 +258,7 @@ if __name__ == "__main__":
         print(json.dumps(measure(sys.argv[2])))
     elif sys.argv[1] == "--example":
         example(*sys.argv[2:])
+    elif sys.argv[1] == "--cards":
+        cards(sys.argv[2])
     else:
         main()

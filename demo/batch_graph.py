@@ -29,12 +29,11 @@ FOLDER` draws the images into ComfyUI's input folder.
 
 For photos load the real weights as in `tryon_12gb`, remove *sampler* and *sigmas* to get
 CatVTON's own, and set 768 x 1024, 50 steps, cfg 2.5.""",
-    4,
 )
 GROUPS = [
     Group("Pictures", 0, 1),
     Group("Model and sampler", 2, 2, "#a1309b"),
-    Group("Batch", 3, 3, "#3f789e"),
+    Group("Batch", 3, 4, "#3f789e"),
 ]
 
 

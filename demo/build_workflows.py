@@ -9,10 +9,19 @@ import json
 import tempfile
 from pathlib import Path
 
+from . import i2v_4step_graph, tryon_4step_graph
 from .batch_graph import GROUPS as BATCH_GROUPS
 from .batch_graph import NOTE as BATCH_NOTE
 from .batch_graph import tryon_batch
 from .card_pictures import pictures_of, write_inputs
+from .causal_graph import (
+    CAUSAL_GROUPS,
+    CAUSAL_NOTE,
+    LONG_GROUPS,
+    LONG_NOTE,
+    causal_video,
+    long_video,
+)
 from .comfy_server import ComfyServer
 from .graph_builder import Group, Node, Note, build
 from .graph_picture import card
@@ -41,16 +50,8 @@ from .tryon_graph import (
     tryon_photo,
     tryon_to_video,
 )
-from .wan_graph import (
-    CAUSAL_GROUPS,
-    CAUSAL_NOTE,
-    I2V_NOTE,
-    T2V_NOTE,
-    causal_video,
-    wan_i2v,
-    wan_t2v,
-)
 from .wan_graph import GROUPS as WAN_GROUPS
+from .wan_graph import I2V_NOTE, T2V_NOTE, wan_i2v, wan_t2v
 
 
 def described() -> list[tuple[str, dict[str, Node], Note, list[Group]]]:
@@ -65,6 +66,25 @@ def described() -> list[tuple[str, dict[str, Node], Note, list[Group]]]:
         ("calibrate_wan", calibrate_wan(), CALIBRATE_NOTE, CALIBRATE_GROUPS),
         ("wan_t2v_1.3b", wan_t2v(), T2V_NOTE, WAN_GROUPS),
         ("wan_i2v_14b_12gb", wan_i2v(), I2V_NOTE, WAN_GROUPS),
+        (
+            "wan2.2_i2v_4steps_12gb",
+            i2v_4step_graph.i2v_4steps(True),
+            i2v_4step_graph.WAN22_NOTE,
+            i2v_4step_graph.GROUPS,
+        ),
+        (
+            "wan2.1_i2v_4steps_12gb",
+            i2v_4step_graph.i2v_4steps(False),
+            i2v_4step_graph.WAN21_NOTE,
+            i2v_4step_graph.GROUPS,
+        ),
+        (
+            "tryon_to_video_4steps",
+            tryon_4step_graph.tryon_video_4steps(),
+            tryon_4step_graph.NOTE,
+            tryon_4step_graph.GROUPS,
+        ),
+        ("long_video", long_video(), LONG_NOTE, LONG_GROUPS),
         ("causal_video", causal_video(), CAUSAL_NOTE, CAUSAL_GROUPS),
         ("remote_video", remote_video(), REMOTE_NOTE, REMOTE_GROUPS),
     ]
@@ -73,6 +93,7 @@ def described() -> list[tuple[str, dict[str, Node], Note, list[Group]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tree", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="names of graphs; all if none is given")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
         build_demo_wan(Path(base) / "models")
@@ -80,6 +101,8 @@ def main() -> None:
         write_inputs(Path(base) / "input")
         with ComfyServer(args.tree, base, models=(MODELS,)) as server:
             for name, nodes, note, groups in described():
+                if args.only and name not in args.only:
+                    continue
                 graph = build(server.object_info(), nodes, [note], groups)
                 path = WORKFLOWS / f"{name}.json"
                 path.write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import graph_layout
+
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+# A choice that brings inputs of its own, which follow it among the widgets.
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 WIDTH = 340
 ROW, HEAD = 26, 46
-GAP, TITLE, MARGIN = 40, 30, 20
 MUTED = 2
 # The page puts "control after generate" behind these, whether the node asks for it or not.
 SEEDS = ("seed", "noise_seed")
@@ -39,11 +42,11 @@ class Node:
 
 @dataclass
 class Note:
-    """A Markdown note on the canvas."""
+    """A Markdown note on the canvas; left of all nodes, since that is what people look at first."""
 
     text: str
-    column: int
-    size: tuple[int, int] = (380, 320)
+    size: tuple[int, int] = (420, 420)
+    column: int = -1
     title: str = "Read me"
 
 
@@ -83,7 +86,7 @@ def build(
         *zip(notes, extra, strict=True),
     ]:
         columns.setdefault(item.column, []).append(made)
-    _stand_in_columns(columns)
+    graph_layout.stand_in_columns(columns)
     return {
         "last_node_id": len(nodes) + len(notes),
         "last_link_id": len(links),
@@ -93,7 +96,9 @@ def build(
             {
                 "id": i + 1,
                 "title": g.title,
-                "bounding": _frame([n for c in range(g.first, g.last + 1) for n in columns[c]]),
+                "bounding": graph_layout.frame(
+                    [n for c in range(g.first, g.last + 1) for n in columns[c]]
+                ),
                 "color": g.color,
                 "font_size": 24,
                 "flags": {},
@@ -101,27 +106,9 @@ def build(
             for i, g in enumerate(groups)
         ],
         "config": {},
-        "extra": {},
+        "extra": {"ds": graph_layout.view(), **graph_layout.routed(columns, links)},
         "version": 0.4,
     }
-
-
-def _stand_in_columns(columns: dict[int, list[dict[str, Any]]]) -> None:
-    x = 0
-    for number in sorted(columns):
-        y = 0
-        for node in columns[number]:
-            node["pos"] = [x, y]
-            y += node["size"][1] + TITLE + GAP
-        x += max(node["size"][0] for node in columns[number]) + 2 * GAP
-
-
-def _frame(nodes: list[dict[str, Any]]) -> list[int]:
-    """[x, y, width, height] round the nodes, their titles included."""
-    left = min(node["pos"][0] for node in nodes) - MARGIN
-    right = max(node["pos"][0] + node["size"][0] for node in nodes) + MARGIN
-    bottom = max(node["pos"][1] + node["size"][1] for node in nodes) + MARGIN
-    return [left, -2 * TITLE - MARGIN, right - left, bottom + 2 * TITLE + MARGIN]
 
 
 def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str, Any]:
@@ -135,6 +122,9 @@ def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str,
     inputs, widgets = [], []
     for name, (kind, *rest) in declared.items():
         options = rest[0] if rest else {}
+        if kind == DYNAMIC_COMBO:
+            widgets += _first_choice(options)
+            continue
         widget = (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
         if not widget:
             entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
@@ -182,6 +172,15 @@ def _place(info: dict[str, Any], key: str, node: Node, number: int) -> dict[str,
         "properties": properties,
         "widgets_values": widgets,
     }
+
+
+def _first_choice(options: dict[str, Any]) -> list[Any]:
+    """The values of a DYNAMIC_COMBO's first choice and of the inputs that come with it."""
+    choice, values = options["options"][0], []
+    for kind, *rest in choice["inputs"].get("required", {}).values():
+        more = rest[0] if rest else {}
+        values += _first_choice(more) if kind == DYNAMIC_COMBO else [_default(kind, more)]
+    return [choice["key"], *values]
 
 
 def _default(kind: Any, options: dict[str, Any]) -> Any:

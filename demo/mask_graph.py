@@ -145,7 +145,7 @@ def masks_graph() -> dict[str, Node]:
             4,
             {"filename_prefix": "frugal/masks_photo"},
             {"images": ("composite", 0)},
-            title="Photo",
+            title="The photo, changed",
             size=(340, 420),
         ),
         "save_clip": Node(
@@ -153,7 +153,7 @@ def masks_graph() -> dict[str, Node]:
             4,
             {"filename_prefix": "frugal/masks_clip"},
             {"images": ("uncrop", 0)},
-            title="Clip",
+            title="The clip, put back",
             size=(340, 420),
         ),
     }
@@ -175,7 +175,6 @@ Everything runs on the CPU and is previewed on its node. The images are written 
 - `{WALK}`: 12 frames; one is missing and specks flicker, which the median over time repairs
 
 Outside the mask the photo comes back with its exact values.""",
-    4,
     (380, 300),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .graph_builder import Group, Node, Note
-from .public_files import ENCODER, T2V_LARGE, T2V_SMALL, VAE, wan_file
+from .public_files import ENCODER, T2V_LARGE, T2V_SMALL, VAE, public_file
 
 CALIBRATION, SIZE = "wan2.1_t2v_1.3B", 1.2
 RESULT = f"{CALIBRATION}_{SIZE:g}GB"
@@ -25,7 +25,7 @@ def quantize_wan() -> dict[str, Node]:
             {"model_name": T2V_LARGE, "format": target, "filename_prefix": "wan2.1_t2v_14B"},
             title=f"To {target}",
             size=(380, 540),
-            models=wan_file(T2V_LARGE, "diffusion_models"),
+            models=public_file(T2V_LARGE, "diffusion_models"),
         )
         nodes[f"{key}_chart"] = _chart(1, key, 2, f"What {target} loses")
     return nodes
@@ -41,16 +41,16 @@ def calibrate_wan() -> dict[str, Node]:
             0,
             {"model_name": T2V_SMALL},
             size=(380, 220),
-            models=wan_file(T2V_SMALL, "diffusion_models"),
+            models=public_file(T2V_SMALL, "diffusion_models"),
         ),
         "shift": Node("ModelSamplingSD3", 0, {"shift": 8.0}, {"model": ("wan", 0)}),
         "clip": Node(
             "CLIPLoader",
             0,
             {"clip_name": ENCODER, "type": "wan"},
-            models=wan_file(ENCODER, "text_encoders"),
+            models=public_file(ENCODER, "text_encoders"),
         ),
-        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=wan_file(VAE, "vae")),
+        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=public_file(VAE, "vae")),
         "calibrate": Node(
             "FrugalCalibrate",
             1,
@@ -73,7 +73,12 @@ def calibrate_wan() -> dict[str, Node]:
             {"clip": ("clip", 0)},
             size=(380, 110),
         ),
-        "latent": Node("EmptyHunyuanLatentVideo", 1, {"width": 832, "height": 480, "length": 33}),
+        "latent": Node(
+            "EmptyHunyuanLatentVideo",
+            1,
+            {"width": 832, "height": 480, "length": 33},
+            title="Size and length",
+        ),
         "sample": Node(
             "KSampler",
             2,
@@ -147,7 +152,6 @@ needed. Choose your own model at the top; the source here is
 **int8 ConvRot** loses least for one byte per weight. **W4A8** is for cards where that does not fit;
 it loses less with a calibration, see `calibrate_wan`. The charts show the errors of the layers'
 weights by block. Interrupted work resumes when it is queued again.""",
-    2,
     (420, 420),
 )
 CALIBRATE_GROUPS = [
@@ -174,6 +178,5 @@ Files:
 For the 14B model choose it in both places and set 9 to 12 GB; recording needs the unquantised model
 to sample, so have the main memory for it. Turn **measure_layers** off if recording takes too
 long.""",
-    5,
     (440, 560),
 )

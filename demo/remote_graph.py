@@ -68,6 +68,5 @@ For image to video start a server with an I2V model, unmute the image and the lo
 
 Each node says which server answered. The video is in `output/frugal` as the server sent it.
 Which server suits which machine: `docs/engines.md`.""",
-    2,
     (440, 560),
 )

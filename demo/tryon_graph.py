@@ -7,7 +7,7 @@ cannot drift apart.
 from __future__ import annotations
 
 from .graph_builder import Group, Node, Note
-from .public_files import ENCODER, I2V_LARGE, VAE, VISION, wan_file
+from .public_files import ENCODER, I2V_LARGE, VAE, VISION, public_file
 
 HUB = "https://huggingface.co"
 
@@ -214,14 +214,14 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             4,
             {"model_name": s["wan"]},
             size=(380, 220),
-            models=wan_file(s["wan"], "diffusion_models") if real else [],
+            models=public_file(s["wan"], "diffusion_models") if real else [],
         ),
         "shift": Node("ModelSamplingSD3", 4, {"shift": 8.0}, {"model": ("wan", 0)}),
         "wan_vae": Node(
             "VAELoader",
             4,
             {"vae_name": s["wan_vae"]},
-            models=wan_file(s["wan_vae"], "vae") if real else [],
+            models=public_file(s["wan_vae"], "vae") if real else [],
         ),
     }
     if real:
@@ -230,7 +230,7 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
                 "CLIPLoader",
                 4,
                 {"clip_name": ENCODER, "type": "wan"},
-                models=wan_file(ENCODER, "text_encoders"),
+                models=public_file(ENCODER, "text_encoders"),
             ),
             "positive": Node(
                 "CLIPTextEncode",
@@ -250,7 +250,7 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
                 "CLIPVisionLoader",
                 4,
                 {"clip_name": VISION},
-                models=wan_file(VISION, "clip_vision"),
+                models=public_file(VISION, "clip_vision"),
             ),
             "look": Node(
                 "CLIPVisionEncode",
@@ -337,7 +337,6 @@ The clip comes from a **tiny Wan with random weights**: it shows that every part
 runs, not what Wan can paint.
 
 For real photos open `tryon_12gb`.""",
-    7,
 )
 REAL_NOTE = Note(
     """## Dress a photo, then animate it
@@ -356,7 +355,6 @@ Paint the mask over the clothes to replace (white = repaint). Files and folders:
 
 On a 12 GB card ComfyUI keeps part of the 14B model in RAM (16 GB of weights in fp8): have 32 GB.
 The sizes here are a starting point that we could not yet measure on such a card.""",
-    7,
     (380, 480),
 )
 PHOTO_GROUPS = [
@@ -380,6 +378,5 @@ Files and folders:
 
 Estimated at 2.3 GB of memory at 768 x 1024 in fp16; *quantize* in *Load CatVTON* takes less.
 Not yet measured on a card.""",
-    5,
     (380, 400),
 )

@@ -1,30 +1,32 @@
-"""The graphs that make a video with Wan 2.1: from text, from a picture, block by block."""
+"""The graphs that make a video with Wan 2.1 in many steps: from text, from a picture."""
 
 from __future__ import annotations
 
 from .graph_builder import Group, Node, Note
-from .public_files import ENCODER, I2V_LARGE, T2V_SMALL, VAE, VISION, wan_file
+from .public_files import ENCODER, I2V_LARGE, T2V_SMALL, VAE, VISION, public_file
 
+# ComfyUI puts this picture into its input folder.
+FIRST_FRAME = "example.png"
 NEGATIVE = "blurry, distorted, static, worst quality"
 TALL = 420
 WIDE = {"width": 832, "height": 480, "length": 81}
 UPRIGHT = {"width": 480, "height": 832, "length": 81}
 
 
-def _loaders(model: str) -> dict[str, Node]:
+def loaders(model: str) -> dict[str, Node]:
     return {
         "wan": Node(
             "FrugalLoadWan",
             0,
             {"model_name": model},
             size=(380, 220),
-            models=wan_file(model, "diffusion_models"),
+            models=public_file(model, "diffusion_models"),
         ),
-        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=wan_file(VAE, "vae")),
+        "vae": Node("VAELoader", 0, {"vae_name": VAE}, models=public_file(VAE, "vae")),
     }
 
 
-def _text(key: str, column: int, text: str, title: str = "") -> dict[str, Node]:
+def text(key: str, column: int, text: str, title: str = "") -> dict[str, Node]:
     """One prompt through the cache: the encoder is loaded for new words only."""
     return {
         key: Node(
@@ -33,7 +35,7 @@ def _text(key: str, column: int, text: str, title: str = "") -> dict[str, Node]:
             {"encoder_name": ENCODER, "positive_text": text, "negative_text": NEGATIVE},
             title=title,
             size=(380, 300),
-            models=wan_file(ENCODER, "text_encoders"),
+            models=public_file(ENCODER, "text_encoders"),
         )
     }
 
@@ -75,14 +77,14 @@ def wan_t2v() -> dict[str, Node]:
     """Text to video with the 1.3B model."""
     settings = {"seed": 7, "steps": 30, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
     return (
-        _loaders(T2V_SMALL)
-        | _text(
+        loaders(T2V_SMALL)
+        | text(
             "text",
             1,
             "a red fox walks through fresh snow, soft morning light, the camera follows",
             "Your prompt",
         )
-        | {"latent": Node("EmptyHunyuanLatentVideo", 1, WIDE)}
+        | {"latent": Node("EmptyHunyuanLatentVideo", 1, WIDE, title="Size and length")}
         | _planned(("latent", 0), WIDE)
         | _made(settings, ("text", 0), ("text", 1), ("latent", 0), "frugal/t2v")
     )
@@ -92,13 +94,16 @@ def wan_i2v() -> dict[str, Node]:
     """A picture to video with the 14B model on a card of 12 GB."""
     settings = {"seed": 7, "steps": 20, "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple"}
     return (
-        _loaders(I2V_LARGE)
+        loaders(I2V_LARGE)
         | {
             "vision": Node(
-                "CLIPVisionLoader", 0, {"clip_name": VISION}, models=wan_file(VISION, "clip_vision")
+                "CLIPVisionLoader",
+                0,
+                {"clip_name": VISION},
+                models=public_file(VISION, "clip_vision"),
             ),
             "picture": Node(
-                "LoadImage", 0, {"image": "person.png"}, title="First frame", size=(340, 340)
+                "LoadImage", 0, {"image": FIRST_FRAME}, title="First frame", size=(340, 340)
             ),
             "look": Node(
                 "CLIPVisionEncode",
@@ -107,7 +112,7 @@ def wan_i2v() -> dict[str, Node]:
                 {"clip_vision": ("vision", 0), "image": ("picture", 0)},
             ),
         }
-        | _text("text", 1, "the person turns slowly and smiles, soft daylight", "What moves")
+        | text("text", 1, "the person turns slowly and smiles, soft daylight", "What moves")
         | {
             "i2v": Node(
                 "WanImageToVideo",
@@ -152,65 +157,11 @@ def _made(settings: dict, positive, negative, latent, prefix: str) -> dict[str, 
     }
 
 
-def causal_video() -> dict[str, Node]:
-    """A long video block by block, and two ways on from the same frames."""
-    prompts = {
-        "first": ("a sailing boat leaves the harbour at dawn, calm sea, wide shot", "At first"),
-        "storm": ("the same boat in a rising storm, high waves, dark clouds", "On: a storm"),
-        "calm": ("the same boat glides into a quiet bay, evening sun", "On: a quiet bay"),
-    }
-    nodes = _loaders(T2V_SMALL)
-    for key, (text, title) in prompts.items():
-        nodes |= _text(key, 1, text, title)
-    nodes |= {
-        "latent": Node("EmptyHunyuanLatentVideo", 0, WIDE),
-        "causal": Node(
-            "FrugalCausalModel",
-            2,
-            {"window": 9, "sink": 3, "shift": 5.0},
-            {"wan_model": ("wan", 0)},
-            size=(380, 330),
-        ),
-    }
-    for column, (key, before) in enumerate((("first", ""), ("storm", "first"), ("calm", "first"))):
-        links = {
-            "causal_model": ("causal", 0),
-            "positive": (key, 0),
-            "negative": (key, 1),
-            "latent": ("latent", 0),
-        }
-        if before:
-            links["session"] = (f"{before}_made", 1)
-        place = 2 if not before else 3
-        nodes[f"{key}_made"] = Node(
-            "FrugalCausalSampler",
-            place,
-            {"seed": 7 + column, "steps": 4, "cfg": 1.0, "keep_session": not before},
-            links,
-            title=prompts[key][1],
-            size=(380, 380),
-        )
-        nodes[f"{key}_file"] = Node(
-            "FrugalWanDecodeToFile",
-            place + 1,
-            {"filename_prefix": f"frugal/causal_{key}", "fps": 16.0},
-            {"samples": (f"{key}_made", 0), "vae": ("vae", 0)},
-            title=prompts[key][1],
-            size=(420, 480),
-        )
-    return nodes
-
-
 GROUPS = [
     Group("1. Files", 0, 0),
     Group("2. What it shows", 1, 1),
     Group("3. Memory and kernels", 2, 3, "#6b3f9e"),
     Group("4. Sample and decode", 4, 5, "#3f9e6b"),
-]
-CAUSAL_GROUPS = [
-    Group("1. Files and length", 0, 0),
-    Group("2. Prompts", 1, 1),
-    Group("3. Block by block", 2, 4, "#3f9e6b"),
 ]
 T2V_NOTE = Note(
     f"""## Wan 2.1 1.3B: text to video
@@ -225,7 +176,6 @@ change the video.
 The sampler's preset decides how much work is skipped: *off* is ComfyUI's own sampler to the bit.
 
 The text encoder is loaded only when the prompt changes.""",
-    6,
     (400, 420),
 )
 I2V_NOTE = Note(
@@ -244,24 +194,5 @@ it on the card, make a smaller file of the fp16 one with the graph `quantize_wan
 predictions; on a 12 GB card itself nothing has been measured yet.
 
 The video goes straight into a file; if decoding is interrupted, the latent is kept.""",
-    6,
     (420, 480),
-)
-CAUSAL_NOTE = Note(
-    f"""## Longer than five seconds, with two continuations
-
-A causal Wan generates a few frames at a time and attends to the cached ones (**window** and
-**sink**), so memory does not grow with the length. The first sampler keeps its **session**; two
-others continue it and share its cached frames. Save a session with *Save Causal Session* to
-continue another day.
-
-It needs weights that were trained for it, in the size of Wan 2.1 1.3B: Self Forcing, CausVid,
-Causal Forcing or LongLive as safetensors. They are not among the public files this graph can offer;
-choose yours in **Load Wan Model**. The stock `{T2V_SMALL}` runs too, but was not trained to
-continue, and its videos fall apart.
-
-- `models/text_encoders/{ENCODER}`
-- `models/vae/{VAE}`""",
-    5,
-    (420, 460),
 )

@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 WEIGHTS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".bin")
 MUTED = 2
-FOLDERS = {"CatVTON", "checkpoints", "clip_vision", "diffusion_models", "text_encoders", "vae"}
+FOLDERS = {
+    "CatVTON", "checkpoints", "clip_vision", "diffusion_models", "frame_interpolation", "loras",
+    "text_encoders", "upscale_models", "vae",
+}  # fmt: skip
 
 
 def nodes(path: Path) -> list[dict]:
