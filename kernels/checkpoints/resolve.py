@@ -29,29 +29,38 @@ from .packed import SIDE as PACKED_SIDE
 from .relatives import refuse_relative
 from .resolve_notes import format_name, label_notes, plan_notes
 from .wan_keys import COMPANIONS, Naming, find_naming, is_label
-from .wan_shapes import TEXT_DIM, WanConfig, detect_config, parameters
+from .wan_shapes import RELATIVES, TEXT_DIM, Parameter, WanConfig, detect_config, parameters
 
 MARKER = "scaled_fp8"
 # Of a configuration in the metadata: what is handed on, and what must say what every Wan 2.1
 # model has.
-FORWARDED = ("causal_ar", "text_dim", "num_heads")
+FORWARDED = ("causal_ar", "text_dim", "num_heads", "model_type")
+# Types that the shapes say; any other type in a configuration, such as animate2, is handed on.
+BY_SHAPE = ("t2v", "i2v", "ti2v", "flf2v", "vace", "camera", "camera_2.2")
 FIXED = {"eps": 1e-6, "freq_dim": 256, "patch_size": [1, 2, 2], "cross_attn_norm": True}
 QUANT_METADATA = "_quantization_metadata"
+# What a model is made of that ComfyUI has a class for, from the configuration, the names and shapes
+# of the file, and what its metadata say of the model: its parameters, None if there is no class.
+Structure = Callable[
+    [WanConfig, Mapping[str, tuple[int, ...]], Mapping[str, Any]], Mapping[str, Parameter] | None
+]
 
 
 @dataclass(frozen=True)
 class Plan:
     """The decisions for one file.
 
-    `rename` maps each tensor of the file that is kept to its canonical name, `layers` each linear
-    layer that is quantised to its layout, `transformer` holds what the file's own configuration
-    adds to the shapes, `formats` counts bytes of weights per format, `notes` says in words what a
-    user should know, `settings` holds what the file states of a GPTQ or AWQ quantisation, and
-    `own_formats` are the formats that the pack runs because ComfyUI does not.
+    `table` holds the model's parameters, `rename` maps each tensor of the file that is kept to its
+    canonical name, `layers` each linear layer that is quantised to its layout, `transformer`
+    holds what the file's own configuration adds to the shapes, `formats` counts bytes of weights
+    per format, `notes` says in words what a user should know, `settings` holds what the file states
+    of a GPTQ or AWQ quantisation, and `own_formats` are the formats that the pack runs because
+    ComfyUI does not.
     """
 
     file: str
     config: WanConfig
+    table: Mapping[str, Parameter]
     naming: Naming
     rename: Mapping[str, str]
     layers: Mapping[str, LayerLayout]
@@ -78,9 +87,11 @@ def plan_wan(
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
     value: Callable[[str], torch.Tensor],
+    structure: Structure | None = None,
 ) -> Plan:
     """Plan the load of a Wan file given its tensors' facts, its metadata and a reader of small
-    tensors.
+    tensors. structure: what asks ComfyUI for the parameters of a model that is not in the table of
+    Wan 2.1 and 2.2; without it, such a model is refused.
 
     Raises FrugalError for an unknown layout, a missing, unknown or doubled key, a scale without a
     quantised weight, a quantised weight without a scale, or a wrong shape. Nothing large is read.
@@ -92,10 +103,12 @@ def plan_wan(
     names, left_out, markers = _canonical_names(file, naming, kept)
     stated = _transformer(file, metadata)
     transformer = {key: stated[key] for key in FORWARDED if key in stated}
+    if transformer.get("model_type") in BY_SHAPE:
+        del transformer["model_type"]
     shapes = {name: tensors[raw].shape for name, raw in names.items()}
     config = detect_config(file, shapes, transformer.get("text_dim", TEXT_DIM))
     _check_config(file, config, stated)
-    table = parameters(config)
+    table = _table(file, config, shapes, transformer, structure)
     side = _side_tensors(file, names, table)
     _check_keys(file, names, table, side, config)
     declared = _declared(file, naming, metadata, side, names, value)
@@ -140,11 +153,44 @@ def plan_wan(
     notes = plan_notes(naming, layers, left_out, unit_scales_dropped, markers, tensors)
     notes += label_notes(labels, layers)
     ignored = sorted(set(stated) - {*FORWARDED, *FIXED, *_derived(config)})
+    if "model_type" in stated and "model_type" not in transformer:
+        ignored.append("model_type")
     if ignored:
         notes += (f"configuration entries left out: {ascii(', '.join(ignored))[1:-1][:200]}",)
     return Plan(
-        file, config, naming, rename, layers, transformer, dict(formats), notes, packed_settings
-    )
+        file, config, table, naming, rename, layers, transformer, dict(formats), notes,
+        packed_settings,
+    )  # fmt: skip
+
+
+def _table(
+    file: str,
+    config: WanConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    transformer: Mapping[str, Any],
+    structure: Structure | None,
+) -> Mapping[str, Parameter]:
+    """The model's parameters: of a relative those of ComfyUI's class, and of what else the table of
+    Wan 2.1 and 2.2 does not explain, where that class does.
+    """
+    if not config.relative:
+        own = parameters(config)
+        parts = {name.partition(".")[0] for name in shapes} - {n.partition(".")[0] for n in own}
+        # A model that is new here, if ComfyUI knows it; else its keys are refused by name.
+        newer = structure(config, shapes, transformer) if structure is not None and parts else None
+        explained = newer is not None and parts <= {name.partition(".")[0] for name in newer}
+        return newer if newer is not None and explained else own
+    found = None if structure is None else structure(config, shapes, transformer)
+    if found is None:
+        example = next(n for n in shapes for start in RELATIVES if n.startswith(start))
+        raise FrugalError(
+            f"{file} holds {example} and so is Wan {config.relative}",
+            "a model whose parts are known here",
+            "load and quantize it inside ComfyUI"
+            if structure is None
+            else "update ComfyUI: it has no model of this kind",
+        )
+    return found
 
 
 def _canonical_names(

@@ -18,14 +18,15 @@ TEXT_TOKENS, IMAGE_TOKENS = 512, 257
 MAX_LAYERS = 200
 CAMERA_DIM = 24 * 64
 
-# Later models built on Wan blocks: known, but their extra tensors are not in the table below.
+# Later models built on Wan blocks, by the start of a name: their parameters are not in the table
+# below, only in the class that a ComfyUI which knows the model builds.
 RELATIVES = {
-    "casual_audio_encoder.": "Wan 2.2 S2V",
-    "audio_proj.": "HuMo or another audio-driven model",
-    "face_adapter.": "Wan Animate",
+    "casual_audio_encoder.": "2.2 S2V",
+    "audio_proj.": "HuMo",
+    "face_adapter.": "Animate",
     "patch_embedding_mask.": "SCAIL 2",
     "patch_embedding_pose.": "SCAIL",
-    "patch_embedding_global.": "WanDancer",
+    "patch_embedding_global.": "Dancer",
 }
 
 
@@ -55,9 +56,13 @@ class WanConfig:
     camera: bool = False
     vace_layers: int = 0
     vace_in_dim: int = 0
+    # Name of a relative whose parameters are those of ComfyUI's class, not of `parameters`.
+    relative: str = ""
 
     @property
     def variant(self) -> str:
+        if self.relative:
+            return self.relative
         if self.vace_layers:
             return "VACE"
         if self.camera:
@@ -79,14 +84,6 @@ def detect_config(
     """The configuration from canonical names and shapes. Raises FrugalError if a shape it needs
     is not there.
     """
-    for start, family in RELATIVES.items():
-        example = next((name for name in shapes if name.startswith(start)), None)
-        if example:
-            raise FrugalError(
-                f"{file} holds {example} and so is {family}",
-                "Wan 2.1 T2V, I2V, FLF2V, VACE, Fun control or Fun camera",
-                "use Load Diffusion Model for this file",
-            )
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         found = shapes.get(name)
@@ -112,6 +109,10 @@ def detect_config(
         camera="control_adapter.conv.weight" in shapes,
         vace_layers=_count(file, shapes, "vace_blocks") if vace else 0,
         vace_in_dim=shape("vace_patch_embedding.weight", 5)[1] if vace else 0,
+        relative=next(
+            (kind for start, kind in RELATIVES.items() if any(n.startswith(start) for n in shapes)),
+            "",
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from ..checkpoints.header import TensorInfo
 from ..checkpoints.layouts import FLOAT8, FLOATS, NATIVE, ONE
 from ..errors import FrugalError
 from ..formats import codec, table
+from ..formats.packed_int import GGUF
 from ..report import megabytes
 from .weights import Weights, label
 from .writer import Group, Writer, arranged
@@ -157,7 +158,10 @@ def _step(weights: Weights, unit: str, target: str | None, changed: frozenset[st
         return _kept(weights, unit)
     # What ComfyUI cannot read as it is becomes 16-bit floats where nothing else is asked for.
     chosen = target or same or table.BF16
-    return _made(unit, chosen, shape, torch.float32, torch.float32, twice=chosen != table.BF16)
+    # GGUF's scales are float16: no block needs more range, and all need its precision.
+    blocks = layout.packed is not None and layout.packed.order == GGUF
+    half = torch.float16 if blocks else torch.float32
+    return _made(unit, chosen, shape, torch.float32, half, twice=chosen != table.BF16)
 
 
 def _made(
@@ -358,7 +362,11 @@ def _notes(
         if step.action == MAKE and step.target == table.BF16 and source.layout(step.unit)
     ]  # fmt: skip
     if opened:
-        notes.append(f"{len(opened)} quantised layers become bf16 (first {opened[0].unit})")
+        kinds = {info.dtype for step in opened for info in step.group.values()}
+        named = " and ".join(
+            "fp16" if k == torch.float16 else "bf16" for k in sorted(kinds, key=str)
+        )
+        notes.append(f"{len(opened)} quantised layers become {named} (first {opened[0].unit})")
     small = sum(step.unit not in source.shapes and not source.plain(step.unit) for step in plan)
     if small:
         notes.append(f"{small} small parameters in fp8 become bf16, which holds their values")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.resolve import Structure
 from ..checkpoints.source import SAFETENSORS
 from ..errors import FrugalError
 from ..formats import table
@@ -69,9 +70,11 @@ def run(
     job: Job,
     merge_for: Callable[[Weights], Merge | None] = lambda weights: None,
     progress: Progress = lambda stage, done, total: None,
+    structure: Structure | None = None,
 ) -> Outcome:
     """Do the job. `merge_for` makes the Merge for the opened source, `progress` gets the name of a
     stage and how far it is; an exception it raises stops the work, and the same job goes on later.
+    structure: as for plan_wan.
 
     Raises FrugalError for anything that cannot be done.
     """
@@ -88,7 +91,7 @@ def run(
             "a name that is free",
             "choose another name, or ask for it to be overwritten",
         )
-    source = Weights(job.source)
+    source = Weights(job.source, structure)
     if job.output.exists() and any(job.output.samefile(path) for path in source.source.files):
         raise FrugalError(
             f"{job.output.name} is to be written from itself", "another file", "choose another name"

@@ -18,9 +18,8 @@ from ..checkpoints.header import TensorInfo
 from ..checkpoints.layouts import FLOAT8, INT8, MXFP8, NVFP4, ONE, PLAIN, W4A4, W4A8, LayerLayout
 from ..checkpoints.normalise import normalise
 from ..checkpoints.packed import PACKED
-from ..checkpoints.resolve import Plan, plan_wan
+from ..checkpoints.resolve import Plan, Structure, plan_wan
 from ..checkpoints.source import Source, open_source
-from ..checkpoints.wan_shapes import parameters
 from ..formats import block_scales, codec
 from ..formats import table as formats
 from ..formats.packed_int import PackedWeight, dequantise
@@ -36,15 +35,19 @@ KITCHEN = {
 class Weights:
     """The weights of one Wan file, by canonical name.
 
-    `plan` and `source` are what the loader makes of the file. Raises FrugalError where the loader
-    would.
+    `plan` and `source` are what the loader makes of the file, `structure` is as for plan_wan.
+    Raises FrugalError where the loader would.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], structure: Structure | None = None):
         self.path = Path(path)
-        self.source: Source = open_source(self.path)
+        self.source: Source = open_source(self.path, None)
         self.plan: Plan = plan_wan(
-            self.source.name, self.source.tensors, self.source.metadata, self.source.value
+            self.source.name,
+            self.source.tensors,
+            self.source.metadata,
+            self.source.value,
+            structure,
         )
         self._held = self.source.loaded or _Mapped(self.source)
         self._raw: dict[str, dict[str, str]] = {}
@@ -52,7 +55,7 @@ class Weights:
             layer, _, suffix = name.rpartition(".")
             own = layer if layer in self.plan.layers and suffix != "bias" else name
             self._raw.setdefault(own, {})[raw] = name
-        table = parameters(self.plan.config)
+        table = self.plan.table
         self.shapes: dict[str, tuple[int, int]] = {
             name.removesuffix(".weight"): (entry.shape[0], entry.shape[1])
             for name, entry in table.items()
@@ -130,8 +133,8 @@ def decoded(
         assert layout.packed is not None
         packed = PackedWeight(
             by_suffix["weight"],
-            by_suffix["weight_scale"],
-            by_suffix["weight_zeros"],
+            by_suffix.get("weight_scale"),
+            by_suffix.get("weight_zeros"),
             by_suffix.get("weight_g_idx"),
             layout.packed,
         )

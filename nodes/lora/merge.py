@@ -12,7 +12,6 @@ from typing import Any
 import comfy.lora
 import torch
 
-from ...kernels.checkpoints.wan_shapes import parameters
 from ...kernels.errors import FrugalError
 from ...kernels.lora.low_rank import dora_gain
 from ...kernels.quantize.weights import Weights
@@ -26,7 +25,7 @@ class LoraMerge:
     """A Merge of the converter: all changes that LoRA files make to a Wan model's tensors."""
 
     def __init__(self, weights: Weights, loras: Sequence[tuple[Path, float]]):
-        table = parameters(weights.plan.config)
+        table = weights.plan.table
         places = {PREFIX + name.removesuffix(".weight"): name for name in table}
         self._patches: dict[str, list[tuple[float, Any]]] = {}
         notes, titles, marks = [], [], []

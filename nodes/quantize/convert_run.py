@@ -19,6 +19,7 @@ from ...kernels.quantize.request import Job, Outcome, Progress, run
 from ...kernels.quantize.weights import Weights
 from .._models import FOLDER
 from ..lora.merge import LoraMerge
+from ..wan.structure import structure
 
 NONE = "none"
 CALIBRATION = "calibration"
@@ -122,7 +123,7 @@ def convert(
 
     ended = False
     try:
-        outcome = run(job, lambda weights: merge_of(weights, loras), progress)
+        outcome = run(job, lambda weights: merge_of(weights, loras), progress, structure)
         ended = True
     finally:
         kept = [job.output.with_name(job.output.name + end) for end in (PART, CURVES)]

@@ -92,6 +92,24 @@ class FrugalSampler(io.ComfyNode):
                         "working. The first step takes longer, later ones less."
                     ),
                 ),
+                io.Model.Input(
+                    "first_model",
+                    optional=True,
+                    tooltip=(
+                        "Preset distilled: the same model without the distillation LoRA. It runs "
+                        "the first steps at cfg, against slow motion; the rest runs at cfg 1."
+                    ),
+                ),
+                io.Int.Input(
+                    "first_steps",
+                    default=1,
+                    min=1,
+                    max=10000,
+                    optional=True,
+                    # A socket: most graphs have no use for one more box.
+                    force_input=True,
+                    tooltip="Steps that first_model runs. Not connected = 1.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The finished latent."),
@@ -109,12 +127,12 @@ class FrugalSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, preset, seed, steps, cfg, sampler_name,
-        scheduler, denoise, preview, compile_blocks=False,
+        scheduler, denoise, preview, compile_blocks=False, first_model=None, first_steps=1,
     ) -> io.NodeOutput:  # fmt: skip
         job = sampler_run.Job(
             seed, steps, cfg, sampler_name, scheduler, denoise, preset,
-            preview == MIDDLE_FRAME, compile_blocks,
+            preview == MIDDLE_FRAME, compile_blocks, first_steps,
         )  # fmt: skip
-        latent, report = sampler_run.run(model, positive, negative, latent_image, job)
+        latent, report = sampler_run.run(model, positive, negative, latent_image, job, first_model)
         show_text(cls.hidden.unique_id, report.text())
         return io.NodeOutput(latent, report.text(), report.json())

@@ -18,6 +18,7 @@ from . import (
     attention_run,
     compile_run,
     distilled_run,
+    first_phase,
     guidance_range_run,
     preview,
     step_cache_run,
@@ -39,14 +40,25 @@ class Job:
     preset: str = "off"
     preview: bool = False
     compile_blocks: bool = False
+    first_steps: int = 1
 
 
-def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
+def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job, first: Any = None):
     """(LATENT, SamplerReport). The latent is that of ComfyUI's KSampler to the bit while the preset
-    is off.
+    is off. first: a MODEL without the distillation LoRA for the first `job.first_steps` steps, at
+    the caller's guidance; the latent is then that of advanced KSamplers one after the other.
     """
     caches: list[StepCacheReport] = []
-    model, cfg, notes = _prepared(model, job, caches)
+    original = model
+    model, cfg, notes = _prepared(model, job, caches, first is not None)
+    sampled, steps = latent, {}
+    began = time.perf_counter()
+    if first is not None and PRESETS[job.preset].cfg is None:
+        notes.append("first_model is not used: it belongs to the preset distilled")
+    elif first is not None:
+        first_phase.check(first, original, job)
+        sampled = _first_phase(first, positive, negative, latent, job, notes)
+        steps = {"disable_noise": True, "start_step": job.first_steps, "last_step": job.steps}
     planned = _planned(model, latent, job, cfg, notes)
     if planned is not None:
         model = planned.model
@@ -55,10 +67,9 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
     by_hand = model.get_attachment(step_cache_run.KEY)
     earlier = None if by_hand is None else by_hand.report
     compiled = model.get_attachment(compile_run.KEY)
-    started = time.perf_counter()
     (result,) = comfy_nodes.common_ksampler(
-        model, job.seed, job.steps, cfg, job.sampler, job.scheduler, positive, negative, latent,
-        denoise=job.denoise,
+        model, job.seed, job.steps, cfg, job.sampler, job.scheduler, positive, negative, sampled,
+        denoise=job.denoise, **steps,
     )  # fmt: skip
     if not caches and by_hand is not None and by_hand.report is not earlier:
         caches.append(by_hand.report)
@@ -68,7 +79,7 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
         job.scheduler,
         job.steps,
         cfg,
-        time.perf_counter() - started,
+        time.perf_counter() - began,
         None if kernels is None else kernels.table,
         tuple(caches),
         tuple(notes),
@@ -79,8 +90,37 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job):
     return result, report
 
 
-def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any, float, list[str]]:
-    """The model with what the preset asks for, the guidance to use, and notes on both."""
+def _first_phase(
+    first: Any, positive: Any, negative: Any, latent: dict, job: Job, notes: list[str]
+) -> dict:
+    """The latent after the first steps, its noise still in it."""
+    notes += first_phase.notes(job)
+    if job.preview:
+        first = preview.apply(first)
+    if first.get_attachment(attention_run.KEY) is None:
+        first = attention_run.apply(first)
+    said: list[str] = []
+    planned = _planned(first, latent, job, job.cfg, said)
+    if planned is not None:
+        first = planned.model
+        planned.start()
+    (result,) = comfy_nodes.common_ksampler(
+        first, job.seed, job.steps, job.cfg, job.sampler, job.scheduler, positive, negative, latent,
+        denoise=job.denoise, start_step=0, last_step=job.first_steps, force_full_denoise=False,
+    )  # fmt: skip
+    outcome = None if planned is None else planned.outcome()
+    if outcome is not None:
+        said.append(outcome.text())
+    notes += [f"first phase: {line}" for line in said]
+    return result
+
+
+def _prepared(
+    model: Any, job: Job, caches: list[StepCacheReport], has_first: bool
+) -> tuple[Any, float, list[str]]:
+    """The model with what the preset asks for, the guidance to use, and notes on both. has_first:
+    whether another model uses the caller's guidance.
+    """
     preset, cfg, notes = PRESETS[job.preset], job.cfg, []
     if job.preview:
         model = preview.apply(model)
@@ -89,7 +129,8 @@ def _prepared(model: Any, job: Job, caches: list[StepCacheReport]) -> tuple[Any,
     if preset.attention and model.get_attachment(attention_run.KEY) is None:
         model = attention_run.apply(model)
     if preset.cfg is not None and preset.cfg != cfg:
-        notes.append(f"cfg {cfg:g} became {preset.cfg:g}: the preset is for distilled models")
+        if not has_first:
+            notes.append(f"cfg {cfg:g} became {preset.cfg:g}: the preset is for distilled models")
         cfg = preset.cfg
     if preset.cfg is not None and job.steps > FEW_STEPS:
         notes.append(f"{job.steps} steps: distilled models are made for 4 to {FEW_STEPS}")

@@ -20,7 +20,7 @@ class FrugalLoadWan(io.ComfyNode):
             display_name="Load Wan Model",
             category=f"{CATEGORY}/wan",
             description=(
-                "Loads a Wan 2.1 video model from any public layout: fp32, fp16, bf16, "
+                "Loads a Wan video model from any public layout: fp32, fp16, bf16, "
                 "fp8 with or without "
                 "scales, int8, GPTQ, AWQ, GGUF, ComfyUI's own quantised formats, diffusers "
                 "names, and models split into parts. Can quantise an unquantised model. "
@@ -38,7 +38,8 @@ class FrugalLoadWan(io.ComfyNode):
                     default=load_run.DEFAULT,
                     tooltip=(
                         "Data type of an unquantised model. default: what ComfyUI picks for this "
-                        "device; quantised files need default."
+                        "device; quantised files need default. GGUF stays packed with default, "
+                        "and is unpacked to any other type."
                     ),
                 ),
                 io.Combo.Input(

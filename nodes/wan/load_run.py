@@ -25,7 +25,7 @@ from ...kernels.checkpoints.normalise import declaration, normalise, take_packed
 from ...kernels.checkpoints.packed import check_blocks
 from ...kernels.checkpoints.resolve import Plan, plan_wan
 from ...kernels.checkpoints.source import Source, open_source
-from ...kernels.checkpoints.wan_shapes import TEXT_DIM, parameters
+from ...kernels.checkpoints.wan_shapes import TEXT_DIM
 from ...kernels.device_types import need_float8
 from ...kernels.errors import FrugalError
 from ...kernels.formats.gguf_blocks import TYPES
@@ -34,6 +34,7 @@ from ...kernels.quantize.on_load import AS_STORED, quantised_plan, quantiser
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import REPORT_KEY, round_patched
 from . import mapped, matmul, packed_int, patched_on_use, row_scaled
+from .structure import structure
 
 DEFAULT = "default"
 # What quantising the largest layer takes on the device, in bytes, with room to spare.
@@ -60,7 +61,7 @@ def load_wan(
     """
     started = time.perf_counter()
     source = open_source(path, WEIGHT_DTYPES[weight_dtype])
-    plan = plan_wan(source.name, source.tensors, source.metadata, source.value)
+    plan = plan_wan(source.name, source.tensors, source.metadata, source.value, structure)
     # ComfyUI's kernel for it multiplies in 16 bit.
     if W4A16 not in _known_formats() or products == FULL:
         plan = replace(plan, own_formats=(*plan.own_formats, W4A16))
@@ -199,10 +200,7 @@ def _check_device(plan: Plan) -> None:
 
 def _check_detection(plan: Plan, metadata: dict[str, str]) -> None:
     """Ask ComfyUI what it would make of these shapes, on tensors without memory."""
-    shapes = {
-        name: torch.empty(entry.shape, device="meta")
-        for name, entry in parameters(plan.config).items()
-    }
+    shapes = {name: torch.empty(entry.shape, device="meta") for name, entry in plan.table.items()}
     detected = comfy.model_detection.detect_unet_config(shapes, "", metadata=dict(metadata))
     fits = detected and comfy.model_detection.model_config_from_unet_config(dict(detected), shapes)
     if not fits:
@@ -238,7 +236,8 @@ def _check_loaded(plan: Plan, given: Mapping[str, torch.dtype], model: torch.nn.
     from its type. `given` are the types of the state dict that it got.
     """
     loaded = dict(model.named_parameters())
-    wanted = set(parameters(plan.config))
+    wanted = set(plan.table)
+    loaded |= {name: held for name, held in model.named_buffers() if name in wanted}
     # ComfyUI keeps these beside an NVFP4 weight as parameters of the layer.
     wanted |= {name for name in given if name.rpartition(".")[2] in KEPT_BESIDE}
     missing, unknown = sorted(set(loaded) - wanted), sorted(wanted - set(loaded))
@@ -283,7 +282,7 @@ def _keep_as_stored(
     """Let the linear layers beside packed ones keep the file's mapping too, where ComfyUI copied
     them to a type that is no smaller: they are cast when they run, as packed ones are unpacked.
     """
-    for name, entry in parameters(plan.config).items():
+    for name, entry in plan.table.items():
         layer, stored = name.removesuffix(".weight"), state_dict.get(name)
         if not entry.linear or layer in plan.layers or stored is None:
             continue

@@ -40,10 +40,11 @@ def write(
     prefix: str = "",
     patches: str = "whole",
     others: str = "F32",
+    layers: list[str] | None = None,
 ) -> bed.Weights:
-    """A GGUF file of `source`: weights of block linears as `kind`, `others` for the other tensors
-    of two and more dimensions, vectors and modulations in F32. Returns the weights that it stands
-    for, in float32.
+    """A GGUF file of `source`: weights of block linears, or of `layers`, as `kind`, `others` for
+    the other tensors of two and more dimensions, vectors and modulations in F32. Returns the
+    weights that it stands for, in float32.
 
     patches: how patch_embedding.weight is there: whole, with its five dimensions; stated, joined
     to two with its shape in the metadata; joined, to two without it; merged, to four as
@@ -56,7 +57,7 @@ def write(
         writer.kv_data[0].pop("general.architecture", None)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    linears = {f"{layer}.weight" for layer in bed.block_linears(source, config)}
+    linears = {f"{layer}.weight" for layer in layers or bed.block_linears(source, config)}
     meant = {}
     for number, (name, tensor) in enumerate(source.items()):
         form = gguf.GGMLQuantizationType.F32

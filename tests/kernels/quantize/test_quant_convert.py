@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from frugal.kernels.checkpoints.header import read_header
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats import codec, table
+from frugal.kernels.formats.gguf_blocks import TYPES
 from frugal.kernels.quantize import convert as module
 from frugal.kernels.quantize.convert import convert, uniform
 from frugal.kernels.quantize.weights import Weights
@@ -174,6 +175,8 @@ def test_every_layout_becomes_comfyuis_own(tmp_path):
                 bound = 2**-11 * weight.float().abs() + 2**-25
             assert bool(((got[key] - weight.float()).abs() <= bound).all()), (name, key)
         assert any("layers become bf16" in note for note in report.notes) == opened, name
+        packed = name.startswith("GGUF") and name.split()[1].rstrip(",") in TYPES
+        assert any("layers become fp16" in note for note in report.notes) == packed, name
         if name not in REQUANTISED:
             continue
         report = quantised(path, table.INT8, made)

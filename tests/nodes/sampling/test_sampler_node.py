@@ -22,7 +22,7 @@ from frugal.kernels.sampling.presets import PRESETS
 from frugal.nodes import _services
 from frugal.nodes.memory import memory_plan_run, meta_models
 from frugal.nodes.memory import nodes as plan_family
-from frugal.nodes.sampling import guidance_range_run, sampler_run, step_cache_run
+from frugal.nodes.sampling import attention_run, guidance_range_run, sampler_run, step_cache_run
 from frugal.nodes.sampling.guidance_range import FrugalGuidanceRange
 from frugal.nodes.sampling.preview import AS_SET, MIDDLE_FRAME
 from frugal.nodes.sampling.sampler import FrugalSampler
@@ -43,7 +43,7 @@ def ours(model, prompts, preset="off", steps=STEPS, sampler="euler", cfg=CFG, **
     with torch.inference_mode():
         result = node.execute(
             model, *prompts, latent, preset, 7, steps, cfg, sampler, "simple",
-            more.pop("denoise", 1.0), more.pop("preview", AS_SET),
+            more.pop("denoise", 1.0), more.pop("preview", AS_SET), **more,
         ).args  # fmt: skip
     return result[0], result[1], json.loads(result[2])
 
@@ -305,3 +305,54 @@ def test_distilled_looks_at_both_experts(wan, prompts, tmp_path):
     assert ours(joined, prompts, "distilled", steps=4, cfg=1.0)[2]["notes"] == []
     later = with_lora(experts_run.join(with_shift(wan, 5.0), bare, 0.875, 0.0)[0])
     assert ours(later, prompts, "distilled", steps=4, cfg=1.0)[2]["notes"] == []
+
+
+def advanced(model, prompts, steps, cfg, span, latent):
+    """KSampler (Advanced) for the steps of `span`, noise added before the first step only."""
+    start, end = span
+    with torch.inference_mode():
+        return stock.KSamplerAdvanced().sample(
+            attention_run.apply(model), "disable" if start else "enable", 7, steps, cfg, "euler",
+            "simple", *prompts, latent, start, end, "disable" if end == steps else "enable",
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("first_steps", [1, 2])
+def test_first_phase_is_samplers_by_hand(wan, prompts, tmp_path, first_steps):
+    low = load_run.load_wan(wan_bed.write(tmp_path / "low.safetensors", wan_bed.weights(seed=2)))[0]
+    bare, low = with_shift(wan, 5.0), with_lora(with_shift(low, 5.0))
+    high, steps = with_lora(bare), 4
+    got, text, data = ours(
+        experts_run.join(high, low, 0.9, 0.0)[0], prompts, "distilled", steps=steps, cfg=3.5,
+        first_model=bare, first_steps=first_steps,
+    )  # fmt: skip
+    latent = {"samples": sampling_bed.latent_of()}
+    # Of 1000, 937.5, 833.3 and 625, two steps are the high noise expert's.
+    spans = [(bare, 3.5, (0, first_steps)), (high, 1.0, (first_steps, 2)), (low, 1.0, (2, steps))]
+    for model, cfg, span in spans:
+        if span[0] < span[1]:
+            latent = advanced(model, prompts, steps, cfg, span, latent)
+    assert torch.equal(got["samples"], latent["samples"])
+    note = f"first phase: {first_steps} of 4 steps with first_model at cfg 3.5"
+    assert note in data["notes"] and note in text
+    # Guards: the phase, its guidance and its missing LoRA all matter.
+    joined = experts_run.join(high, low, 0.9, 0.0)[0]
+    for more in ({}, {"first_model": bare, "cfg": 1.0}, {"first_model": with_lora(high)}):
+        other = ours(joined, prompts, "distilled", **({"steps": steps, "cfg": 3.5} | more))[0]
+        assert not torch.equal(other["samples"], got["samples"])
+
+
+def test_first_phase_that_cannot_be(wan, prompts):
+    model = with_lora(wan)
+    _, _, data = ours(model, prompts, "quality", steps=1, first_model=wan)
+    assert "first_model is not used: it belongs to the preset distilled" in data["notes"]
+    for first, steps, words in (
+        (wan, 4, "lower first_steps.*4 of 4"),
+        (model, 1, "goes into the LoRA loader.*the same as model"),
+    ):
+        with pytest.raises(FrugalError, match=words):
+            ours(
+                model, prompts, "distilled", steps=4, cfg=3.5, first_model=first, first_steps=steps
+            )
+    notes = ours(model, prompts, "distilled", steps=4, cfg=1.0, first_model=wan)[2]["notes"]
+    assert any("cfg 1: guidance comes from a cfg above 1" in note for note in notes)
