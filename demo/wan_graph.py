@@ -171,7 +171,7 @@ T2V_NOTE = Note(
 - `models/vae/{VAE}`
 
 **Memory Plan** predicts the memory of the run and works in chunks only if your budget needs it: set
-**budget_gb** to your card. **Cache Cross-Attention K/V** and **Select Attention Kernel** do not
+**budget_gb** to your card. **Cache Cross-Attention K/V** and **Attention Kernel (Sage, Flash)** do not
 change the video.
 The sampler's preset decides how much work is skipped: *off* is ComfyUI's own sampler to the bit.
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,11 +47,23 @@ def known(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in accepted}
 
 
-def found_by(words: Iterable[str]) -> dict[str, Any]:
+# Of inputs that few people change: `io.Int.Input(..., **ADVANCED)`. Nodes 2.0 folds them away.
+ADVANCED = known(io.Int.Input, advanced=True)
+
+
+def found_by(words: Iterable[str], node_id: str = "") -> dict[str, Any]:
     """Search aliases of a node, for `io.Schema(..., **found_by([...]))`; the pack's name is always
-    among them, since it is not part of any display name.
+    among them, since it is not part of any display name. node_id: where search_words.json has the
+    node's words in other scripts than sources are written in.
     """
-    return known(io.Schema, search_aliases=[*words, CATEGORY.lower()])
+    more = _search_words()[node_id] if node_id else []
+    return known(io.Schema, search_aliases=[*words, *more, CATEGORY.lower()])
+
+
+@functools.cache
+def _search_words() -> dict[str, list[str]]:
+    path = Path(__file__).with_name("search_words.json")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def experts_of(model: Any) -> Any:

@@ -8,7 +8,7 @@ from ...kernels.causal.options import CacheOptions
 from ...kernels.causal.presets import AS_SET
 from ...kernels.causal.storage import FP8, INT8, MODEL
 from ...kernels.causal.strategies import CHUNKED, GATHERED, PAGED
-from .._comfy import found_by, show_text
+from .._comfy import ADVANCED, found_by, show_text
 from .._models import offered
 from .._output import prefix_problem
 from . import model_run as causal_model
@@ -76,6 +76,7 @@ class FrugalCausalModel(io.ComfyNode):
                         "relative: cached frames are re-indexed, so positions never exceed window "
                         "+ sink. absolute: each frame keeps its own position."
                     ),
+                    **ADVANCED,
                 ),
                 io.Combo.Input(
                     "kv_dtype",
@@ -84,6 +85,7 @@ class FrugalCausalModel(io.ComfyNode):
                     tooltip=(
                         "Data type of the KV cache: as computed, or 1 byte per value (fp8, int8)."
                     ),
+                    **ADVANCED,
                 ),
                 io.Combo.Input(
                     "kv_location",
@@ -93,6 +95,7 @@ class FrugalCausalModel(io.ComfyNode):
                         "Where the KV cache is stored during a run. main memory saves device "
                         "memory; each layer's part is copied in when it is needed."
                     ),
+                    **ADVANCED,
                 ),
                 io.Combo.Input(
                     "attention",
@@ -105,6 +108,7 @@ class FrugalCausalModel(io.ComfyNode):
                         "table, on CUDA with absolute positions and pages in the model's type on "
                         "the device; if no kernel supports the call, gathered is used."
                     ),
+                    **ADVANCED,
                 ),
                 io.Float.Input(
                     "max_cache_gb",
@@ -116,6 +120,7 @@ class FrugalCausalModel(io.ComfyNode):
                         "Maximum size of the KV cache in GB (10^9 bytes); checked before sampling. "
                         "0 = no limit."
                     ),
+                    **ADVANCED,
                 ),
                 io.Float.Input(
                     "shift",
@@ -176,7 +181,9 @@ class FrugalCausalSampler(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by([*ALIASES, "ksampler", "prompt travel"]),
+            **found_by(
+                [*ALIASES, "ksampler", "prompt travel", "infinite video"], "FrugalCausalSampler"
+            ),
         )
 
     @classmethod

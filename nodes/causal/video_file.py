@@ -63,7 +63,10 @@ class FrugalCausalVideoFile(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
-            **found_by([*ALIASES, "save video", "vae decode", "mp4", "streaming decode"]),
+            **found_by(
+                [*ALIASES, "save video", "vae decode", "mp4", "streaming decode", "infinite video"],
+                "FrugalCausalVideoFile",
+            ),
         )
 
     validate_inputs = classmethod(prefix_checked)

@@ -53,7 +53,22 @@ class FrugalLoraSide(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by(["lora", "lora loader", "lora bypass", "lokr", "dora"]),
+            **found_by(
+                [
+                    "lora",
+                    "lora loader",
+                    "lora bypass",
+                    "lokr",
+                    "dora",
+                    "lightning",
+                    "lightx2v",
+                    "4 step",
+                    "4 steps lora",
+                    "distill",
+                    "fp8 lora",
+                ],
+                "FrugalLoraSide",
+            ),
         )
 
     @classmethod

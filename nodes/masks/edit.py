@@ -202,7 +202,9 @@ class FrugalMaskTemporal(io.ComfyNode):
             outputs=[io.Mask.Output("smoothed", display_name="mask", tooltip="The smoothed clip.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **found_by(["mask flicker", "stabilize mask", "temporal"]),
+            **found_by(
+                ["mask flicker", "stabilize mask", "temporal", "deflicker"], "FrugalMaskTemporal"
+            ),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)

@@ -98,7 +98,8 @@ class FrugalMaskRefine(io.ComfyNode):
                     "mask flicker",
                     "erode",
                     "dilate",
-                ]
+                ],
+                "FrugalMaskRefine",
             ),
         )
 

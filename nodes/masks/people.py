@@ -140,7 +140,17 @@ class FrugalClothMask(io.ComfyNode):
             outputs=[io.Mask.Output("mask", display_name="mask", tooltip="1 where to repaint.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **found_by(["catvton mask", "automasker", "cloth mask", "try-on mask"]),
+            **found_by(
+                [
+                    "catvton mask",
+                    "automasker",
+                    "cloth mask",
+                    "try-on mask",
+                    "auto mask",
+                    "clothes mask",
+                ],
+                "FrugalClothMask",
+            ),
         )
 
     validate_inputs = classmethod(common_inputs.warmed)

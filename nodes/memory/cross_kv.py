@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from .._comfy import CATEGORY, found_by, show_text
+from .._comfy import ADVANCED, CATEGORY, found_by, show_text
 from . import cross_kv_run
 
 EXACT, FP8 = "as computed", "fp8"
@@ -43,6 +43,7 @@ class FrugalWanConstantContext(io.ComfyNode):
                         "How many prompts (or batches of prompts) and how many start images are "
                         "cached during a run. The least recently used one is evicted."
                     ),
+                    **ADVANCED,
                 ),
                 io.Boolean.Input(
                     "release_weights",
@@ -52,6 +53,7 @@ class FrugalWanConstantContext(io.ComfyNode):
                         "dynamic VRAM (NVIDIA, newer versions) does so by itself when it needs the "
                         "room."
                     ),
+                    **ADVANCED,
                 ),
             ],
             outputs=[

@@ -35,14 +35,8 @@ class FrugalDoctor(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             **found_by(
-                [
-                    "diagnose",
-                    "system info",
-                    "vram",
-                    "cuda",
-                    "backends",
-                    "will it fit",
-                ]
+                ["diagnose", "system info", "vram", "cuda", "backends", "will it fit"],
+                "FrugalDoctor",
             ),
         )
 

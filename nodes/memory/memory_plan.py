@@ -111,7 +111,12 @@ class FrugalMemoryPlan(io.ComfyNode):
                     "offload",
                     "chunk feed forward",
                     "low vram",
-                ]
+                    "save vram",
+                    "blockswap",
+                    "vram management",
+                    "memory",
+                ],
+                "FrugalMemoryPlan",
             ),
         )
 

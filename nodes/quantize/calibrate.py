@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ...kernels.errors import FrugalError
-from .._comfy import CATEGORY, found_by, show_text
+from .._comfy import ADVANCED, CATEGORY, found_by, show_text
 from . import convert_run
 from .calibrate_run import Settings, wrap
 
@@ -53,6 +53,7 @@ class FrugalCalibrate(io.ComfyNode):
                         "Main memory in GB (10^9 bytes) for the statistics while sampling. More "
                         "keeps more detail and makes the file larger."
                     ),
+                    **ADVANCED,
                 ),
                 io.Int.Input(
                     "rows_per_call",
@@ -60,6 +61,7 @@ class FrugalCalibrate(io.ComfyNode):
                     min=16,
                     max=1_000_000,
                     tooltip="Tokens recorded per model call; the rest are skipped.",
+                    **ADVANCED,
                 ),
                 io.Int.Input(
                     "seed",
@@ -69,6 +71,7 @@ class FrugalCalibrate(io.ComfyNode):
                     tooltip=(
                         "Seed that selects the recorded tokens; it does not change the result."
                     ),
+                    **ADVANCED,
                 ),
                 io.Boolean.Input(
                     "measure_layers",

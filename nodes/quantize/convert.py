@@ -112,7 +112,9 @@ class FrugalQuantize(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **found_by(["quantize", "convert", "int8", "fp8", "w4a8", "awq", "gptq"]),
+            **found_by(
+                ["quantize", "convert", "int8", "fp8", "w4a8", "awq", "gptq"], "FrugalQuantize"
+            ),
         )
 
     @classmethod

@@ -14,7 +14,7 @@ class FrugalAttention(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FrugalAttention",
-            display_name="Select Attention Kernel",
+            display_name="Attention Kernel (Sage, Flash)",
             category=f"{CATEGORY}/sampling",
             description=(
                 "Computes the model's attention with the fastest kernel on this machine. Each "
@@ -71,7 +71,11 @@ class FrugalAttention(io.ComfyNode):
                     "cudnn",
                     "xformers",
                     "attention backend",
-                ]
+                    "sage",
+                    "sageattention",
+                    "flash",
+                ],
+                "FrugalAttention",
             ),
         )
 

@@ -28,7 +28,9 @@ class FrugalCompile(io.ComfyNode):
                 )
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by(["torch.compile", "torchcompile", "inductor", "triton", "speed up"]),
+            **found_by(
+                ["torch.compile", "torchcompile", "inductor", "triton", "speed up"], "FrugalCompile"
+            ),
         )
 
     @classmethod

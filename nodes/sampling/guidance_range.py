@@ -34,7 +34,17 @@ class FrugalGuidanceRange(io.ComfyNode):
                     "model", display_name="model", tooltip="The same model, for any sampler."
                 )
             ],
-            **found_by(["cfg override", "cfg interval", "limited interval", "speed up"]),
+            **found_by(
+                [
+                    "cfg override",
+                    "cfg interval",
+                    "limited interval",
+                    "speed up",
+                    "cfg range",
+                    "cfg",
+                ],
+                "FrugalGuidanceRange",
+            ),
         )
 
     @classmethod

@@ -6,7 +6,7 @@ import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ...kernels.sampling.presets import PRESETS
-from .._comfy import CATEGORY, found_by, show_text
+from .._comfy import ADVANCED, CATEGORY, found_by, show_text
 from . import sampler_run
 from .preview import AS_SET, MIDDLE_FRAME
 
@@ -82,6 +82,7 @@ class FrugalSampler(io.ComfyNode):
                     options=[AS_SET, MIDDLE_FRAME],
                     default=AS_SET,
                     tooltip="Preview image of each step on the node.",
+                    **ADVANCED,
                 ),
                 io.Boolean.Input(
                     "compile_blocks",
@@ -91,6 +92,7 @@ class FrugalSampler(io.ComfyNode):
                         "Wan models: compile the blocks with torch.compile; offloading keeps "
                         "working. The first step takes longer, later ones less."
                     ),
+                    **ADVANCED,
                 ),
                 io.Model.Input(
                     "first_model",
@@ -121,7 +123,22 @@ class FrugalSampler(io.ComfyNode):
                 io.String.Output("data", display_name="data", tooltip="The same numbers as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by(["ksampler", "fast sampler", "turbo", "speed up", "cfg"]),
+            **found_by(
+                [
+                    "ksampler",
+                    "fast sampler",
+                    "turbo",
+                    "speed up",
+                    "cfg",
+                    "4 step",
+                    "4 steps",
+                    "lightning",
+                    "lcm",
+                    "save vram",
+                    "fast",
+                ],
+                "FrugalSampler",
+            ),
         )
 
     @classmethod

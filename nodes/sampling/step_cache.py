@@ -68,7 +68,9 @@ class FrugalStepCache(io.ComfyNode):
                     "first block cache",
                     "speed up",
                     "skip steps",
-                ]
+                    "tea cache",
+                ],
+                "FrugalStepCache",
             ),
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from .._comfy import ADVANCED
+
 
 def key_input() -> io.String.Input:
     """Which environment variable holds the key."""
@@ -15,4 +17,5 @@ def key_input() -> io.String.Input:
             "itself: widgets are saved into workflows. A server on another machine also needs the "
             "variable <NAME>_HOST with its host name."
         ),
+        **ADVANCED,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ...servers.prompt_rules import LANGUAGES, TASKS
-from .._comfy import CATEGORY, found_by, show_text
+from .._comfy import ADVANCED, CATEGORY, found_by, show_text
 from . import glue, prompt_run
 from .common_inputs import key_input
 
@@ -76,6 +76,7 @@ class FrugalPromptExtend(io.ComfyNode):
                     min=16,
                     max=4096,
                     tooltip="Maximum number of tokens to generate. Wan reads 512 tokens.",
+                    **ADVANCED,
                 ),
                 io.Float.Input(
                     "timeout_s",
@@ -84,6 +85,7 @@ class FrugalPromptExtend(io.ComfyNode):
                     max=3600.0,
                     step=1.0,
                     tooltip="Seconds to wait for the server, including retries.",
+                    **ADVANCED,
                 ),
                 key_input(),
                 io.Combo.Input(

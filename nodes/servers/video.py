@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import InputImpl, io, ui
 
 from ...servers.dialects import DIALECTS, VideoRequest
-from .._comfy import CATEGORY, found_by, show_text
+from .._comfy import ADVANCED, CATEGORY, found_by, show_text
 from .._output import prefix_problem
 from . import glue, video_run
 from .common_inputs import key_input
@@ -92,6 +92,7 @@ class FrugalRemoteVideo(io.ComfyNode):
                         "Timestep shift; vLLM-Omni only (Wan 2.1 480p: 3, 720p: 5). 0 = the "
                         "server's default, which in vLLM-Omni is 5 for every model."
                     ),
+                    **ADVANCED,
                 ),
                 io.Int.Input(
                     "seed",
@@ -111,6 +112,7 @@ class FrugalRemoteVideo(io.ComfyNode):
                     max=1440.0,
                     step=1.0,
                     tooltip="Minutes to wait for the video. A later run picks up the same job.",
+                    **ADVANCED,
                 ),
                 io.String.Input(
                     "filename_prefix",

@@ -60,7 +60,18 @@ class FrugalCachedTextEncode(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by(["clip text encode", "prompt cache", "umt5", "text encoder", "t5"]),
+            **found_by(
+                [
+                    "clip text encode",
+                    "prompt cache",
+                    "umt5",
+                    "text encoder",
+                    "t5",
+                    "wan prompt",
+                    "clip text encode wan",
+                ],
+                "FrugalCachedTextEncode",
+            ),
         )
 
     @classmethod

@@ -68,9 +68,7 @@ class FrugalTryOn(io.ComfyNode):
             ],
             outputs=common_inputs.pictures(),
             enable_expand=True,
-            **found_by(
-                common_inputs.WORDS,
-            ),
+            **found_by([*common_inputs.WORDS, "clothes swap", "outfit"], "FrugalTryOn"),
         )
 
     @classmethod

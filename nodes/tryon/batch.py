@@ -98,7 +98,10 @@ class FrugalTryOnBatch(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
-            **found_by(["catvton", "virtual try-on", "vton", "batch", "clothes", "queue"]),
+            **found_by(
+                ["catvton", "virtual try-on", "vton", "batch", "clothes", "queue"],
+                "FrugalTryOnBatch",
+            ),
         )
 
     @classmethod

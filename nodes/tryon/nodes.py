@@ -73,7 +73,7 @@ class FrugalLoadCatVTON(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by([*WORDS, "load", "checkpoint"]),
+            **found_by([*WORDS, "load", "checkpoint"], "FrugalLoadCatVTON"),
         )
 
     @classmethod

@@ -62,7 +62,10 @@ class FrugalHumanParse(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by(["segformer", "human parsing", "clothes segmentation", "atr", "lip"]),
+            **found_by(
+                ["segformer", "human parsing", "clothes segmentation", "atr", "lip", "auto mask"],
+                "FrugalHumanParse",
+            ),
         )
 
     @classmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from .._comfy import ADVANCED
+
 
 def vae_input():
     return io.Vae.Input("vae", tooltip="The VAE of Wan 2.1 or Wan 2.2, matching the model.")
@@ -26,6 +28,7 @@ def tile_inputs() -> list:
                 "Spatial tile size in pixels; 0 = whole frames, exact. Tiles take less memory and "
                 "change the result; the report says by how much."
             ),
+            **ADVANCED,
         ),
         io.Int.Input(
             "overlap",
@@ -35,6 +38,7 @@ def tile_inputs() -> list:
             step=16,
             optional=True,
             tooltip="Overlap of neighbouring tiles in pixels, blended. Used with tiles only.",
+            **ADVANCED,
         ),
     ]
 

@@ -30,7 +30,17 @@ class FrugalWanDecode(io.ComfyNode):
                 report_output(),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by(["vae decode", "wan decode", "streaming decode", "tiled decode"]),
+            **found_by(
+                [
+                    "vae decode",
+                    "wan decode",
+                    "streaming decode",
+                    "tiled decode",
+                    "vae tiled",
+                    "vae decode tiled",
+                ],
+                "FrugalWanDecode",
+            ),
         )
 
     @classmethod
@@ -64,7 +74,20 @@ class FrugalWanDecodeToFile(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
-            **found_by(["save video", "vae decode", "mp4", "webm", "streaming decode"]),
+            **found_by(
+                [
+                    "save video",
+                    "vae decode",
+                    "mp4",
+                    "webm",
+                    "streaming decode",
+                    "video combine",
+                    "vhs",
+                    "vhs video combine",
+                    "vae tiled",
+                ],
+                "FrugalWanDecodeToFile",
+            ),
         )
 
     validate_inputs = classmethod(prefix_checked)

@@ -59,7 +59,19 @@ class FrugalWanTwoExperts(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            **found_by(["wan 2.2", "moe", "high noise", "low noise", "a14b", "refiner"]),
+            **found_by(
+                [
+                    "wan 2.2",
+                    "moe",
+                    "high noise",
+                    "low noise",
+                    "a14b",
+                    "refiner",
+                    "wan i2v 2.2",
+                    "two samplers",
+                ],
+                "FrugalWanTwoExperts",
+            ),
         )
 
     @classmethod

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.checkpoints.matmul_precision import AUTO
 from ...kernels.checkpoints.matmul_precision import CHOICES as PRODUCTS
 from ...kernels.quantize.on_load import AS_STORED, CHOICES
-from .._comfy import CATEGORY, found_by, show_text
+from .._comfy import ADVANCED, CATEGORY, found_by, show_text
 from .._models import fingerprint, model_names, model_offered, model_path
 from . import load_run
 
@@ -41,6 +41,7 @@ class FrugalLoadWan(io.ComfyNode):
                         "device; quantised files need default. GGUF stays packed with default, "
                         "and is unpacked to any other type."
                     ),
+                    **ADVANCED,
                 ),
                 io.Combo.Input(
                     "quantize",
@@ -63,6 +64,7 @@ class FrugalLoadWan(io.ComfyNode):
                         "rounded per token; fp8 needs compute capability 8.9. auto: full for fp8, "
                         "ComfyUI's own kernels for int8 and 4 bits."
                     ),
+                    **ADVANCED,
                 ),
             ],
             outputs=[
@@ -84,7 +86,13 @@ class FrugalLoadWan(io.ComfyNode):
                     "int8",
                     "gguf",
                     "unet loader",
-                ]
+                    "wan i2v",
+                    "wan t2v",
+                    "load gguf",
+                    "unet loader gguf",
+                    "wan 2.1",
+                ],
+                "FrugalLoadWan",
             ),
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -135,3 +136,36 @@ def test_nodes_are_found_by_other_words(schemas):
     # No display name carries the pack's name, so the search has to.
     assert not [s.node_id for s in schemas if "frugal" not in s.search_aliases]
     assert not [s.display_name for s in schemas if "frugal" in s.display_name.lower()]
+
+
+def test_words_of_other_scripts_are_in_use(schemas):
+    words = json.loads((PAGES.parents[1] / "search_words.json").read_text("utf-8"))
+    assert set(words) <= {schema.node_id for schema in schemas}
+    if not hasattr(schemas[0], "search_aliases"):
+        pytest.skip("this ComfyUI has no search_aliases")
+    unused = [
+        s.node_id for s in schemas if not set(words.get(s.node_id, ())) <= {*s.search_aliases}
+    ]
+    assert not unused, f"found_by(..., node_id) is not called with: {unused}"
+
+
+def test_what_experts_need_is_folded_away(nodes):
+    """Only inputs with a value of their own: what is folded away has to work untouched."""
+    from comfy_api.v0_0_2 import io
+
+    if "advanced" not in inspect.signature(io.Int.Input).parameters:
+        pytest.skip("this ComfyUI folds nothing away")
+    folded = {}
+    for node in nodes:
+        given = node.GET_NODE_INFO_V1()["input"]
+        for name, (kind, *rest) in {
+            **given.get("required", {}),
+            **given.get("optional", {}),
+        }.items():
+            options = rest[0] if rest else {}
+            if options.get("advanced"):
+                assert "default" in options or kind == "COMBO", f"{node.__name__}.{name}"
+                folded.setdefault(node.__name__, set()).add(name)
+    assert {"tile_size", "overlap"} <= folded["FrugalWanDecodeToFile"]
+    assert {"weight_dtype", "matmul"} <= folded["FrugalLoadWan"]
+    assert "kv_dtype" in folded["FrugalCausalModel"] and "window" not in folded["FrugalCausalModel"]
