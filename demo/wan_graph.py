@@ -171,8 +171,8 @@ T2V_NOTE = Note(
 - `models/vae/{VAE}`
 
 **Memory Plan** predicts the memory of the run and works in chunks only if your budget needs it: set
-**budget_gb** to your card. **Cache Cross-Attention K/V** and **Attention Kernel (Sage, Flash)** do not
-change the video.
+**budget_gb** to your card. **Cache Cross-Attention K/V** and **Attention Kernel (Sage, Flash)**
+do not change the video.
 The sampler's preset decides how much work is skipped: *off* is ComfyUI's own sampler to the bit.
 
 The text encoder is loaded only when the prompt changes.""",
