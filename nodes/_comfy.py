@@ -111,6 +111,8 @@ def _cast_rounded(layer: Any, x: Any, compute_dtype: Any = None, want_requant=Tr
 
 
 def show_text(node_id: str | None, text: str) -> None:
-    """Show plain text on a node, while it runs and afterwards; silent outside a server."""
+    """Show plain text on a node, while it runs and afterwards; silent outside a server. An inner
+    node of an expansion, whose id begins with that of the node the person sees, shows it there.
+    """
     if node_id:
-        _reports.send(str(node_id), text)
+        _reports.send(str(node_id).partition(".")[0], text)

@@ -241,23 +241,3 @@ def is_hard(image):
     while y < image.shape[0] and row_is_hard(image[y]):
         y += 1
     return y == image.shape[0]
-
-
-@njit_no_refcount
-def flag_positive(image, columns, y0, y1):
-    """OR `value > 0` of rows y0..y1 of float32 [H, W] into uint8 [W] `columns`; returns first row,
-    one-past-last row.
-    """
-    width = image.shape[1]
-    top, bottom = y1, y0
-    for y in range(y0, y1):
-        row = image[y]
-        any_set = np.uint8(0)
-        for x in range(width):
-            hit = np.uint8(row[x] > np.float32(0))
-            columns[x] = np.uint8(columns[x] | hit)
-            any_set = np.uint8(any_set | hit)
-        if any_set:
-            top = min(top, y)
-            bottom = y + 1
-    return top, bottom

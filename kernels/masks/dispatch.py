@@ -18,6 +18,7 @@ from ..log import LOG
 from . import pages, pool, reference
 from .pool import Progress
 from .settings import RefineSettings
+from .values import bounded
 
 if TYPE_CHECKING:
     from .agnostic import AgnosticSettings
@@ -87,7 +88,7 @@ def run_chain(
             np.subtract(np.float32(1), out[n], out=inverse[n])
 
     if chain is None:
-        frames = np.nan_to_num(frames, nan=0.0, posinf=np.inf, neginf=-np.inf)
+        frames = bounded(frames)
         if settings.temporal != "off":
             frames = reference.smooth(frames, settings.temporal, settings.temporal_strength)
         for n in range(count):
@@ -96,6 +97,7 @@ def run_chain(
             advance(1)
         return out
     if settings.temporal != "off":
+        frames = bounded(frames)
         flat, smoothed = frames.reshape(count, -1), out.reshape(count, -1)
         how = settings.temporal, settings.temporal_strength
         tasks = [
@@ -232,15 +234,20 @@ def run_count(
     return out
 
 
-def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and rows with a value above 0 in any frame of [B, H, W]: bool [W], bool [H]."""
-    chain = numba_chain()
-    if chain is None:
-        return reference.bounds(mask)
-    columns = np.zeros(mask.shape[2], np.uint8)
-    rows = np.zeros(mask.shape[1], bool)
-    for frame in mask:
-        top, bottom = chain.bounds(frame, columns)
-        if top < bottom:
-            rows[[top, bottom - 1]] = True
-    return columns.astype(bool), rows
+def run_boxes(
+    frames: np.ndarray,
+    threshold: float,
+    share: int,
+    threads: int | None = None,
+    use_numba: bool | None = None,
+) -> np.ndarray:
+    """Box of every frame of float32 C-contiguous [B, H, W], int64 [B, 4]; see `refine.boxes`."""
+    chain, _ = _backend(use_numba)
+    box = chain.box if chain else reference.box
+    out = np.zeros((len(frames), 4), np.int64)
+
+    def work(n: int) -> None:
+        out[n] = box(frames[n], threshold, share)
+
+    pool.over_frames(len(frames), work, None, threads)
+    return out

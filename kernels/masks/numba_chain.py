@@ -15,6 +15,7 @@ import numpy as np
 from . import bits, blend, boxblur, components, hull, morphology, ramp, temporal
 from .pool import ranges
 from .settings import RefineSettings, ramp_table
+from .values import bounded
 
 Run = Callable[[Sequence[Callable[["Scratch"], None]]], None]
 BAND = 256
@@ -258,7 +259,7 @@ def _soft_frame(frame: np.ndarray, plan: Plan, out: np.ndarray, scratch: Scratch
     height, width = frame.shape
     words = scratch.plane("words", (-(-height // 64), width), np.uint64)
     row = scratch.flat("row", width, np.uint8)
-    value = frame
+    value = frame = bounded(frame)
     if s.fill_holes or s.cleans_islands:
         value = scratch.plane("value", (height, width), np.float32)
         bits.copy_numbers(frame, value)
@@ -319,12 +320,21 @@ def hull_frame(
     bits.unpack_float(found, out, row, 0, height, 0, 0)
 
 
-def count_regions(frame: np.ndarray, threshold: float) -> int:
-    """Number of 8-connected regions of float32 [H, W] above `threshold`."""
+def _packed(frame: np.ndarray, threshold: float) -> np.ndarray:
     height, width = frame.shape
     words = np.empty((-(-height // 64), width), np.uint64)
     bits.pack(frame, np.float32(threshold), words, np.empty(width, np.uint8), 0, len(words))
-    return components.count_regions(words, height)
+    return words
+
+
+def count_regions(frame: np.ndarray, threshold: float) -> int:
+    """Number of 8-connected regions of float32 [H, W] above `threshold`."""
+    return components.count_regions(_packed(frame, threshold), len(frame))
+
+
+def box(frame: np.ndarray, threshold: float, share: int) -> tuple[int, int, int, int]:
+    """See `components.box`, of what lies above `threshold` in float32 [H, W]."""
+    return components.box(_packed(frame, threshold), len(frame), share)
 
 
 def blend_frame(
@@ -361,10 +371,3 @@ def smooth(frames: np.ndarray, mode: str, keep: float, out: np.ndarray, n0: int,
         temporal.union(frames, out, n0, n1)
     else:
         temporal.median(frames, 1 if mode == "median3" else 2, out, n0, n1)
-
-
-def bounds(frame: np.ndarray, columns: np.ndarray) -> tuple[int, int]:
-    """OR the columns with a value above 0 into uint8 [W] `columns`; first and one-past-last such
-    row.
-    """
-    return bits.flag_positive(frame, columns, 0, frame.shape[0])

@@ -10,6 +10,7 @@ from ..errors import FrugalError
 from . import dispatch, pages
 from .pool import Progress
 from .refine import boxes, frames_of
+from .values import bounded
 
 FOLLOW = ("union", "follow")
 MAX_MULTIPLE = 256
@@ -57,18 +58,14 @@ def composite(
 
     destination: float [B, H, W, C]. source: float [B, h, w, C] with its corner at (x, y) px of the
     destination, one place or one for each frame; what sticks out is cut off. mask: float [B, h, w]
-    of the source's size, NaN counts as 0. A batch of 1 repeats. Where the mask is 0 the result
-    holds the destination's bits and where it is 1 the source's. progress, threads: as of
+    of the source's size, values as for `refine.refine`. A source with other channels than the
+    destination loses its alpha or gets one of 1. A batch of 1 repeats. Where the mask is 0 the
+    result holds the destination's bits and where it is 1 the source's. progress, threads: as of
     `refine.refine`. Raises FrugalError for sizes, channels or frame counts that do not fit.
     """
     under, over = pictures_of(destination, "destination"), pictures_of(source, "source")
-    weight = frames_of(mask)
-    if under.shape[3] != over.shape[3]:
-        raise FrugalError(
-            f"a source of {over.shape[3]} and a destination of {under.shape[3]} channels",
-            "equal numbers of channels",
-            "drop or add the alpha channel first",
-        )
+    over = _with_channels(over, under.shape[3])
+    weight = bounded(frames_of(mask))
     if weight.shape[1:] != over.shape[1:3]:
         raise FrugalError(
             f"a mask of {weight.shape[2]} x {weight.shape[1]} px and a source of "
@@ -81,6 +78,22 @@ def composite(
         destination=len(under), source=len(over), mask=len(weight), places=max(len(xs), len(ys))
     )
     return dispatch.run_composite(under, over, weight, xs, ys, count, progress, threads)
+
+
+def _with_channels(picture: np.ndarray, channels: int) -> np.ndarray:
+    """[B, H, W, 3 or 4] with `channels`, 3 or 4: alpha left out, or added as 1."""
+    found = picture.shape[3]
+    if found == channels:
+        return picture
+    if {found, channels} != {3, 4}:
+        raise FrugalError(
+            f"a source of {found} and a destination of {channels} channels",
+            "equal numbers of channels, or RGB and RGBA",
+            "convert one of the two",
+        )
+    if found == 4:
+        return np.ascontiguousarray(picture[..., :3])
+    return np.pad(picture, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
 
 
 @dataclass(frozen=True)

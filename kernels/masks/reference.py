@@ -290,7 +290,13 @@ def agnostic_frame(maps, tables, settings: AgnosticSettings) -> np.ndarray:
     return grow_bits(mask, "square", d // 2)
 
 
-def bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and rows that hold a value above 0 in any frame of [B, H, W]: bool [W], bool [H]."""
-    seen = mask > 0
-    return np.any(seen, axis=(0, 1)), np.any(seen, axis=(0, 2))
+def box(frame: np.ndarray, threshold: float, share: int) -> tuple[int, int, int, int]:
+    """See `components.box`, of what lies above `threshold` in float32 [H, W]."""
+    named, area = label(frame > np.float32(threshold), EIGHT)
+    if not area[1:].any():
+        return 0, 0, 0, 0
+    counts = area * share >= area[1:].max()
+    counts[0] = False
+    rows, columns = np.nonzero(counts[named])
+    x, y = int(columns.min()), int(rows.min())
+    return x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1

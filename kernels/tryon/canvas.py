@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import FrugalError
-from . import geometry, pictures, seam
+from . import blending, geometry, pictures, seam
+from .blending import INSIDE
 from .geometry import Placement
 
 CROP, LETTERBOX = "crop around mask", "letterbox"
@@ -53,16 +54,18 @@ def prepare(
     fit: str = CROP,
     context: int = 25,
     threshold: float = 0.5,
+    garment_mask: torch.Tensor | None = None,
 ) -> Canvas:
     """Lay person, garment and mask on canvases of `size` (H, W).
 
     fit: "crop around mask" (see `geometry.crop_around`; `context` in percent) or "letterbox". The
-    garment is always letterboxed on white; padding of the person continues its border pixels and
-    is never repainted. Raises FrugalError for unusable pictures, an empty mask, or batches that do
-    not match.
+    garment is always letterboxed on white, which also shows where `garment_mask` [B, H, W], the
+    transparency that Load Image gives beside a picture, is 1; padding of the person continues its
+    border pixels and is never repainted. Raises FrugalError for unusable pictures, an empty mask,
+    or batches that do not match.
     """
     person = pictures.as_rgb(person, "person")
-    garment = pictures.as_rgb(garment, "garment", alpha_on_white=True)
+    garment = pictures.on_white(garment, garment_mask, "garment")
     B = pictures.common_batch(person=person.shape[0], garment=garment.shape[0], mask=_count(mask))
     shown, masks, frame = place_person(person, mask, size, fit, context, threshold)
     frame = Frame(
@@ -125,15 +128,18 @@ def grey_out(person: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def stitch(
-    result: torch.Tensor, frame: Frame, blur: float, color_match: bool = False
+    result: torch.Tensor,
+    frame: Frame,
+    blur: float,
+    color_match: bool = False,
+    blend: str = INSIDE,
 ) -> torch.Tensor:
     """Lay decoded canvases [B, H, W, 3] into the photos: [B, photo H, photo W, 3].
 
-    blur: standard deviation in photo pixels of the Gaussian that softens the mask's edge; less
-    where the window leaves the mask less room than 3 blur. Where the softened mask is 0 the
-    photo's own values come back, bit for bit. color_match: first match the canvas's colours to the
-    photo's around the mask, see `seam.match`. Raises FrugalError when result and frame do not
-    belong together.
+    blur, blend: width in canvas pixels and side of the soft edge, see `blending.weights`. Where the
+    weight is 0, which with "inside the mask" is all that the mask leaves out, the photo's own
+    values come back, bit for bit. color_match: first match the canvas's colours to the photo's around the
+    mask, see `seam.match`. Raises FrugalError when result and frame do not belong together.
     """
     if result.ndim != 4 or tuple(result.shape[1:3]) != frame.canvas or result.shape[-1] < 3:
         raise FrugalError(
@@ -155,11 +161,7 @@ def stitch(
             one = seam.match(one, seen.to(one.device), covered.to(one.device))
         new = pictures.resize_picture(one[None], window.height, window.width)[0]
         new = new.to(device=out.device, dtype=out.dtype)
-        room = geometry.room_around(geometry.mask_box(masks[i]), place)
-        # Within `room` the blur of the window equals the blur of the photo, and costs less.
-        alpha = pictures.blur_mask(masks[i : i + 1, rows, columns], min(blur, room / 3))[
-            0, ..., None
-        ]
+        alpha = blending.weights(masks[i], place, blur, blend)[..., None]
         alpha = alpha.to(device=out.device, dtype=out.dtype)
         old = out[i, rows, columns]
         out[i, rows, columns] = torch.where(alpha > 0, old + alpha * (new - old), old)

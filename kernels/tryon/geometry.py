@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import FrugalError
+from ..masks.refine import boxes
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,17 @@ class Placement:
 
 
 def mask_box(mask: torch.Tensor) -> Box:
-    """Smallest box around the non-zero pixels of a mask [H, W]; raises FrugalError when there are
-    none.
+    """Box of a mask [H, W] by the rule of every box, see `masks.refine.boxes`: specks beside a
+    large region do not count. Raises FrugalError when there is nothing.
     """
-    rows = torch.nonzero(mask.any(dim=1)).flatten()
-    columns = torch.nonzero(mask.any(dim=0)).flatten()
-    if rows.numel() == 0:
+    left, top, width, height = map(int, boxes(mask.float().cpu().numpy())[0])
+    if not width:
         raise FrugalError(
             f"the mask of {mask.shape[1]} x {mask.shape[0]} px is empty",
             "painted pixels where the garment goes",
             "paint the mask, or lower mask_threshold",
         )
-    top, left = int(rows[0]), int(columns[0])
-    return Box(top, left, int(rows[-1]) - top + 1, int(columns[-1]) - left + 1)
+    return Box(top, left, height, width)
 
 
 def fit_inside(size: tuple[int, int], canvas: tuple[int, int]) -> Box:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import GraphBuilder
 
+from ...kernels.tryon.blending import INSIDE
 from .._comfy import found_by
 from . import common_inputs
 
@@ -39,7 +40,7 @@ class FrugalTryOn(io.ComfyNode):
                 ),
                 io.Image.Input(
                     "person",
-                    tooltip="Photo of the person, any size; alpha is dropped.",
+                    tooltip="Photo of the person, any size; alpha is composited on white.",
                     extra_dict=WIRE,
                 ),
                 io.Image.Input(
@@ -65,15 +66,17 @@ class FrugalTryOn(io.ComfyNode):
                 common_inputs.seed("Seed of the noise."),
                 common_inputs.mask_blur(common_inputs.SHORT_BLUR),
                 common_inputs.color_match(common_inputs.SHORT_MATCH),
+                common_inputs.blend(),
+                common_inputs.garment_mask(extra_dict=WIRE),
             ],
-            outputs=common_inputs.pictures(),
+            outputs=common_inputs.pictures(as_lists=True),
             enable_expand=True,
             **found_by([*common_inputs.WORDS, "clothes swap", "outfit"], "FrugalTryOn"),
         )
 
     @classmethod
     def execute(cls, model, vae, person, garment, mask, width, height, fit, steps, cfg, eta, seed,
-                mask_blur, color_match=False):  # fmt: skip
+                mask_blur, color_match=False, blend=INSIDE, garment_mask=None):  # fmt: skip
         graph = GraphBuilder()
         prepare = graph.node(
             "FrugalTryOnPrepare",
@@ -86,6 +89,7 @@ class FrugalTryOn(io.ComfyNode):
             fit=fit,
             context=25,
             mask_threshold=0.5,
+            **({} if garment_mask is None else {"garment_mask": garment_mask}),
         )
         condition = graph.node(
             "FrugalTryOnConditioning",
@@ -117,8 +121,38 @@ class FrugalTryOn(io.ComfyNode):
             frame=prepare.out(3),
             mask_blur=mask_blur,
             color_match=color_match,
+            blend=blend,
         )
-        return io.NodeOutput(stitch.out(0), stitch.out(1), expand=graph.finalize())
+        every = graph.node("FrugalTryOnGather", "gather", image=stitch.out(0), canvas=stitch.out(1))
+        return io.NodeOutput(every.out(0), every.out(1), expand=graph.finalize())
 
 
-NODES = [FrugalTryOn]
+class FrugalTryOnGather(io.ComfyNode):
+    """The last node of the expansion: all pictures of a run as one value per output.
+
+    For a list of photos ComfyUI runs each inner node once per photo. Of an expanded node's outputs
+    it then takes the first values, of whichever output they are; a list that is one value it keeps.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FrugalTryOnGather",
+            display_name="Gather Try-On Results",
+            category=common_inputs.FAMILY,
+            description="Inner node of 'Try-On': gathers the photos of a list.",
+            inputs=[
+                io.Image.Input("image", tooltip="Finished photos."),
+                io.Image.Input("canvas", tooltip="What the model painted."),
+            ],
+            outputs=common_inputs.pictures(),
+            is_input_list=True,
+            **found_by(common_inputs.WORDS, is_dev_only=True),
+        )
+
+    @classmethod
+    def execute(cls, image, canvas):
+        return io.NodeOutput(image, canvas)
+
+
+NODES = [FrugalTryOn, FrugalTryOnGather]

@@ -211,7 +211,7 @@ class Batch:
         return self.placed((scene.person, scene.size), scene.person, scene.size)
 
     def _garment(self, number: int) -> torch.Tensor:
-        return pictures.as_rgb(self.garments[number], "garment", alpha_on_white=True)
+        return pictures.as_rgb(self.garments[number], "garment")
 
     def _encode(self) -> None:
         for scene in self.scenes:  # a picture that cannot be used is found before any work

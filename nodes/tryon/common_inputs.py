@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ...kernels.tryon import canvas
+from ...kernels.tryon import blending, canvas
 from .._comfy import CATEGORY
 
 FAMILY = f"{CATEGORY}/try-on"
@@ -70,7 +70,32 @@ def mask_blur(tooltip: str) -> io.Input:
     return io.Int.Input("mask_blur", default=9, min=0, max=256, tooltip=tooltip)
 
 
-SHORT_BLUR = "Softness of the mask's edge: standard deviation in photo px."
+SHORT_BLUR = "Softness of the mask's edge: standard deviation in canvas px."
+
+
+def blend() -> io.Input:
+    """On which side of the mask's edge the seam is."""
+    return io.Combo.Input(
+        "blend",
+        options=list(blending.BLENDS),
+        default=blending.INSIDE,
+        optional=True,
+        tooltip=(
+            "Where mask_blur softens the edge. inside the mask: no pixel outside the mask changes. "
+            "both sides: pixels up to three times mask_blur outside the mask change too."
+        ),
+    )
+
+
+def garment_mask(name: str = "garment_mask", what: str = "mask", **extra) -> io.Input:
+    """Transparency of the garment as ComfyUI's loader gives it."""
+    return io.Mask.Input(
+        name,
+        optional=True,
+        tooltip=f"The {what} of the garment's Load Image node: what is transparent in the file "
+        "becomes white instead of black.",
+        **extra,
+    )
 
 
 def color_match(tooltip: str) -> io.Input:
@@ -98,13 +123,19 @@ def sides(latent_tooltip: str) -> list[io.Output]:
     ]
 
 
-def pictures() -> list[io.Output]:
+def pictures(as_lists: bool = False) -> list[io.Output]:
     """The finished photo, and what the model painted."""
     return [
-        io.Image.Output("image", display_name="image", tooltip="The photo with the garment on."),
+        io.Image.Output(
+            "image",
+            display_name="image",
+            is_output_list=as_lists,
+            tooltip="The photo with the garment on.",
+        ),
         io.Image.Output(
             "canvas",
             display_name="canvas",
+            is_output_list=as_lists,
             tooltip="What the model painted, at canvas size, not composited.",
         ),
     ]

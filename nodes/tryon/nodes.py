@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io, ui
 
-from ...kernels.tryon import canvas, precision
+from ...kernels.log import LOG
+from ...kernels.tryon import blending, canvas, checks, pictures, precision
 from .._comfy import REPORT_KEY, found_by, show_text
 from .._models import offered
 from . import all_in_one, batch, common_inputs, glue, load_run, mask_free, parse, saving, sigmas
@@ -109,7 +110,7 @@ class FrugalTryOnPrepare(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input(
-                    "person", tooltip="Photo of the person, any size; alpha is dropped."
+                    "person", tooltip="Photo of the person, any size; alpha is composited on white."
                 ),
                 io.Image.Input(
                     "garment",
@@ -146,6 +147,7 @@ class FrugalTryOnPrepare(io.ComfyNode):
                     step=0.01,
                     tooltip="Mask values at or above this are repainted.",
                 ),
+                common_inputs.garment_mask(),
             ],
             outputs=[
                 io.Image.Output(
@@ -169,12 +171,24 @@ class FrugalTryOnPrepare(io.ComfyNode):
                     tooltip="Photo, window and mask, for 'Stitch Try-On'.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             **found_by([*WORDS, "crop", "letterbox"]),
         )
 
     @classmethod
-    def execute(cls, person, garment, mask, width, height, fit, context, mask_threshold):
-        made = canvas.prepare(person, garment, mask, (height, width), fit, context, mask_threshold)
+    def execute(cls, person, garment, mask, width, height, fit, context, mask_threshold,
+                garment_mask=None):  # fmt: skip
+        size = (height, width)
+        made = canvas.prepare(
+            person, garment, mask, size, fit, context, mask_threshold, garment_mask
+        )
+        notes = [
+            *checks.mask_notes(mask, made.frame),
+            *checks.garment_notes(pictures.on_white(garment, garment_mask, "garment")),
+        ]
+        if notes:
+            show_text(cls.hidden.unique_id, "\n".join(f"note: {note}" for note in notes))
+            LOG.warning("[Frugal] Prepare Try-On: %s.", "; ".join(notes))
         return io.NodeOutput(made.person, made.garment, made.mask, made.frame)
 
 
@@ -218,29 +232,30 @@ class FrugalTryOnStitch(io.ComfyNode):
             category=FAMILY,
             description=(
                 "Decodes the person half and composites it into the photo at its original size. "
-                "Pixels outside the softened mask stay as they were, bit for bit."
+                "Pixels outside the mask stay as they were, bit for bit."
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="Sampled latent of 'Try-On Conditioning'."),
                 io.Vae.Input("vae", tooltip="The VAE used for the conditioning."),
                 Frame.Input("frame", tooltip="Frame from 'Prepare Try-On'."),
                 common_inputs.mask_blur(
-                    "Softness of the mask's edge: standard deviation of a Gaussian in photo px; "
-                    "less where the window's edge is closer than three standard deviations."
+                    "Softness of the mask's edge: standard deviation of a Gaussian in canvas px; "
+                    "less where the mask is thin."
                 ),
                 common_inputs.color_match(
                     "Shift the painted colours so that mean and contrast match the photo in a ring "
                     "around the mask. Outside the mask nothing changes."
                 ),
+                common_inputs.blend(),
             ],
             outputs=common_inputs.pictures(),
             **found_by([*WORDS, "composite", "paste back"]),
         )
 
     @classmethod
-    def execute(cls, samples, vae, frame, mask_blur, color_match=False):
+    def execute(cls, samples, vae, frame, mask_blur, color_match=False, blend=blending.INSIDE):
         picture = glue.decode(samples, vae, frame.canvas)
-        return io.NodeOutput(canvas.stitch(picture, frame, mask_blur, color_match), picture)
+        return io.NodeOutput(canvas.stitch(picture, frame, mask_blur, color_match, blend), picture)
 
 
 class FrugalTryOnSigmas(io.ComfyNode):

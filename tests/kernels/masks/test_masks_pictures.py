@@ -65,6 +65,22 @@ def test_where_the_mask_is_zero_a_broken_source_does_no_harm():
     assert np.array_equal(result[0, :, 3:], below[0, :, 3:])
 
 
+def test_pictures_with_and_without_alpha_go_together():
+    """As in ComfyUI's own ImageCompositeMasked: the destination's channels count."""
+    rgb, rgba, mask = noise(1, 9, 9, 3), noise(1, 9, 9, 4, seed=1), noise(1, 9, 9, seed=2)
+    assert np.array_equal(composite(rgb, rgba, mask), composite(rgb, rgba[..., :3], mask))
+    opaque = np.concatenate([rgb, np.ones((1, 9, 9, 1), np.float32)], axis=3)
+    assert np.array_equal(composite(rgba, rgb, mask), composite(rgba, opaque, mask))
+
+
+def test_a_weight_outside_the_range_does_not_extrapolate():
+    below, above, mask = noise(1, 9, 9, 3), noise(1, 9, 9, 3, seed=1), noise(1, 9, 9, seed=2)
+    odd = mask.copy()
+    odd[0, 2], odd[0, 3], mask[0, 2], mask[0, 3] = 1.5, -np.inf, 1, 0
+    odd[0, 4], mask[0, 4] = np.inf, 1
+    assert np.array_equal(composite(below, above, odd), composite(below, above, mask))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_batches_of_one_repeat_and_threads_change_nothing(threads):
     below, above, mask = noise(5, 20, 30, 3), noise(1, 8, 9, 3, seed=1), noise(1, 8, 9, seed=2)
@@ -79,7 +95,7 @@ def test_batches_of_one_repeat_and_threads_change_nothing(threads):
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        (((1, 8, 8, 3), (1, 8, 8, 4), (1, 8, 8)), "4 and a destination of 3 channels"),
+        (((1, 8, 8, 3), (1, 8, 8, 1), (1, 8, 8)), "1 and a destination of 3 channels"),
         (((1, 8, 8, 3), (1, 8, 8, 3), (1, 8, 9)), "mask of 9 x 8 px"),
         (((2, 8, 8, 3), (3, 8, 8, 3), (1, 8, 8)), "destination of 2 frames, source of 3"),
         (((8, 8, 3), (1, 8, 8, 3), (1, 8, 8)), r"destination of shape \[8, 8, 3\]"),

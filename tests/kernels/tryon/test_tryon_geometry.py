@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from frugal.kernels.errors import FrugalError
-from frugal.kernels.tryon import canvas, geometry, latents, pictures
+from frugal.kernels.tryon import blending, canvas, checks, geometry, latents, pictures
 
 side = st.integers(16, 90)
 cell = st.integers(1, 8).map(lambda n: 16 * n)
@@ -66,8 +66,13 @@ def test_letterbox_of_known_sizes():
 
 
 @settings(max_examples=60, deadline=None)
-@given(scenes(), st.sampled_from([canvas.CROP, canvas.LETTERBOX]), st.integers(0, 12))
-def test_pixels_outside_the_soft_mask_come_back_bit_for_bit(scene, fit, blur):
+@given(
+    scenes(),
+    st.sampled_from([canvas.CROP, canvas.LETTERBOX]),
+    st.integers(0, 12),
+    st.sampled_from(blending.BLENDS),
+)
+def test_pixels_outside_the_mask_come_back_bit_for_bit(scene, fit, blur, blend):
     size, box, target, context = scene
     g = torch.Generator().manual_seed(size[0] * 97 + size[1])
     photo = torch.rand(1, *size, 3, generator=g)
@@ -77,18 +82,20 @@ def test_pixels_outside_the_soft_mask_come_back_bit_for_bit(scene, fit, blur):
     except FrugalError as error:
         assert "vanishes" in str(error)
         return
-    out = canvas.stitch(torch.ones(1, *target, 3), made.frame, blur)
+    out = canvas.stitch(torch.ones(1, *target, 3), made.frame, blur, blend=blend)
     assert out.shape == photo.shape
+    place = made.frame.placements[0]
     far = torch.ones(size, dtype=torch.bool)
-    reach = -(-3 * blur // 1)
+    # More than the Gaussian reaches, since the edge is resampled there and back.
+    wide = 2 - -(3 * blur + 2) * place.window.height // place.inner.height
+    reach = 0 if blend == blending.INSIDE or not blur else wide
     far[
         max(0, box.top - reach) : box.top + box.height + reach,
         max(0, box.left - reach) : box.left + box.width + reach,
     ] = False
     assert torch.equal(out[0][far], photo[0][far])
-    # The middle of the mask did change: the guard against a stitch that does nothing.
-    middle = (0, box.top + box.height // 2, box.left + box.width // 2)
-    assert (out[middle] > photo[middle]).any() or blur > 0
+    # The mask did change: the guard against a stitch that does nothing.
+    assert (out[0, box.rows, box.columns] > photo[0, box.rows, box.columns]).any()
     if blur == 0:
         inside = out[0, box.rows, box.columns]
         assert torch.allclose(inside, torch.ones_like(inside), atol=1e-6)
@@ -127,6 +134,100 @@ def test_resampling_there_and_back_keeps_the_picture_in_place():
     out = canvas.stitch(made.person, made.frame, 0)
     # A shift of half a pixel would be an error of 0.004 everywhere in the mask.
     assert (out - rows)[0, 31:69, 21:49].abs().max() < 1e-3
+
+
+def test_the_default_edge_keeps_what_the_mask_leaves_out():
+    """A painted photo at the nodes' default blur: nothing outside the mask moves, the middle is all
+    new, and between them the edge is as wide as the blur says, in px of the canvas.
+    """
+    size, box = (512, 512), geometry.Box(260, 80, 240, 320)
+    photo, mask = torch.rand(1, *size, 3), paint(size, box)
+    made = canvas.prepare(photo, photo, mask, (512, 384))
+    place = made.frame.placements[0]
+    inside = blending.weights(mask[0], place, 9, blending.INSIDE)
+    both = blending.weights(mask[0], place, 9, blending.BOTH)
+    out = canvas.stitch(torch.full((1, 512, 384, 3), 2.0), made.frame, 9)
+    assert torch.equal(out[mask == 0], photo[mask == 0])
+    out = canvas.stitch(torch.full((1, 512, 384, 3), 2.0), made.frame, 9, blend=blending.BOTH)
+    changed = (out != photo).any(dim=-1) & (mask == 0)
+    assert changed.sum() > 10_000, "the other blend is there to change them"
+    for weight, expected in ((inside, 0.0), (both, 0.5)):
+        # Down from the upper edge, at the middle column: the Gaussian's own curve.
+        row = box.top - place.window.top
+        column = box.left + box.width // 2 - place.window.left
+        depth = torch.arange(0.5, 30.5) * place.inner.height / place.window.height
+        curve = torch.special.ndtr(depth / 9)
+        curve = 2 * curve - 1 if expected == 0 else curve
+        found = weight[row : row + 30, column]
+        assert (found - curve).abs().max() < 0.03
+        assert found[0] == pytest.approx(expected, abs=0.1)
+
+
+def test_the_edge_is_as_wide_on_a_photo_of_any_size():
+    """Twice the photo, twice the edge in its pixels: the same on the canvas."""
+    widths = []
+    for scale in (1, 2, 4):
+        size, box = (
+            (256 * scale, 192 * scale),
+            geometry.Box(*(v * scale for v in (60, 40, 120, 100))),
+        )
+        place = geometry.crop_around(box, size, (512, 384), 25)
+        weight = blending.weights(paint(size, box)[0], place, 9, blending.INSIDE)
+        middle = weight[:, weight.shape[1] // 2]
+        widths.append(int(((middle > 0) & (middle < 0.9)).sum()) / scale)
+    assert max(widths) - min(widths) <= 1 and min(widths) > 2
+
+
+def test_a_thin_mask_is_painted_all_the_same():
+    """A strip of 6 canvas px has no room for an edge of 9; the photo's border is no edge at all."""
+    size, strip = (128, 96), geometry.Box(60, 10, 6, 70)
+    place = geometry.letterbox(size, size)
+    weight = blending.weights(paint(size, strip)[0], place, 9, blending.INSIDE)
+    assert weight.max() > 0.95 and weight[62, 40] > 0.9
+    whole = blending.weights(torch.ones(size), place, 9, blending.INSIDE)
+    assert whole.min() > 1 - 1e-5
+    with pytest.raises(FrugalError, match="blend"):
+        blending.weights(torch.ones(size), place, 9, "around")
+
+
+def test_a_speck_does_not_move_the_window():
+    """1080p, a coat of 400 x 600 px and one stray pixel in the corner."""
+    mask = paint((1080, 1920), geometry.Box(300, 800, 600, 400))
+    stray = mask.clone()
+    stray[:, 20, 1900] = 1
+    photo = torch.rand(1, 1080, 1920, 3)
+    frames = [canvas.prepare(photo, photo, m, (256, 192)).frame for m in (mask, stray)]
+    assert frames[0].placements == frames[1].placements
+    assert checks.mask_notes(mask, frames[0]) == []
+    (note,) = checks.mask_notes(stray, frames[1])
+    assert note.startswith("1 px of the mask are specks")
+    out = canvas.stitch(torch.ones(1, 256, 192, 3), frames[1], 9)
+    assert torch.equal(out[:, 20, 1900], photo[:, 20, 1900])
+    # A second part that is no speck counts: a shoe beside the coat.
+    shoe = mask.clone()
+    shoe[:, 1000:1040, 1500:1540] = 1
+    window = canvas.prepare(photo, photo, shoe, (256, 192)).frame.placements[0].window
+    assert window.left + window.width >= 1540
+
+
+def test_masks_that_look_like_a_slip_are_named():
+    size, box = (64, 48), geometry.Box(20, 12, 24, 20)
+    photo, mask = torch.rand(1, *size, 3), paint(size, box)
+
+    def notes(mask):
+        return checks.mask_notes(mask, canvas.prepare(photo, photo, mask, (64, 48)).frame)
+
+    assert notes(mask) == [] and notes(torch.ones_like(mask)) == []
+    soft = pictures.blur_mask(mask, 1.0)
+    assert notes(soft) == []
+    (inverted,) = notes(1 - mask)
+    assert "Invert Mask" in inverted and "84 %" in inverted
+    (grey,) = notes(photo.mean(dim=-1))
+    assert "% of what the mask covers is grey" in grey
+    black = torch.zeros(1, 30, 30, 3)
+    black[:, 8:20, 8:20] = 0.5
+    assert "garment_mask" in checks.garment_notes(black)[0]
+    assert checks.garment_notes(black + 0.01) == []
 
 
 def test_blur_is_exactly_zero_beyond_three_sigma_and_keeps_the_border():
@@ -168,9 +269,31 @@ def test_channels():
     grey = torch.rand(1, 20, 20, 1)
     assert torch.equal(pictures.as_rgb(grey, "p"), grey.expand(1, 20, 20, 3))
     clear = torch.cat([torch.zeros(1, 20, 20, 3), torch.full((1, 20, 20, 1), 0.25)], dim=-1)
-    assert torch.equal(pictures.as_rgb(clear, "p"), torch.zeros(1, 20, 20, 3))
-    on_white = pictures.as_rgb(clear, "p", alpha_on_white=True)
+    on_white = pictures.as_rgb(clear, "p")
     assert torch.allclose(on_white, torch.full_like(on_white, 0.75))
+    opaque = torch.cat([torch.rand(1, 20, 20, 3), torch.ones(1, 20, 20, 1)], dim=-1)
+    assert torch.equal(pictures.as_rgb(opaque, "p"), opaque[..., :3])
+
+
+def test_a_transparent_garment_stands_on_white_however_its_alpha_comes():
+    """As channel, and beside the picture as ComfyUI's Load Image gives it: 1 = transparent."""
+    g = torch.Generator().manual_seed(2)
+    colour, alpha = torch.rand(1, 30, 20, 3, generator=g), torch.zeros(1, 30, 20)
+    alpha[:, 6:24, 4:16] = 1
+    colour = colour * alpha[..., None]
+    person, mask = torch.rand(1, 32, 32, 3, generator=g), paint((32, 32), geometry.Box(8, 8, 8, 8))
+    as_channel = torch.cat([colour, alpha[..., None]], dim=-1)
+    made = [
+        canvas.prepare(person, as_channel, mask, (64, 48)).garment,
+        canvas.prepare(person, colour, mask, (64, 48), garment_mask=1 - alpha).garment,
+    ]
+    assert torch.equal(*made)
+    assert (made[0].amin(dim=-1) == 1).float().mean() > 0.5
+    # What Load Image gives beside an opaque picture changes nothing, whatever the size.
+    plain = canvas.prepare(person, colour, mask, (64, 48), garment_mask=torch.zeros(1, 64, 64))
+    assert torch.equal(plain.garment, canvas.prepare(person, colour, mask, (64, 48)).garment)
+    with pytest.raises(FrugalError, match="same Load Image"):
+        canvas.prepare(person, colour, mask, (64, 48), garment_mask=torch.ones(1, 31, 20))
 
 
 def test_a_mask_of_another_size_needs_the_same_aspect():
@@ -185,8 +308,29 @@ def test_a_mask_of_another_size_needs_the_same_aspect():
 def test_threshold():
     mask = paint((32, 32), geometry.Box(8, 8, 8, 8), 0.3)
     assert pictures.as_mask(mask, (32, 32), 0.3).sum() == 64
-    with pytest.raises(FrugalError, match="empty"):
+    with pytest.raises(FrugalError, match="lower mask_threshold: .* largest is 0.3"):
         canvas.prepare(torch.rand(1, 32, 32, 3), torch.rand(1, 32, 32, 3), mask, (64, 64))
+
+
+@pytest.mark.parametrize("photo", [(64, 64), (64, 48), (100, 100)])
+def test_an_unpainted_photo_says_where_to_paint(photo):
+    """What Load Image gives beside a photo without alpha: 64 x 64 zeros, whatever the photo."""
+    with pytest.raises(FrugalError, match="^paint over the clothes .* MaskEditor"):
+        canvas.prepare(
+            torch.rand(1, *photo, 3), torch.rand(1, 32, 32, 3), torch.zeros(1, 64, 64), (64, 64)
+        )
+
+
+def test_one_rule_for_values_no_mask_has():
+    """Above 1 is 1, below 0 and NaN are 0."""
+    mask = paint((32, 32), geometry.Box(8, 8, 8, 8))
+    odd = mask.clone()
+    odd[:, 8:12], odd[:, 20:24] = mask[:, 8:12] * float("inf"), float("-inf")
+    odd[:, 26:] = float("nan")
+    odd[:, 12:16] *= 3
+    odd[:, 8:12, :8] = odd[:, 8:12, 16:] = float("nan")
+    assert torch.equal(pictures.as_mask(odd, (32, 32), 0.5), mask)
+    assert torch.equal(pictures.as_mask(mask[:, None], (32, 32), 0.5), mask)
 
 
 @pytest.mark.parametrize(
