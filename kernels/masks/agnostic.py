@@ -140,6 +140,18 @@ def tables(part: str, with_lip: bool) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return dense, lip, atr
 
 
+def coat_note(part: str, with_lip: bool) -> str | None:
+    """What a person should know who asks for a part that the given maps cannot tell apart: only LIP
+    has a class for coats, ATR calls them Upper-clothes.
+    """
+    if part not in ("inner", "outer") or with_lip:
+        return None
+    known = "a coat counts as the upper garment"
+    then = {"outer": "'outer' repaints what 'upper' repaints",
+            "inner": "'inner' repaints the coat with what is under it"}  # fmt: skip
+    return f"an ATR map has no class for coats: {known}, and {then[part]}; connect a LIP map"
+
+
 def agnostic_mask(
     densepose: np.ndarray | None,
     lip: np.ndarray | None,

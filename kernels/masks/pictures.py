@@ -13,6 +13,7 @@ from .refine import boxes, frames_of
 from .values import bounded
 
 FOLLOW = ("union", "follow")
+PAINT = "paint the mask: right-click the Load Image node, 'Open in MaskEditor'"
 MAX_MULTIPLE = 256
 
 
@@ -67,11 +68,12 @@ def composite(
     over = _with_channels(over, under.shape[3])
     weight = bounded(frames_of(mask))
     if weight.shape[1:] != over.shape[1:3]:
+        # Load Image gives an empty mask of 64 x 64 px beside a picture that nobody painted on.
         raise FrugalError(
             f"a mask of {weight.shape[2]} x {weight.shape[1]} px and a source of "
             f"{over.shape[2]} x {over.shape[1]} px",
             "equal sizes",
-            "resize the mask or the source first",
+            "resize the mask or the source first" if weight.any() else PAINT,
         )
     xs, ys = np.atleast_1d(x), np.atleast_1d(y)
     count = _common(
@@ -150,7 +152,7 @@ def window(
         raise FrugalError(
             f"a mask that is empty in all of its {len(frames)} frames",
             "something to crop around",
-            "check the mask, or bypass the crop",
+            f"{PAINT}, or bypass the crop",
         )
     last = np.maximum.accumulate(np.where(found[:, 2] > 0, np.arange(len(found)), -1))
     held = found[np.where(last < 0, seen[0], last)]

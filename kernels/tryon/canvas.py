@@ -138,8 +138,9 @@ def stitch(
 
     blur, blend: width in canvas pixels and side of the soft edge, see `blending.weights`. Where the
     weight is 0, which with "inside the mask" is all that the mask leaves out, the photo's own
-    values come back, bit for bit. color_match: first match the canvas's colours to the photo's around the
-    mask, see `seam.match`. Raises FrugalError when result and frame do not belong together.
+    values come back, bit for bit. color_match: first match the canvas's colours to the photo's
+    around the mask, see `seam.match`. Raises FrugalError when result and frame do not belong
+    together.
     """
     if result.ndim != 4 or tuple(result.shape[1:3]) != frame.canvas or result.shape[-1] < 3:
         raise FrugalError(

@@ -87,8 +87,10 @@ def label_order(names: Mapping[int, str]) -> LabelOrder:
 
 
 def renumber(labels: torch.Tensor, table: tuple[int, ...]) -> torch.Tensor:
-    """Integer labels [...] through a table number -> label."""
-    return torch.tensor(table, device=labels.device)[labels]
+    """uint8 labels [...] through a table number -> label, uint8; each number has to be in it."""
+    full = torch.zeros(256, dtype=torch.uint8)
+    full[: len(table)] = torch.tensor(table, dtype=torch.uint8)
+    return torch.from_numpy(full.numpy()[labels.cpu().numpy()])
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,23 @@ class Preprocess:
 
 
 def labels_of(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Class of the largest logit, int64 [B, *size], after bilinear interpolation of the logits
-    [B, classes, h, w] to `size` (H, W).
+    """Class of the largest logit, uint8 [B, *size], after bilinear interpolation of the logits
+    [B, classes, h, w] to `size` (H, W); the first of equal ones.
+
+    One class at a time, so that a photo of 12 megapixels takes two float maps and not 18 or 20.
     """
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False).argmax(1)
+    best, found = None, None
+    for number in range(logits.shape[1]):
+        one = logits[:, number : number + 1].float()
+        one = F.interpolate(one, size=size, mode="bilinear", align_corners=False)[:, 0]
+        if best is None or found is None:
+            best, found = one, torch.zeros(one.shape, dtype=torch.uint8, device=one.device)
+            continue
+        found.masked_fill_(one > best, number)
+        torch.maximum(best, one, out=best)
+    if found is None:
+        raise ValueError("logits without classes")
+    return found
 
 
 def as_picture(labels: torch.Tensor) -> torch.Tensor:

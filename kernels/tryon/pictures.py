@@ -75,7 +75,7 @@ def as_frames(mask: torch.Tensor) -> torch.Tensor:
 
 PAINT = (
     "paint over the clothes to replace: right-click the person's Load Image node, 'Open in "
-    "MaskEditor', and connect its mask"
+    "MaskEditor', and connect the mask of that node"
 )
 
 

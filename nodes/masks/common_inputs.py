@@ -1,13 +1,12 @@
-"""Inputs that Refine Mask shares with the nodes of one step, with one range each; previews."""
+"""Inputs that Refine Mask shares with the nodes of one step, with one range each."""
 
 from __future__ import annotations
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
 from ...kernels.masks import warm
 from ...kernels.masks.settings import FEATHERS, MAX_FEATHER, MAX_RADIUS, MAX_REGIONS, SHAPES
 from .._comfy import CATEGORY
-from . import glue
 
 FAMILY = f"{CATEGORY}/masks"
 MAX_AREA = 2**31 - 1
@@ -20,11 +19,6 @@ def warmed(cls) -> bool:
     """
     warm.start()
     return True
-
-
-def preview(mask):
-    """A few frames of a MASK for the node; None if it has none."""
-    return ui.PreviewMask(glue.preview_frames(mask)) if len(mask) else None
 
 
 def threshold(tooltip: str) -> io.Input:

@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io
 from ...kernels.masks.refine import HULLS, hull, refine
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
 from .._comfy import found_by, show_text
+from .._preview import preview
 from . import common_inputs, glue
 
 
@@ -16,7 +17,7 @@ def edited(node, mask, work, with_inverse: bool = False) -> io.NodeOutput:
     made, line = glue.edit_mask(mask, work)
     show_text(node.hidden.unique_id, line)
     results = (made, glue.inverted(made)) if with_inverse else (made,)
-    return io.NodeOutput(*results, ui=common_inputs.preview(made))
+    return io.NodeOutput(*results, ui=preview(made))
 
 
 class FrugalMaskGrow(io.ComfyNode):
@@ -122,7 +123,7 @@ class FrugalMaskClean(io.ComfyNode):
         show_text(cls.hidden.unique_id, glue.PREPARING)
         made, count, text = glue.clean_mask(mask, RefineSettings(threshold=0, **changes))
         show_text(cls.hidden.unique_id, text)
-        return io.NodeOutput(made, count, ui=common_inputs.preview(made))
+        return io.NodeOutput(made, count, ui=preview(made))
 
 
 class FrugalMaskHull(io.ComfyNode):

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from ...kernels.errors import FrugalError
+from ...kernels.log import LOG
 from ...kernels.masks import agnostic
 from ...kernels.masks import dispatch as driver
 from ...kernels.masks import labels as label_maps
 from ...kernels.masks.refine import RefineSettings, bbox, invert, refine, refine_both, regions
 
-PREVIEWS = 4
 PREPARING = "preparing: the first use after an install compiles for some seconds"
 
 Progress = Callable[[int, int], None]
@@ -136,6 +136,9 @@ def agnostic_mask(
             notes.append(f"{name} read as {how}")
     if densepose is None:
         notes.append("hands and feet are not protected")
+    if note := agnostic.coat_note(settings.part, lip is not None):
+        notes.append(f"note: {note}")
+        LOG.warning("[Frugal] Cloth Mask: %s.", note)
     made, line = measured(lambda step: agnostic.agnostic_mask(*maps.values(), settings, step))
     like = next(picture for picture in given.values() if picture is not None)
     return to_tensor(made, like), "\n".join([line, *notes])
@@ -144,12 +147,3 @@ def agnostic_mask(
 def inverted(mask: torch.Tensor) -> torch.Tensor:
     """1 - mask, on its device."""
     return to_tensor(invert(to_array(mask)), mask)
-
-
-def preview_frames(batch: torch.Tensor) -> torch.Tensor:
-    """At most 4 frames, evenly spread with the first and the last: writing 81 previews would
-    outlast the work.
-    """
-    if len(batch) <= PREVIEWS:
-        return batch
-    return batch[[round(n * (len(batch) - 1) / (PREVIEWS - 1)) for n in range(PREVIEWS)]]

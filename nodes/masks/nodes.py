@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.masks.settings import TEMPORAL, RefineSettings
 from .._comfy import found_by, show_text
+from .._preview import preview
 from . import common_inputs, glue
 from .edit import (
     FrugalMaskClean,
@@ -111,7 +112,7 @@ class FrugalMaskRefine(io.ComfyNode):
         show_text(cls.hidden.unique_id, glue.PREPARING)
         refined, inverted, box, text = glue.refine_mask(mask, chosen)
         show_text(cls.hidden.unique_id, text)
-        return io.NodeOutput(refined, inverted, *box, ui=common_inputs.preview(refined))
+        return io.NodeOutput(refined, inverted, *box, ui=preview(refined))
 
 
 NODES = [

@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ...kernels.masks import agnostic, labels
 from .._comfy import found_by, show_text
+from .._preview import preview
 from . import common_inputs, glue
 
 ENCODING = (
@@ -72,7 +73,7 @@ class FrugalMaskFromLabels(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         made, line = glue.mask_of_labels(**inputs)
         show_text(cls.hidden.unique_id, line)
-        return io.NodeOutput(made, ui=common_inputs.preview(made))
+        return io.NodeOutput(made, ui=preview(made))
 
 
 class FrugalClothMask(io.ComfyNode):
@@ -92,7 +93,8 @@ class FrugalClothMask(io.ComfyNode):
                     "part",
                     options=list(agnostic.PARTS),
                     default="upper",
-                    tooltip="Garment to replace. inner: under an open coat. outer: the coat only.",
+                    tooltip="Garment to replace. inner: under an open coat. outer: the coat only. "
+                    "Both need a LIP map: ATR has no class for coats.",
                 ),
                 io.Image.Input(
                     "densepose",
@@ -163,4 +165,4 @@ class FrugalClothMask(io.ComfyNode):
         show_text(cls.hidden.unique_id, glue.PREPARING)
         made, line = glue.agnostic_mask(densepose, lip, atr, chosen)
         show_text(cls.hidden.unique_id, line)
-        return io.NodeOutput(made, ui=common_inputs.preview(made))
+        return io.NodeOutput(made, ui=preview(made))

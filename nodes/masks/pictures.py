@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
 from ...kernels.masks import pictures
 from ...kernels.tryon.pictures import resize_picture
 from .._comfy import found_by, show_text
+from .._preview import preview
 from . import common_inputs, glue
 
 Window = io.Custom("FRUGAL_MASK_WINDOW")
@@ -19,8 +20,7 @@ def pasted(node, under, work, note: str = "") -> io.NodeOutput:
     made, line = glue.measured(work)
     show_text(node.hidden.unique_id, line + note)
     image = glue.to_tensor(made, under)
-    preview = ui.PreviewImage(glue.preview_frames(image)) if len(image) else None
-    return io.NodeOutput(image, ui=preview)
+    return io.NodeOutput(image, ui=preview(image))
 
 
 class FrugalMaskComposite(io.ComfyNode):
@@ -161,8 +161,7 @@ class FrugalMaskBBoxCrop(io.ComfyNode):
         cut = glue.to_tensor(pictures.crop(frames, where, "edge"), image)
         cut_mask = glue.to_tensor(pictures.crop(masks, where, "zero"), mask)
         show_text(cls.hidden.unique_id, where.text())
-        preview = ui.PreviewImage(glue.preview_frames(cut))
-        return io.NodeOutput(cut, cut_mask, where, *where.size, ui=preview)
+        return io.NodeOutput(cut, cut_mask, where, *where.size, ui=preview(cut))
 
 
 class FrugalMaskBBoxUncrop(io.ComfyNode):

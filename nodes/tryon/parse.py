@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
 from ...kernels.log import LOG
 from ...kernels.tryon import parsing
 from .._comfy import found_by, show_text
 from .._models import offered
+from .._preview import preview
 from . import common_inputs, parse_run
 
 parse_run.register_folder()
@@ -78,7 +79,7 @@ class FrugalHumanParse(io.ComfyNode):
         show_text(cls.hidden.unique_id, how)
         shown = parse_run.overlay(image, labels)
         pictures = (parsing.as_picture(labels), parsing.as_picture(body), shown)
-        return io.NodeOutput(*pictures, name, ui=ui.PreviewImage(shown[:4]))
+        return io.NodeOutput(*pictures, name, ui=preview(shown))
 
 
 NODES: list[type[io.ComfyNode]] = []

@@ -129,7 +129,7 @@ def fashn_package(folder: str):
 def load(folder: str):
     """(ModelPatcher of the network, label order, read, how) from a model folder.
 
-    read(photo [1, H, W, 3] in 0..1) gives labels int64 [1, H, W] once the patcher is loaded; `how`
+    read(photo [1, H, W, 3] in 0..1) gives labels uint8 [1, H, W] once the patcher is loaded; `how`
     says in words whose preprocessing it uses. The network is built from config.json and filled
     from the weights beside it: nothing is fetched. Raises FrugalError for another kind of model or
     weights that do not fit.
@@ -182,13 +182,13 @@ def _reader_of(package) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def read(photo: torch.Tensor) -> torch.Tensor:
         levels = (photo[0] * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        return torch.from_numpy(package.predict(levels).astype(np.int64))[None]
+        return torch.from_numpy(package.predict(levels).astype(np.uint8))[None]
 
     return read
 
 
 def parse(folder: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str, str]:
-    """(labels int64 [B, H, W], body int64 [B, H, W] in DensePose's numbers, name of the map, how
+    """(labels uint8 [B, H, W], body uint8 [B, H, W] in DensePose's numbers, name of the map, how
     the photo was prepared).
 
     body is 0 everywhere if the parser does not tell hands, feet and skin apart.
@@ -216,6 +216,10 @@ def parse(folder: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 def overlay(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The photo with each label's colour (PASCAL VOC palette) laid over it by half; 0 stays."""
-    colours = torch.from_numpy(voc_palette(256).astype(np.float32) / 255)[labels]
-    photo = pictures.as_rgb(image, "image").float().cpu()
-    return torch.where((labels > 0)[..., None], (photo + colours) / 2, photo)
+    palette = voc_palette(256).astype(np.float32) / 510
+    shown = pictures.as_rgb(image, "image").to("cpu", torch.float32, copy=True).numpy()
+    for photo, frame in zip(shown, labels.numpy(), strict=True):
+        for number in np.unique(frame[frame > 0]):
+            there = frame == number
+            photo[there] = photo[there] / 2 + palette[number]
+    return torch.from_numpy(shown)

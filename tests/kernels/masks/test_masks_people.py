@@ -9,7 +9,14 @@ from scipy import ndimage
 from frugal.bench.mask_scenes import opencv_agnostic, person_maps
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.masks import labels
-from frugal.kernels.masks.agnostic import HULLS, PARTS, AgnosticSettings, agnostic_mask, mirrored
+from frugal.kernels.masks.agnostic import (
+    HULLS,
+    PARTS,
+    AgnosticSettings,
+    agnostic_mask,
+    coat_note,
+    mirrored,
+)
 
 cv2 = pytest.importorskip("cv2")
 
@@ -195,3 +202,22 @@ def test_masks_by_label_and_by_colour():
     for wrong in ("red", "#12345", "", "#80000g"):
         with pytest.raises(FrugalError, match="#rrggbb"):
             labels.select_colours(picture(table[numbers]), wrong)
+
+
+def test_an_atr_map_cannot_tell_a_coat_and_says_so():
+    """Whoever asks for the coat of a map without coats is told, and only they are."""
+    _, lip, atr = batch(person_maps(512, 384, 2, coat=True))
+    coat = np.isin(lip, [labels.LIP.index("Coat")])
+    assert coat.any()
+    for part in PARTS:
+        said = {with_lip: coat_note(part, with_lip) for with_lip in (True, False)}
+        assert said[True] is None
+        assert (said[False] is not None) == (part in ("inner", "outer")), part
+    # What the note says is so: without LIP the coat is taken for what lies under it.
+    outer, upper = (
+        agnostic_mask(None, None, atr, AgnosticSettings(part)) for part in ("outer", "upper")
+    )
+    assert (outer != upper).mean() < 0.01
+    inner = agnostic_mask(None, None, atr, AgnosticSettings("inner"))
+    told_apart = agnostic_mask(None, lip, None, AgnosticSettings("inner"))
+    assert inner[coat].mean() > 0.8 and told_apart[coat].mean() < 0.3

@@ -308,14 +308,14 @@ def test_a_mask_of_another_size_needs_the_same_aspect():
 def test_threshold():
     mask = paint((32, 32), geometry.Box(8, 8, 8, 8), 0.3)
     assert pictures.as_mask(mask, (32, 32), 0.3).sum() == 64
-    with pytest.raises(FrugalError, match="lower mask_threshold: .* largest is 0.3"):
+    with pytest.raises(FrugalError, match=r"lower mask_threshold: .* largest is 0.3"):
         canvas.prepare(torch.rand(1, 32, 32, 3), torch.rand(1, 32, 32, 3), mask, (64, 64))
 
 
 @pytest.mark.parametrize("photo", [(64, 64), (64, 48), (100, 100)])
 def test_an_unpainted_photo_says_where_to_paint(photo):
     """What Load Image gives beside a photo without alpha: 64 x 64 zeros, whatever the photo."""
-    with pytest.raises(FrugalError, match="^paint over the clothes .* MaskEditor"):
+    with pytest.raises(FrugalError, match=r"^paint over the clothes .* MaskEditor"):
         canvas.prepare(
             torch.rand(1, *photo, 3), torch.rand(1, 32, 32, 3), torch.zeros(1, 64, 64), (64, 64)
         )

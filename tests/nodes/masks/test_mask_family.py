@@ -20,8 +20,9 @@ BY_ID = {node.GET_SCHEMA().node_id: node for node in NODES}
 
 @pytest.fixture(autouse=True)
 def shown(monkeypatch):
-    """Text the nodes show; there is no server to show it on."""
+    """Text the nodes show; there is no server to show it on, so somebody has to seem to look."""
     texts = []
+    monkeypatch.setattr("frugal.nodes._preview.watched", lambda: True)
     for module in ("nodes", "edit", "people", "pictures"):
         monkeypatch.setattr(
             f"frugal.nodes.masks.{module}.show_text", lambda _, text: texts.append(text)
@@ -171,6 +172,39 @@ def test_agnostic_mask_from_any_encoding(shown):
     assert "hands and feet are not protected" in shown[-1]
     with pytest.raises(FrugalError, match="no parsing map"):
         run("FrugalClothMask", densepose=as_image(dense))
+
+
+def test_a_coat_on_an_atr_map_is_told(shown, caplog):
+    maps = person_maps(128, 96, 2, coat=True)
+    lip, atr = (torch.from_numpy(m / np.float32(255))[None, ..., None] for m in maps[1:])
+    run("FrugalClothMask", part="outer", atr=atr)
+    assert "no class for coats" in shown[-1] and "no class for coats" in caplog.text
+    caplog.clear()
+    run("FrugalClothMask", part="outer", atr=atr, lip=lip)
+    run("FrugalClothMask", part="upper", atr=atr)
+    assert "coats" not in shown[-1] + shown[-2] + caplog.text
+
+
+def test_an_unpainted_picture_says_where_to_paint():
+    """Load Image gives 64 x 64 zeros beside a picture without alpha."""
+    unpainted = torch.zeros(1, 64, 64)
+    for given in (
+        dict(node_id="FrugalMaskComposite", destination=image(1), source=image(1), mask=unpainted),
+        dict(node_id="FrugalMaskBBoxCrop", image=image(1), mask=unpainted),
+    ):
+        with pytest.raises(FrugalError, match=r"^paint the mask"):
+            run(**given)
+
+
+def test_masks_with_a_channel_axis_and_pictures_with_alpha_are_taken():
+    mask = clip()
+    for node_id in EDITS:
+        plain, channel = (run(node_id, mask=m).args[0] for m in (mask, mask[:, None]))
+        assert torch.equal(plain, channel), node_id
+    rgba = torch.cat([image(), torch.ones(3, 72, 96, 1)], dim=-1)
+    taken = run("FrugalMaskComposite", destination=image(seed=2), source=rgba, mask=mask[:, None])
+    plain = run("FrugalMaskComposite", destination=image(seed=2), source=image(), mask=mask)
+    assert torch.equal(taken.args[0], plain.args[0])
 
 
 def test_mask_from_labels_names_what_it_read(shown):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from frugal.kernels.errors import FrugalError
-from frugal.nodes.masks import glue
+from frugal.nodes import _preview
 from frugal.nodes.masks.nodes import FrugalMaskRefine
 
 NEUTRAL = {
@@ -113,8 +113,34 @@ def test_a_ramp_on_grey_values_is_refused(node):
 
 def test_preview_is_few_frames_and_holds_both_ends():
     mask = torch.arange(81.0).reshape(81, 1, 1)
-    assert glue.preview_frames(mask).flatten().tolist() == [0, 27, 53, 80]
-    assert len(glue.preview_frames(mask[:3])) == 3
+    assert _preview.small(mask).flatten().tolist() == [0, 27, 53, 80]
+    assert len(_preview.small(mask[:3])) == 3
+
+
+def test_preview_is_small_and_shows_the_middle_of_what_it_leaves_out():
+    y, x = torch.meshgrid(torch.arange(3000.0), torch.arange(4000.0), indexing="ij")
+    shown = _preview.small((y * 4000 + x)[None])[0]
+    assert max(shown.shape) <= _preview.LONGEST and shown.shape == (273, 364)
+    assert shown[0, 0] == 5 * 4000 + 5
+    assert _preview.small(torch.zeros(1, 100, 300)).shape == (1, 100, 300)
+
+
+@pytest.mark.parametrize("client", [None, "page"])
+def test_preview_is_written_only_where_somebody_looks(node, monkeypatch, tmp_path, client):
+    import folder_paths
+    import server
+
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    looking = type("Server", (), {"client_id": client, "send_progress_text": lambda *_: None})()
+    monkeypatch.setattr(server.PromptServer, "instance", looking, raising=False)
+    result = execute(node, soft_mask(9, 900, 500))
+    files = sorted(tmp_path.rglob("*.png"))
+    if client is None:
+        assert not files and result.ui is None
+        return
+    assert len(files) == _preview.FRAMES == len(result.ui.as_dict()["images"])
+    with Image.open(files[0]) as picture:
+        assert max(picture.size) == 300
 
 
 def test_cancel_stops_the_work(node, monkeypatch):
