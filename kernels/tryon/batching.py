@@ -55,19 +55,28 @@ def buckets(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]
 
 
 class OnceEach:
-    """Remembers what `make` gave for a key, and how often it was really made."""
+    """Remembers what `make` gave for the latest `most` keys, and for how many keys it was made."""
 
-    def __init__(self, make: Callable[..., Any]):
-        self._make, self._kept = make, {}
+    def __init__(self, make: Callable[..., Any], most: int):
+        self._make, self._most, self._seen = make, most, set[Hashable]()
+        self._kept: dict[Hashable, Any] = {}
 
     def __call__(self, key: Hashable, *args: Any) -> Any:
-        if key not in self._kept:
-            self._kept[key] = self._make(*args)
-        return self._kept[key]
+        made = self._kept.pop(key) if key in self._kept else self._make(*args)
+        self._seen.add(key)
+        self._kept[key] = made  # the newest is last
+        while len(self._kept) > self._most:
+            del self._kept[next(iter(self._kept))]
+        return made
 
     @property
     def made(self) -> int:
-        return len(self._kept)
+        return len(self._seen)
+
+
+def rounds(count: int, size: int) -> list[range]:
+    """Job numbers 0..count - 1 in order, `size` at a time."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @dataclass

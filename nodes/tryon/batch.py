@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from comfy_api.v0_0_2 import io
 
-from ...kernels.tryon import batching
+from ...kernels.tryon import batching, blending
 from .._comfy import found_by, show_text
-from . import batch_run, common_inputs
+from . import batch_run, common_inputs, delivery
 
 
 class FrugalTryOnBatch(io.ComfyNode):
@@ -84,6 +86,8 @@ class FrugalTryOnBatch(io.ComfyNode):
                     tooltip="Sampler to use instead of CatVTON's; needs sigmas.",
                 ),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels for that sampler."),
+                common_inputs.blend(),
+                common_inputs.garment_mask("garment_masks", "masks"),
             ],
             outputs=[
                 io.Image.Output(
@@ -105,11 +109,12 @@ class FrugalTryOnBatch(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, vae, persons, garments, masks, combine, width, height, **rest):
+    def execute(cls, model, vae, persons, garments, masks, combine, width, height,
+                garment_masks=None, **rest):  # fmt: skip
         # Every input comes as a list, a widget's with one entry.
         one = {name: values[0] for name, values in rest.items() if values}
-        persons = batch_run.single_pictures(persons)
-        garments = batch_run.single_pictures(garments)
+        persons = batch_run.listed("person", persons, masks, "masks")
+        garments = batch_run.listed("garment", garments, garment_masks or [], "garment_masks")
         scenes = batch_run.scenes_of(len(persons), len(garments), combine[0], width, height)
         sampler, sigmas = batch_run.schedule(
             model[0], one["steps"], one["eta"], one.get("sampler"), one.get("sigmas")
@@ -124,14 +129,16 @@ class FrugalTryOnBatch(io.ComfyNode):
             threshold=0.5,
             blur=one["mask_blur"],
             color_match=one.get("color_match", False),
+            blend=one.get("blend", blending.INSIDE),
             budget=int(one["memory_budget"] * 2**30),
             largest=one["largest_group"],
         )
-        masks = batch_run.single_pictures(masks)
-        run = batch_run.Batch(model[0], vae[0], persons, masks, garments, scenes, how)
-        images, report = run.run()
-        show_text(cls.hidden.unique_id, report.text())
-        return io.NodeOutput(images, report.text())
+        held = delivery.InMemory()
+        say = functools.partial(show_text, cls.hidden.unique_id)
+        run = batch_run.Batch(model[0], vae[0], persons, garments, scenes, how, held, say)
+        text = run.run().text()
+        say(text)
+        return io.NodeOutput([held.pictures[number] for number in sorted(held.pictures)], text)
 
 
 NODES = [FrugalTryOnBatch]

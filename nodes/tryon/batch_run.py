@@ -1,14 +1,16 @@
 """Many try-ons in one go: encode each picture once, sample in groups that fit, give nothing up.
 
-Three passes, so that VAE and UNet take turns on the device once and not once per picture.
+A round is a handful of pictures: encode, sample, decode, hand over. VAE and UNet take turns on the
+device once per round, and what a round needed is dropped before the next, so a thousand pictures
+take the memory of one round.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.model_management
 import comfy.sample
@@ -17,10 +19,10 @@ import torch
 
 from ...kernels.errors import FrugalError
 from ...kernels.log import LOG
-from ...kernels.tryon import batching, canvas, latents, pictures, plan
+from ...kernels.tryon import batching, canvas, checks, latents, pictures, plan
 from .._comfy import compute_dtype
 from .._memory import is_out_of_memory
-from . import glue, item_noise, save_partial
+from . import glue, item_noise
 from . import sigmas as sampling
 
 
@@ -41,6 +43,7 @@ class Settings:
     threshold: float
     blur: float
     color_match: bool
+    blend: str
     budget: int
     largest: int
 
@@ -54,11 +57,45 @@ class Scene:
     size: tuple[int, int]
 
 
+ROUND = 8  # pictures of a round at least; a group may be larger
+KEPT = 64  # latents of persons and of garments that stay, 0.2 MB each at 768 x 1024 px
+
+
+@dataclass(frozen=True)
+class Source:
+    """A person or a garment. load() gives a picture [1, H, W, C] and a mask [1, H, W]: what to
+    repaint on a person, what is transparent (or None) in a garment. It may raise FrugalError.
+    """
+
+    name: str
+    load: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class Delivery(Protocol):
+    """Where finished pictures go."""
+
+    def has(self, number: int) -> bool:
+        """Whether picture `number` is there already, from an earlier run."""
+        ...
+
+    def add(self, number: int, picture: torch.Tensor) -> None:
+        """Take a finished picture [1, H, W, 3]."""
+        ...
+
+    def after_an_error(self) -> str:
+        """Bring to safety what was added; says in words where it is."""
+        ...
+
+
 @dataclass(frozen=True)
 class Report:
-    """What a run did. groups: pictures per forward, in order. seconds: by pass."""
+    """What a run did. groups: pictures per forward, in order. seconds: by pass. failed: name of a
+    picture and why it is not there.
+    """
 
     pictures: int
+    there_before: int
+    failed: dict[str, str]
     sizes: tuple[tuple[int, int], ...]
     groups: tuple[int, ...]
     planned: tuple[int, ...]
@@ -70,8 +107,10 @@ class Report:
 
     def text(self) -> str:
         canvases = ", ".join(f"{w} x {h} px" for h, w in self.sizes)
+        before = f", {self.there_before} more were there before" if self.there_before else ""
         lines = [
-            f"{self.pictures} pictures on canvases of {canvases}",
+            f"{self.pictures} pictures on canvases of {canvases}{before}",
+            *self._failures(),
             f"sampled in groups of {', '.join(map(str, self.groups))} (planned at most "
             f"{', '.join(map(str, self.planned))}; memory ran out {self.halvings} times)",
             f"encoded {self.persons_encoded} persons and {self.garments_encoded} garments",
@@ -79,11 +118,39 @@ class Report:
         ]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
+    def _failures(self) -> list[str]:
+        """One line per reason, with the pictures it concerns."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.failed.items():
+            names.setdefault(reason, []).append(name)
+        return [f"not made: {', '.join(them)}: {reason}" for reason, them in names.items()]
+
 
 def single_pictures(batches: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """Batches [B, ...] of any sizes -> [1, ...] each, in order; a mask [H, W] counts as one."""
     whole = [batch[None] if batch.ndim == 2 else batch for batch in batches if batch is not None]
     return [batch[i : i + 1] for batch in whole for i in range(len(batch))]
+
+
+def listed(
+    what: str,
+    batches: Sequence[torch.Tensor | None],
+    masks: Sequence[torch.Tensor | None],
+    called: str,
+) -> list[Source]:
+    """Pictures of a list, numbered from 1, each with its mask; one mask serves all, and no mask is
+    for a garment that is not transparent.
+    """
+    found, beside = single_pictures(batches), single_pictures(masks)
+    if len(beside) not in (1, len(found)) and (beside or what == "person"):
+        raise FrugalError(
+            f"there are {len(beside)} {called} for {len(found)} {what}s",
+            "one each, or a single one for all",
+            f"connect as many {called} as {what}s",
+        )
+    fitting = beside * len(found) if len(beside) == 1 else beside or [None] * len(found)
+    pairs = enumerate(zip(found, fitting, strict=True), start=1)
+    return [Source(f"{what}_{n}", lambda pair=pair: pair) for n, pair in pairs]
 
 
 def scenes_of(
@@ -132,107 +199,161 @@ def bytes_per_picture(model, size: tuple[int, int], factor: int, guided: bool) -
 
 
 class Batch:
-    """One run over `scenes`; persons, masks and garments are lists of single pictures.
+    """One run over `scenes`, whose persons and garments are numbers in the two lists.
 
-    One mask serves all persons. Nothing of a run outlives it, and the model is not changed.
+    Nothing of a run outlives it, and the model is not changed. say: told how far the run is.
     """
 
-    def __init__(self, model, vae, persons, masks, garments, scenes: list[Scene], how: Settings):
+    def __init__(
+        self,
+        model: Any,
+        vae: Any,
+        persons: Sequence[Source],
+        garments: Sequence[Source],
+        scenes: Sequence[Scene],
+        how: Settings,
+        delivery: Delivery,
+        say: Callable[[str], None] = lambda _: None,
+    ):
         glue.require_masked_model(model)
-        if len(masks) not in (1, len(persons)):
-            raise FrugalError(
-                f"there are {len(masks)} masks for {len(persons)} persons",
-                "one per person, or a single one for all",
-                "connect as many masks as persons",
-            )
         self.model, self.vae, self.how, self.scenes = model, vae, how, scenes
-        self.persons, self.masks, self.garments = persons, masks * len(persons), garments
+        self.persons, self.garments, self.delivery, self.say = persons, garments, delivery, say
         self.factor = glue.vae_factor(vae)
-        self.placed = batching.OnceEach(self._place)
-        self.upper = batching.OnceEach(lambda shown, mask, _: glue.encode_person(shown, mask, vae))
-        self.lower = batching.OnceEach(lambda g, size: glue.encode(vae, canvas.on_white(g, size)))
+        for size in {scene.size for scene in scenes}:
+            latents.check_size(size, self.factor)
+        once = batching.OnceEach
+        self.placed = once(self._place, 1)
+        self.upper = once(lambda at: glue.encode_person(*self._canvas(at)[:2], vae), KEPT)
+        self.lower = once(self._encode_garment, KEPT)
         self.outcome, self.planned, self.notes = batching.Outcome(), [], []
+        self.failed: dict[int, str] = {}
+        self.seconds = dict.fromkeys(("encode", "sample", "decode"), 0.0)
+        self.todo = [n for n in range(len(scenes)) if not delivery.has(n)]
         self.rounds = max(1, len(how.sigmas) - 1)
-        self.bar = comfy.utils.ProgressBar(len(scenes) * self.rounds)
+        self.bar = comfy.utils.ProgressBar(max(1, len(self.todo)) * self.rounds)
+        self.finished, self.started = 0, time.perf_counter()
 
-    def run(self) -> tuple[list[torch.Tensor], Report]:
-        """Finished photos [1, H, W, 3] in the order of the scenes.
+    def run(self) -> Report:
+        """Hand every picture that can be made to the delivery; see `Report.failed` for the rest.
 
-        Raises FrugalError when one picture alone does not fit into memory. On that and on any
-        error but a cancel, what was finished is written to the output folder first.
+        Raises FrugalError when none can be made, and when one picture alone does not fit into
+        memory. On that and on any error but a cancel, what was finished is brought to safety first.
         """
-        times, finished = [time.perf_counter()], {}
-        self._encode()
-        times.append(time.perf_counter())
+        if not item_noise.can_batch(self.how.sampler) and len(self.todo) > 1:
+            self.notes.append("this sampler draws its noise per batch, so pictures go one by one")
         try:
-            self._sample()
-            times.append(time.perf_counter())
-            for number in range(len(self.scenes)):
-                finished[number] = self._finish(number)
+            for part in batching.rounds(len(self.todo), max(ROUND, self.how.largest)):
+                self._round([self.todo[at] for at in part])
+        except comfy.model_management.InterruptProcessingException:
+            raise
         except Exception as error:
-            if isinstance(error, comfy.model_management.InterruptProcessingException):
-                raise
-            kept = save_partial.save(self._finish_others(finished))
+            self._finish_others()
+            kept = self.delivery.after_an_error()
             if isinstance(error, FrugalError):
                 raise FrugalError(error.found, error.expected, f"{error.do}; {kept}") from error
             LOG.warning("[Frugal] the batch stopped at '%s'; %s.", error, kept)
             raise
-        times.append(time.perf_counter())
-        passes = zip(("encode", "sample", "decode"), times, times[1:], strict=False)
-        report = Report(
-            len(self.scenes),
+        if self.failed and len(self.failed) == len(self.scenes):
+            number, reason = next(iter(self.failed.items()))
+            raise FrugalError(
+                f"none of the {len(self.scenes)} pictures could be made, {self.name(number)} for "
+                f"this reason: {reason}",
+                "at least one usable picture with its mask",
+                "look at that picture and its mask",
+            )
+        return Report(
+            self.finished,
+            len(self.scenes) - len(self.todo),
+            {self.name(number): reason for number, reason in self.failed.items()},
             tuple(batching.buckets([scene.size for scene in self.scenes])),
             tuple(self.outcome.groups),
             tuple(self.planned),
             self.outcome.halvings,
             self.upper.made,
             self.lower.made,
-            {name: after - before for name, before, after in passes},
-            tuple(self.notes),
+            self.seconds,
+            tuple(dict.fromkeys(self.notes)),
         )
-        return [finished[number] for number in range(len(self.scenes))], report
 
-    def _finish_others(self, finished: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """`finished` and what else can be finished of the sampled pictures, after an error."""
-        for number in self.outcome.results:
-            if number not in finished:
-                try:
-                    finished[number] = self._finish(number)
-                except (FrugalError, RuntimeError, MemoryError) as error:
-                    LOG.warning("[Frugal] picture %d is lost: %s", number + 1, error)
-        return finished
+    def name(self, number: int) -> str:
+        """Of a picture: its person's and its garment's."""
+        scene = self.scenes[number]
+        return f"{self.persons[scene.person].name}__{self.garments[scene.garment].name}"
+
+    def _round(self, numbers: list[int]) -> None:
+        times = [time.perf_counter()]
+        usable = [number for number in numbers if self._tried(number, self._latents) is not None]
+        times.append(time.perf_counter())
+        self._sample(usable)
+        times.append(time.perf_counter())
+        for number in usable:
+            self._deliver(number)
+        times.append(time.perf_counter())
+        for name, before, after in zip(self.seconds, times, times[1:], strict=False):
+            self.seconds[name] += after - before
+
+    def _tried(self, number: int, make: Callable[[int], Any]) -> Any:
+        """make(number); None, and a line in the report, where the picture cannot be made."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        try:
+            return make(number)
+        except FrugalError as error:
+            self.failed[number] = str(error)
+            LOG.warning("[Frugal] Try-On Batch leaves out %s: %s", self.name(number), error)
+            return None
+
+    def _deliver(self, number: int) -> None:
+        picture = self._tried(number, self._finish)
+        del self.outcome.results[number]
+        if picture is None:
+            return
+        self.delivery.add(number, picture)
+        self.finished += 1
+        each = (time.perf_counter() - self.started) / self.finished
+        left = len(self.todo) - self.finished - len(self.failed)
+        done = f"{self.finished} of {len(self.todo)} pictures, {each:.1f} s each"
+        self.say(f"{done}, {_left(each * left)}")
+
+    def _finish_others(self) -> None:
+        """Finish and hand over what was sampled already, after an error."""
+        for number in list(self.outcome.results):
+            try:
+                self._deliver(number)
+            except (RuntimeError, MemoryError, OSError) as error:
+                LOG.warning("[Frugal] picture %d is lost: %s", number + 1, error)
 
     def _place(self, person: int, size: tuple[int, int]):
-        how = self.how
-        args = (size, how.fit, how.context, how.threshold)
-        return canvas.place_person(self.persons[person], self.masks[person], *args)
+        source, how = self.persons[person], self.how
+        photo, mask = source.load()
+        if mask is None:
+            raise FrugalError(f"{source.name} has no mask", "a mask per person", "add its mask")
+        shown, masks, frame = canvas.place_person(
+            photo, mask, size, how.fit, how.context, how.threshold
+        )
+        self.notes += [f"{source.name}: {note}" for note in checks.mask_notes(mask, frame)]
+        return shown, masks, frame
 
     def _canvas(self, scene: Scene):
         return self.placed((scene.person, scene.size), scene.person, scene.size)
 
-    def _garment(self, number: int) -> torch.Tensor:
-        return pictures.as_rgb(self.garments[number], "garment")
+    def _encode_garment(self, number: int, size: tuple[int, int]) -> torch.Tensor:
+        source = self.garments[number]
+        garment = pictures.on_white(*source.load(), "garment")
+        self.notes += [f"{source.name}: {note}" for note in checks.garment_notes(garment)]
+        return glue.encode(self.vae, canvas.on_white(garment, size))
 
-    def _encode(self) -> None:
-        for scene in self.scenes:  # a picture that cannot be used is found before any work
-            latents.check_size(scene.size, self.factor)
-            self._canvas(scene)
-            self._garment(scene.garment)
-        for scene in self.scenes:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            self._latents(scene)
-
-    def _latents(self, scene: Scene) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _latents(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(person, garment, mask) at latent size, [1, ...] each."""
-        upper, small = self.upper((scene.person, scene.size), *self._canvas(scene))
-        garment = self._garment(scene.garment)
-        return upper, self.lower((scene.garment, scene.size), garment, scene.size), small
+        scene = self.scenes[number]
+        garment = self.lower((scene.garment, scene.size), scene.garment, scene.size)
+        upper, small = self.upper((scene.person, scene.size), scene)
+        return upper, garment, small
 
-    def _sample(self) -> None:
+    def _sample(self, usable: list[int]) -> None:
         batched = item_noise.can_batch(self.how.sampler)
-        if not batched and len(self.scenes) > 1:
-            self.notes.append("this sampler draws its noise per batch, so pictures go one by one")
-        for size, numbers in batching.buckets([scene.size for scene in self.scenes]).items():
+        by_size = batching.buckets([self.scenes[number].size for number in usable])
+        for size, places in by_size.items():
+            numbers = [usable[place] for place in places]
             each = bytes_per_picture(self.model, size, self.factor, self.how.cfg > 1)
             free = self.how.budget or free_bytes(self.model)
             count = plan.micro_batch(free, each, self.how.largest if batched else 1)
@@ -247,11 +368,11 @@ class Batch:
     def _group(self, numbers: list[int]) -> list[torch.Tensor]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         how = self.how
-        parts = zip(*(self._latents(self.scenes[number]) for number in numbers), strict=True)
+        parts = zip(*(self._latents(number) for number in numbers), strict=True)
         positive, negative, start = glue.assemble(*(torch.cat(part) for part in parts))
         seeds = [item_noise.seed_of(how.seed, number) for number in numbers]
         sampler = how.sampler if len(seeds) == 1 else item_noise.per_item(how.sampler, seeds)
-        before = len(self.outcome.results) * self.rounds
+        before = sum(self.outcome.groups) * self.rounds
         samples = comfy.sample.sample_custom(
             self.model,
             item_noise.start_noise(start["samples"], seeds),
@@ -268,12 +389,9 @@ class Batch:
         return list(samples.split(1))
 
     def _finish(self, number: int) -> torch.Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        scene = self.scenes[number]
-        samples = {"samples": self.outcome.results[number]}
-        painted = glue.decode(samples, self.vae, scene.size)
-        frame = self._canvas(scene)[2]
-        return canvas.stitch(painted, frame, self.how.blur, self.how.color_match)
+        scene, how = self.scenes[number], self.how
+        painted = glue.decode({"samples": self.outcome.results[number]}, self.vae, scene.size)
+        return canvas.stitch(painted, self._canvas(scene)[2], how.blur, how.color_match, how.blend)
 
     def _refuse(self, size: tuple[int, int], free: int) -> None:
         need = bytes_per_picture(self.model, size, self.factor, self.how.cfg > 1)
@@ -283,3 +401,10 @@ class Batch:
             f"about {need / 2**30:.1f} GiB besides the weights ({free / 2**30:.1f} GiB were free)",
             "choose a smaller canvas, a smaller weight_dtype, or start ComfyUI with --lowvram",
         )
+
+
+def _left(seconds: float) -> str:
+    """What is left, in words."""
+    if seconds < 1:
+        return "done"
+    return f"{seconds:.0f} s left" if seconds < 90 else f"{seconds / 60:.0f} min left"

@@ -36,9 +36,17 @@ def test_buckets_hold_one_size_each_and_start_small():
 
 def test_made_once_per_key():
     calls = []
-    make = batching.OnceEach(lambda value: calls.append(value) or value * 2)
+    make = batching.OnceEach(lambda value: calls.append(value) or value * 2, 2)
     assert [make(key, key) for key in (1, 2, 1, 2, 1)] == [2, 4, 2, 4, 2]
     assert calls == [1, 2] and make.made == 2
+    # Of three keys the one that was asked for the longest time ago is made again.
+    assert [make(key, key) for key in (3, 1, 2)] == [6, 2, 4]
+    assert calls == [1, 2, 3, 2] and make.made == 3
+
+
+def test_rounds_hold_every_job_once_in_order():
+    assert [list(part) for part in batching.rounds(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batching.rounds(0, 3) == []
 
 
 @settings(deadline=None)

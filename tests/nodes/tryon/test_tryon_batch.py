@@ -244,11 +244,41 @@ def test_one_that_cannot_be_stitched_costs_itself_alone(bed, output):
     """Its mask fills the photo, so there is no ring to match colours in; the others are kept."""
     photos, masks, garments = scenery(garments=1)
     masks[1] = torch.ones_like(masks[1])
-    with pytest.raises(FrugalError, match="color_match off") as caught:
-        run(bed, photos, masks, garments, color_match=True)
-    assert "the 2 finished pictures are in output/" in str(caught.value)
-    names = sorted(path.name for path in output.rglob("*") if path.is_file())
-    assert names == [f"tryon_unfinished_00001_picture_{n}.png" for n in (1, 3)]
+    found, report = run(bed, photos, masks, garments, color_match=True)
+    wanted = [by_hand(bed, photos[i], masks[i], garments[0], 40 + i, match=True) for i in (0, 2)]
+    check_equal(found, wanted)
+    assert "not made: person_2__garment_1: turn color_match off" in report
+    assert not list(output.rglob("*"))
+
+
+def test_bad_photos_are_named_and_the_others_are_made(bed, singles):
+    """An empty mask and a picture that is none: the seeds of the others stay as they were."""
+    photos, masks, garments = scenery()
+    found, report = run(bed, photos, [masks[0], torch.zeros_like(masks[1]), masks[2]], garments)
+    check_equal(found, [singles[i] for i in (0, 1, 4, 5)])
+    [line] = [line for line in report.splitlines() if line.startswith("not made: ")]
+    assert line.startswith("not made: person_2__garment_1, person_2__garment_2: paint over")
+    found, report = run(bed, photos, masks, [garments[0], torch.rand(1, 3, 3, 3)])
+    check_equal(found, [singles[i] for i in (0, 2, 4)])
+    assert "person_3__garment_2: connect a real picture" in report
+    with pytest.raises(FrugalError, match=r"none of the 6 pictures .* person_1__garment_1"):
+        run(bed, photos, [torch.zeros_like(mask) for mask in masks], garments)
+
+
+def test_a_slip_with_a_mask_is_noted_once(bed):
+    photos, masks, garments = scenery(garments=2)
+    report = run(bed, photos[:1], [1 - masks[0]], garments)[1]
+    assert report.count("note: person_1: the mask repaints") == 1
+
+
+def test_transparent_garments_stand_on_white(bed):
+    photos, masks, _ = scenery(persons=((70, 60),))
+    black = torch.zeros(1, 40, 30, 3)
+    found, _ = run(bed, photos, masks, [black], garment_masks=torch.ones(1, 40, 30))
+    check_equal(found, expected(bed, photos, masks, [black + 1]))
+    plain, report = run(bed, photos, masks, [black])
+    assert (plain[0] - found[0]).abs().max() > 1e-4
+    assert "note: garment_1: the garment stands on pure black" in report
 
 
 def test_a_cancel_stops_and_leaves_nothing(bed, singles, output):
@@ -332,10 +362,8 @@ def test_noise_of_its_own_needs_the_patch(bed):
 
 def test_what_does_not_fit_together_is_refused_before_any_work(bed):
     photos, masks, garments = scenery()
-    empty = [masks[0], masks[1], torch.zeros_like(masks[2])]
     for given, match in (
         ({"masks": masks[:2]}, "2 masks for 3 persons"),
-        ({"masks": empty}, "is empty"),
         ({"combine": batching.PAIRS}, "3 persons and 2 garments"),
         ({"width": [64, 64]}, "list of 2 for 3 persons"),
         ({"sampler": comfy.samplers.sampler_object("euler")}, "sigmas is not connected"),

@@ -289,3 +289,51 @@ def test_the_stock_sampler_graph_through_the_server(server, tmp_path):
     changed[44:106, 24:76] = False
     assert not changed.any()
     assert (pictures[0] != pictures[1]).any()
+
+
+@pytest.mark.comfy
+def test_a_list_of_photos_gives_them_all(server, tmp_path):
+    """Three photos of three sizes through the one node and through the five it stands for."""
+    write_models(server.models)
+    g = np.random.default_rng(5)
+    for kind in ("persons", "masks"):
+        (server.base / "input" / kind).mkdir(parents=True, exist_ok=True)
+    for i in range(3):
+        photo = g.integers(0, 256, (90 + 9 * i, 70, 3), dtype=np.uint8)
+        painted = np.zeros_like(photo)
+        painted[30:60, 20:50] = 255
+        Image.fromarray(photo).save(server.base / "input" / "persons" / f"{i}.png")
+        Image.fromarray(painted).save(server.base / "input" / "masks" / f"{i}.png")
+    Image.fromarray(g.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "list-g.png")
+    garment = server.upload(tmp_path / "list-g.png")
+    server.object_info(fresh=True)
+    five = api_graph(garment, garment, garment, 1)
+    for key, folder in (("person", "persons"), ("painted", "masks")):
+        five[key] = {"class_type": "LoadImageDataSetFromFolder", "inputs": {"folder": folder}}
+    five["mask"] = {
+        "class_type": "ImageToMask",
+        "inputs": {"image": ["painted", 0], "channel": "red"},
+    }
+    one = {key: five[key] for key in ("person", "garment", "painted", "mask", "unet", "vae")}
+    one["tryon"] = {
+        "class_type": "FrugalTryOn",
+        "inputs": {
+            "model": ["unet", 0], "vae": ["vae", 0], "person": ["person", 0],
+            "garment": ["garment", 0], "mask": ["mask", 0], "width": 64, "height": 128,
+            "fit": "crop around mask", "steps": 2, "cfg": 1.0, "eta": 1.0, "seed": 3,
+            "mask_blur": 2,
+        },
+    }  # fmt: skip
+    for key, output in (("save", 0), ("canvas", 1)):
+        one[key] = {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["tryon", output], "filename_prefix": key},
+        }
+    photos = {"save": {90, 99, 108}}
+    for graph, want in ((five, photos), (one, photos | {"canvas": {128}})):
+        result = server.run(graph)
+        assert result.status == "success", result.errors
+        for key, heights in want.items():
+            saved = [server.view(**entry) for node, entry in result.files() if node == key]
+            found = [Image.open(BytesIO(data)).height for data in saved]
+            assert len(found) == 3 and set(found) == heights, (key, found)
