@@ -6,7 +6,7 @@ import functools
 
 from comfy_api.v0_0_2 import io
 
-from ...kernels.tryon import batching, blending
+from ...kernels.tryon import batching
 from .._comfy import found_by, show_text
 from . import batch_run, common_inputs, delivery
 
@@ -61,24 +61,8 @@ class FrugalTryOnBatch(io.ComfyNode):
                 ),
                 common_inputs.seed("Seed of the first image; each following image adds 1."),
                 common_inputs.mask_blur(common_inputs.SHORT_BLUR),
-                io.Float.Input(
-                    "memory_budget",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.1,
-                    tooltip=(
-                        "Working memory of the UNet in GiB, in addition to its weights. 0 = what "
-                        "ComfyUI reports free."
-                    ),
-                ),
-                io.Int.Input(
-                    "largest_group",
-                    default=8,
-                    min=1,
-                    max=64,
-                    tooltip="Maximum number of images per forward pass, regardless of memory.",
-                ),
+                common_inputs.memory_budget(),
+                common_inputs.largest_group(),
                 common_inputs.color_match(common_inputs.SHORT_MATCH),
                 io.Sampler.Input(
                     "sampler",
@@ -116,23 +100,7 @@ class FrugalTryOnBatch(io.ComfyNode):
         persons = batch_run.listed("person", persons, masks, "masks")
         garments = batch_run.listed("garment", garments, garment_masks or [], "garment_masks")
         scenes = batch_run.scenes_of(len(persons), len(garments), combine[0], width, height)
-        sampler, sigmas = batch_run.schedule(
-            model[0], one["steps"], one["eta"], one.get("sampler"), one.get("sigmas")
-        )
-        how = batch_run.Settings(
-            cfg=one["cfg"],
-            seed=one["seed"],
-            sampler=sampler,
-            sigmas=sigmas,
-            fit=one["fit"],
-            context=25,
-            threshold=0.5,
-            blur=one["mask_blur"],
-            color_match=one.get("color_match", False),
-            blend=one.get("blend", blending.INSIDE),
-            budget=int(one["memory_budget"] * 2**30),
-            largest=one["largest_group"],
-        )
+        how = batch_run.settings_of(model[0], one)
         held = delivery.InMemory()
         say = functools.partial(show_text, cls.hidden.unique_id)
         run = batch_run.Batch(model[0], vae[0], persons, garments, scenes, how, held, say)

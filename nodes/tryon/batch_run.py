@@ -8,7 +8,7 @@ take the memory of one round.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import torch
 
 from ...kernels.errors import FrugalError
 from ...kernels.log import LOG
-from ...kernels.tryon import batching, canvas, checks, latents, pictures, plan
+from ...kernels.tryon import batching, blending, canvas, checks, latents, pictures, plan
 from .._comfy import compute_dtype
 from .._memory import is_out_of_memory
 from . import glue, item_noise
@@ -181,6 +181,27 @@ def schedule(model, steps: int, eta: float, sampler, sigmas) -> tuple[Any, torch
         return sampler, sigmas
     levels, own = sampling.reference_schedule(model, steps, eta)
     return own, levels
+
+
+def settings_of(model, given: Mapping[str, Any]) -> Settings:
+    """From the inputs that the batch nodes share, by name."""
+    sampler, sigmas = schedule(
+        model, given["steps"], given["eta"], given.get("sampler"), given.get("sigmas")
+    )
+    return Settings(
+        cfg=given["cfg"],
+        seed=given["seed"],
+        sampler=sampler,
+        sigmas=sigmas,
+        fit=given["fit"],
+        context=25,
+        threshold=0.5,
+        blur=given["mask_blur"],
+        color_match=given.get("color_match", False),
+        blend=given.get("blend", blending.INSIDE),
+        budget=int(given["memory_budget"] * 2**30),
+        largest=given["largest_group"],
+    )
 
 
 def free_bytes(model) -> int:

@@ -98,6 +98,32 @@ def garment_mask(name: str = "garment_mask", what: str = "mask", **extra) -> io.
     )
 
 
+def memory_budget() -> io.Input:
+    """GiB for the work of the UNet in a batch."""
+    return io.Float.Input(
+        "memory_budget",
+        default=0.0,
+        min=0.0,
+        max=1024.0,
+        step=0.1,
+        tooltip=(
+            "Working memory of the UNet in GiB, in addition to its weights. 0 = what ComfyUI "
+            "reports free."
+        ),
+    )
+
+
+def largest_group() -> io.Input:
+    """Most pictures per forward in a batch."""
+    return io.Int.Input(
+        "largest_group",
+        default=8,
+        min=1,
+        max=64,
+        tooltip="Maximum number of images per forward pass, regardless of memory.",
+    )
+
+
 def color_match(tooltip: str) -> io.Input:
     """Whether the painted colours are matched to the photo's."""
     return io.Boolean.Input("color_match", default=False, optional=True, tooltip=tooltip)

@@ -123,6 +123,16 @@ class InFolder:
             with atomic_write(path) as unfinished:
                 _sheet(self.folder, rows).save(unfinished, "jpeg", quality=85)
 
+    def sheets(self) -> dict[str, list[dict[str, str]]]:
+        """The contact sheets as a `ui` value: the page shows them on the node."""
+        found = sorted(self.folder.glob("contact_sheet_*.jpg"))
+        inside = self.shown.removeprefix("output").lstrip("/")
+        return {
+            "images": [
+                {"filename": path.name, "subfolder": inside, "type": "output"} for path in found
+            ]
+        }
+
 
 def _folder_for(prefix: str, digest: str) -> tuple[Path, str]:
     """The folder of a run with these settings that was begun before, else the next free one."""

@@ -10,7 +10,18 @@ from ...kernels.log import LOG
 from ...kernels.tryon import blending, canvas, checks, pictures, precision
 from .._comfy import REPORT_KEY, found_by, show_text
 from .._models import offered
-from . import all_in_one, batch, common_inputs, glue, load_run, mask_free, parse, saving, sigmas
+from . import (
+    all_in_one,
+    batch,
+    common_inputs,
+    folder,
+    glue,
+    load_run,
+    mask_free,
+    parse,
+    saving,
+    sigmas,
+)
 from .common_inputs import FAMILY, WORDS
 
 Frame = io.Custom("FRUGAL_TRYON_FRAME")
@@ -299,6 +310,7 @@ NODES = [
     *saving.NODES,
     *mask_free.NODES,
     *batch.NODES,
+    *folder.NODES,
     *all_in_one.NODES,
     *parse.NODES,
 ]
