@@ -5,6 +5,7 @@ Writing a full-size PNG takes ten times as long as most work on masks.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -15,10 +16,8 @@ FRAMES, LONGEST = 4, 384  # most frames of a clip, and px of their longer side
 
 def watched() -> bool:
     """Whether the running prompt came from a page or client that listens for what nodes show."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    return server is not None and getattr(server, "client_id", None) is not None
+    server = getattr(sys.modules.get("server"), "PromptServer", None)  # none outside ComfyUI's main
+    return getattr(getattr(server, "instance", None), "client_id", None) is not None
 
 
 def preview(batch: torch.Tensor) -> Any:

@@ -123,7 +123,9 @@ class FrugalTryOn(io.ComfyNode):
             color_match=color_match,
             blend=blend,
         )
-        every = graph.node("FrugalTryOnGather", "gather", image=stitch.out(0), canvas=stitch.out(1))
+        every = graph.node(
+            "FrugalTryOnGather", "gather", images=stitch.out(0), canvases=stitch.out(1)
+        )
         return io.NodeOutput(every.out(0), every.out(1), expand=graph.finalize())
 
 
@@ -142,8 +144,8 @@ class FrugalTryOnGather(io.ComfyNode):
             category=common_inputs.FAMILY,
             description="Inner node of 'Try-On': gathers the photos of a list.",
             inputs=[
-                io.Image.Input("image", tooltip="Finished photos."),
-                io.Image.Input("canvas", tooltip="What the model painted."),
+                io.Image.Input("images", tooltip="Finished photos."),
+                io.Image.Input("canvases", tooltip="What the model painted."),
             ],
             outputs=common_inputs.pictures(),
             is_input_list=True,
@@ -151,8 +153,8 @@ class FrugalTryOnGather(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, canvas):
-        return io.NodeOutput(image, canvas)
+    def execute(cls, images, canvases):
+        return io.NodeOutput(images, canvases)
 
 
 NODES = [FrugalTryOn, FrugalTryOnGather]

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -128,11 +130,11 @@ def test_preview_is_small_and_shows_the_middle_of_what_it_leaves_out():
 @pytest.mark.parametrize("client", [None, "page"])
 def test_preview_is_written_only_where_somebody_looks(node, monkeypatch, tmp_path, client):
     import folder_paths
-    import server
 
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
-    looking = type("Server", (), {"client_id": client, "send_progress_text": lambda *_: None})()
-    monkeypatch.setattr(server.PromptServer, "instance", looking, raising=False)
+    looking = types.SimpleNamespace(client_id=client)
+    running = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=looking))
+    monkeypatch.setitem(sys.modules, "server", running)
     result = execute(node, soft_mask(9, 900, 500))
     files = sorted(tmp_path.rglob("*.png"))
     if client is None:

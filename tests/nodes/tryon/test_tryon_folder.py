@@ -37,7 +37,8 @@ def bed(tmp_path_factory):
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """(input, output) of this test."""
+    """(input, output) of this test; there is no server to show text on."""
+    monkeypatch.setattr(folder, "show_text", lambda *_: None)
     for name in ("input", "output"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
