@@ -27,6 +27,9 @@ the batch when memory runs out. Its report says what it did.
 The models are the small ones of the demo: drawn figures, not photos. `python -m demo.batch_graph
 FOLDER` draws the images into ComfyUI's input folder.
 
+*Batch Images* crops the second image to the size of the first. For images of several sizes use
+*Load Pictures from Folder*, which gives each at its own size.
+
 For photos load the real weights as in `tryon_12gb`, remove *sampler* and *sigmas* to get
 CatVTON's own, and set 768 x 1024, 50 steps, cfg 2.5.""",
 )

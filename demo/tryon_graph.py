@@ -118,6 +118,7 @@ def tryon_photo(s: dict) -> dict[str, Node]:
                 "person": ("person", 0),
                 "garment": ("garment", 0),
                 "mask": ("refine", 0),
+                "garment_mask": ("garment", 1),
             },
             size=(380, 420),
         ),
@@ -165,7 +166,12 @@ def tryon_to_video(s: dict, real: bool) -> dict[str, Node]:
             "FrugalTryOnPrepare",
             2,
             {"width": width, "height": height, "fit": s["fit"]},
-            {"person": ("person", 0), "garment": ("garment", 0), "mask": ("refine", 0)},
+            {
+                "person": ("person", 0),
+                "garment": ("garment", 0),
+                "mask": ("refine", 0),
+                "garment_mask": ("garment", 1),
+            },
         ),
         "cond": Node(
             "FrugalTryOnConditioning",
