@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ...kernels.tryon.blending import INSIDE
-from .._comfy import found_by
+from .._comfy import found_by, known
 from . import common_inputs
 
 # Wires are passed on to the inner nodes as wires and not as what they carry, so that ComfyUI keeps
@@ -149,7 +149,8 @@ class FrugalTryOnGather(io.ComfyNode):
             ],
             outputs=common_inputs.pictures(),
             is_input_list=True,
-            **found_by(common_inputs.WORDS, is_dev_only=True),
+            **found_by(common_inputs.WORDS),
+            **known(io.Schema, is_dev_only=True),
         )
 
     @classmethod

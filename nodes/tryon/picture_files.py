@@ -17,12 +17,11 @@ from PIL import Image, ImageOps
 from ...kernels.errors import FrugalError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-NOWHERE = "(no folder in ComfyUI's input folder)"
 
 
 def folders() -> list[str]:
     """Folders below ComfyUI's input folder, to choose from."""
-    return folder_paths.get_input_subfolders() or [NOWHERE]
+    return folder_paths.get_input_subfolders()
 
 
 def input_folder(name: str) -> Path:
