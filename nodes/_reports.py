@@ -59,7 +59,7 @@ def serve() -> None:
     server = _server()
     if server is None:
         return
-    from aiohttp import web
+    from server import web  # ComfyUI itself has it, whatever the pack was installed with
 
     @server.routes.get(ROUTE)
     async def reports(request):

@@ -18,6 +18,7 @@ from ..checkpoints.layouts import WITH_FLOAT8
 from ..formats.hardware import FORMATS, INTEGER, Capability
 from ..report import megabytes
 from .fit import FRAMES, Fit, fit_lines, fits
+from .verdict import best_fit, which_file
 
 NATIVE, PLAIN, EMULATED, UNKNOWN = "native", "plain PyTorch", "emulated", "not known"
 IMPOSSIBLE = "not possible"
@@ -124,8 +125,23 @@ class Diagnosis:
     def json(self) -> str:
         return json.dumps(self.to_dict())
 
+    def verdict(self) -> list[str]:
+        """Which file to take, what fits, and what attention runs."""
+        facts = self.facts
+        native = {each.name for each in self.formats if each.state == NATIVE}
+        known = {each.name for each in self.formats if each.state not in (UNKNOWN, IMPOSSIBLE)}
+        lines = [which_file(facts.device, facts.kind, native, known), best_fit(self.models)]
+        memory = f"{megabytes(facts.ram_free)} of {megabytes(facts.ram_total)} RAM free"
+        if facts.kind not in ("cpu", "mps"):
+            own = f"{megabytes(facts.memory_free)} of {megabytes(facts.memory_total)} free"
+            memory = f"{own}; {memory}"
+        usable = [each.name for each in self.attention if each.state == "usable"]
+        faster = f"; also usable: {', '.join(usable)}" if usable else ""
+        lines += [memory, f"attention in use: {facts.active or 'unknown'}{faster}"]
+        return [line for line in lines if line]
+
     def text(self) -> str:
-        """The same as lines of text."""
+        """The same as lines of text, what to do first."""
         sections = (
             ("comfy-kitchen", [each.text() for each in self.backends]),
             ("Quantised formats", [each.text() for each in self.formats]),
@@ -133,7 +149,7 @@ class Diagnosis:
             ("Packages", [each.text() for each in self.packages]),
             (f"Models ({FRAMES} frames of video)", fit_lines(list(self.models))),
         )
-        lines = _machine_lines(self.facts)
+        lines = [*self.verdict(), "", *_machine_lines(self.facts)]
         for title, body in sections:
             lines += ["", title, *body]
         return "\n".join(lines)

@@ -176,21 +176,25 @@ class MemoryPlan:
     def json(self) -> str:
         return json.dumps(self.to_dict())
 
+    def verdict(self) -> str:
+        """Whether it fits, in one line."""
+        largest = max(phase.total for phase in self.phases)
+        fits = "fits" if self.fits else "does NOT fit"
+        return f"{fits}: {megabytes(largest)} of {megabytes(self.budget)} ({self.budget_from})"
+
     def text(self) -> str:
         """The same as lines of text."""
         held = ", ".join(f"{name} {megabytes(size)}" for name, size in self.formats.items())
-        fits = "fits" if self.fits else "does NOT fit"
         lines = [
+            self.verdict(),
             f"{self.title}, {self.job.text()}",
-            f"{fits} in {megabytes(self.budget)} ({self.budget_from})",
-            f"weights: {held}",
-            *(phase.text() for phase in self.phases),
             f"memory options: {self.memory_options.text()}",
         ]
         if self.streamed:
             lines.append(
                 f"weights streamed from main memory in every step: {megabytes(self.streamed)}"
             )
+        lines += [f"weights: {held}", *(phase.text() for phase in self.phases)]
         if self.before != self.phases:
             lines += ["without the plan:", *(phase.text() for phase in self.before)]
         lines += [f"advice: {line}" for line in self.advice]

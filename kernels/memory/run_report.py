@@ -87,9 +87,10 @@ class RunReport:
         return json.dumps(self.to_dict())
 
     def text(self) -> str:
-        """The same numbers as lines of text."""
+        """The same numbers as lines of text, the sum first."""
         return "\n".join(
             [
+                self.verdict(),
                 self._time_line(),
                 *self._memory_lines(),
                 *self._frame_lines(),
@@ -98,6 +99,16 @@ class RunReport:
                 *(line for table in self.attention for line in table.text().split("\n")),
             ]
         )
+
+    def verdict(self) -> str:
+        """Pictures, time, cost and peak in one line, as far as they are known."""
+        count = self.frames.count if self.frames else 0
+        said = [f"{count} frame{'s' if count != 1 else ''}"] if self.frames else []
+        said += [] if self.seconds is None else [_time(self.seconds)]
+        said += [] if self.cost is None else [f"{_price(self.cost)} {self.currency}"]
+        # Of a process it is that of all runs.
+        said += [f"peak {megabytes(self.memory.peak)}"] if self.memory.kind == GPU else []
+        return ", ".join(said) or "time and cost are not known"
 
     def _time_line(self) -> str:
         if self.seconds is None:
@@ -135,6 +146,16 @@ class RunReport:
         if self.cost is None:
             return f"cost: unknown, the time is not known ({at})"
         return f"cost: {self.cost:.6f} {self.currency} {at}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def _price(cost: float) -> str:
+    return f"{cost:.2f}" if cost >= 0.01 else f"{cost:.1g}"
 
 
 def _model_lines(model: LoadReport | ModelFacts) -> list[str]:

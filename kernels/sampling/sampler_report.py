@@ -34,10 +34,9 @@ class SamplerReport:
 
     def text(self) -> str:
         lines = [
-            f"{self.sampler}, {self.scheduler}, {self.steps} steps, cfg {self.cfg:g}, "
-            f"preset {self.preset}",
-            f"{self.seconds:.2f} s, {self.seconds / max(1, self.steps):.2f} s per step, "
-            "loading included",
+            f"{self.steps} steps, {self.seconds:.2f} s, "
+            f"{self.seconds / max(1, self.steps):.2f} s per step, loading included",
+            f"{self.sampler}, {self.scheduler}, cfg {self.cfg:g}, preset {self.preset}",
         ]
         lines += [cache.text() for cache in self.caches]
         lines += [self.memory.text()] if self.memory else []

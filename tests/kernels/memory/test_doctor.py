@@ -69,6 +69,37 @@ def test_native_formats_by_capability(capability, native):
         assert found[name] == (PLAIN if name in ("int8", "W4A4", "W4A8") else EMULATED), name
 
 
+@pytest.mark.parametrize(
+    ("facts", "verdict"),
+    [
+        (GPU, "RTX 3060: take W4A8 or int8; fp8 only saves memory here"),
+        (replace(GPU, device="RTX 4090", capability=(8, 9)), "RTX 4090: take W4A8, int8 or fp8"),
+        (
+            replace(GPU, device="V100", capability=(7, 0)),
+            "V100: take 16 bits where it fits; W4A8, int8 and fp8 only save memory here",
+        ),
+        (
+            replace(GPU, formats=()),
+            "RTX 3060: take 16 bits or GGUF; update ComfyUI for int8 and W4A8",
+        ),
+        (CPU, "CPU: take tiny models and short clips; a Wan 14B step takes hours here"),
+    ],
+)
+def test_the_verdict_comes_first(facts, verdict):
+    lines = diagnose(facts).text().split("\n")
+    assert lines[0] == verdict
+    # The blank line ends what a node has room for.
+    assert lines.index("") <= 5
+
+
+def test_the_large_model_is_told_of_in_the_format_that_streams_least():
+    assert diagnose(GPU).verdict()[1] == (
+        "Wan 14B I2V in W4A8 at 480p: streams 3.92 GB from RAM in every step"
+    )
+    large = replace(GPU, memory_total=96 * GB, memory_free=95 * GB)
+    assert diagnose(large).verdict()[1] == "Wan 14B I2V in fp16 at 480p: fits"
+
+
 def test_cuda_backend_off_below_13_and_what_it_costs():
     backends = ON | {"cuda": replace(ON["cuda"], disabled=True)}
     facts = replace(GPU, cuda="12.8", backends=backends)
@@ -161,7 +192,7 @@ def test_missing_packages():
 
 def test_machine_lines():
     text = diagnose(GPU).text()
-    assert text.startswith("ComfyUI 1.2.3, torch 2.11.0 (built for CUDA 13.0)\n")
+    assert "\n\nComfyUI 1.2.3, torch 2.11.0 (built for CUDA 13.0)\n" in text
     assert "RTX 3060, compute capability 8.6, 11.00 GB free of 12.00 GB" in text
     assert "streamed by ComfyUI's dynamic VRAM" in text and "hours on a CPU" not in text
     assert "dynamic VRAM is off" in diagnose(replace(GPU, streaming=False)).text()

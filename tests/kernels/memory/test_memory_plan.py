@@ -83,7 +83,7 @@ def test_weights_are_streamed_once_the_switches_are_used_up():
 
 def test_what_cannot_fit_says_so():
     found = plan(1.2)
-    assert not found.fits and "does NOT fit" in found.text()
+    assert not found.fits and found.text().startswith("does NOT fit: ")
     assert "smaller size or fewer frames" in found.advice[0]
 
 
@@ -118,7 +118,8 @@ def test_text_data_and_picture_show_the_same():
     data = json.loads(found.json())
     assert data["totals"] == {phase.name: phase.total for phase in found.phases}
     assert data["memory_options"] == {"sequential": True, "pieces": 2, "attention": 1}
-    assert "fits in 8.50 GB" in found.text() and found.text().isascii()
+    assert found.text().startswith("fits: 8.10 GB of 8.50 GB (typed in)\n")
+    assert found.text().isascii()
     image = plan_picture.picture(found)
     assert image.shape == (560, 1024, 3) and image.dtype == np.uint8
     # Bars are as high as their bytes: pixels of the colour of weights, planned and before.

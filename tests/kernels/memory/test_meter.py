@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from frugal.kernels.memory.meter import Meter
-from frugal.kernels.memory.run_report import RunReport
+from frugal.kernels.memory.meter import Memory, Meter
+from frugal.kernels.memory.run_report import Frames, RunReport
 
 CARD = torch.device("cuda", 0)
 
@@ -46,7 +46,7 @@ def test_a_peak_counts_both(card):
     assert part() == 16 * 10**6
     memory = meter.memory(CARD)
     assert (memory.peak, memory.now, memory.streamed) == (29 * 10**6, 11 * 10**6, 20 * 10**6)
-    line = RunReport(None, memory).text().split("\n")[1]
+    line = RunReport(None, memory).text().split("\n")[2]
     assert "29.0 MB at peak" in line and "20.0 MB of weights in dynamic VRAM" in line
     meter.start(CARD)
     assert meter.memory(CARD).streamed == 3 * 10**6
@@ -59,3 +59,13 @@ def test_without_it_only_the_allocator_counts(card):
     memory = meter.memory(CARD)
     assert (memory.peak, memory.streamed) == (9 * 10**6, 0)
     assert "(torch allocator, a card)" in RunReport(None, memory).text()
+
+
+def test_the_first_line_is_the_sum():
+    memory = Memory("cuda", "a card", peak=2 * 10**9, now=1, total=3)
+    frames = Frames(81, 832, 480)
+    long = RunReport(210.4, memory, frames=frames, price_per_hour=0.5, currency="EUR")
+    assert long.text().split("\n")[0] == "81 frames, 210 s, 0.03 EUR, peak 2.00 GB"
+    process = Memory("process", "cpu", peak=2 * 10**9, now=1, total=3)
+    assert RunReport(3.21, process, price_per_hour=0.5).verdict() == "3.2 s, 0.0004 USD"
+    assert RunReport(None, process).verdict() == "time and cost are not known"

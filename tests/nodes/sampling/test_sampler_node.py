@@ -63,7 +63,7 @@ def test_off_is_the_ksampler_to_the_bit(wan, prompts, sampler):
     assert torch.equal(mine["samples"], stock_latent["samples"])
     assert mine.keys() == stock_latent.keys()
     assert (data["step_cache"], data["notes"], data["attention"]) == ([], [], None)
-    assert f"{sampler}, simple, 3 steps" in text
+    assert text.startswith("3 steps, ") and f"\n{sampler}, simple, cfg 3" in text
 
 
 def test_off_with_mask_batch_and_denoise(smooth_wan, prompts):
