@@ -10,7 +10,7 @@ are predictions that no run here has checked. All in fp32 on a CPU, the real siz
 `python bench/plan.py --example PICTURE.png TREE` prints the plan of a 14B I2V in int8 and in W4A8,
 832 x 480, 81 frames, in 12 GB, and draws the first: traced in bf16, weights by arithmetic.
 
-`python bench/plan.py --cards TREE` prints what docs/user/start-12gb.md and the notes of the 4-step
+`python bench/plan.py --cards TREE` prints what docs/start-12gb.md and the notes of the 4-step
 graphs say of cards: one of Wan 2.2's experts at a time, cfg 1, by the same arithmetic.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import harness
@@ -34,14 +35,14 @@ REAL = {
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 
 
-def shape_of(dim: int, ffn: int, heads: int, layers: int, image: bool, dtype):
+def shape_of(dim: int, ffn: int, heads: int, layers: int, image: bool, dtype, channels: int = 0):
     """What a MODEL of this shape shows to the planner; its weights are nowhere."""
     import comfy.ldm.wan.model
     import comfy.ops
 
     config = dict(
         image_model="wan2.1", model_type="i2v" if image else "t2v", dim=dim, ffn_dim=ffn,
-        num_heads=heads, num_layers=layers, in_dim=36 if image else 16, out_dim=16,
+        num_heads=heads, num_layers=layers, in_dim=channels or (36 if image else 16), out_dim=16,
     )  # fmt: skip
     kind, operations = comfy.ldm.wan.model.WanModel, comfy.ops.disable_weight_init
     return SimpleNamespace(
@@ -214,10 +215,11 @@ def cards(tree: str) -> None:
     from frugal.kernels.memory import plan as memory
     from frugal.nodes.memory import meta_models
 
-    config = fit.WAN["Wan 14B I2V"]
-    peaks = meta_models.ForwardPeaks(
-        shape_of(*REAL["14B I2V"], torch.bfloat16), torch.device("cpu")
-    )
+    # Wan 2.2's experts have Wan 2.1's shape without the branch for the CLIP picture.
+    config = replace(fit.WAN["Wan 14B I2V"], image=False)
+    shape = (config.dim, config.ffn_dim, 40, config.layers, False)
+    model = shape_of(*shape, torch.bfloat16, channels=config.in_dim)
+    peaks = meta_models.ForwardPeaks(model, torch.device("cpu"))
     for label, size in CLIPS.items():
         job = memory.Job(*size, guided=False)
         for card, budget in CARDS:

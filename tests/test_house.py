@@ -298,7 +298,7 @@ def test_the_pack_changes_no_environment():
             assert not forbidden.search(line), f"{name(path)}:{number}: {line.strip()}"
 
 
-# Phrases that once stood for things with a usual name, which docs/glossary.md has.
+# Phrases that once stood for things with a usual name, which docs/developer/glossary.md has.
 PRIVATE_WORDS = (
     "(Frugal)", "beside the weights", "cannot stand", "close ranks", "constant context", "errs",
     "foretell", "foretells", "foretold", "hangs on", "in sight", "lora beside", "loras beside",
@@ -320,7 +320,7 @@ def test_things_have_their_usual_names():
         if read and path.resolve() != Path(__file__).resolve():
             found[name(path)] = private_words(path.read_text("utf-8"))
     found = {path: words for path, words in found.items() if words}
-    assert not found, f"docs/glossary.md has the usual names: {found}"
+    assert not found, f"docs/developer/glossary.md has the usual names: {found}"
 
 
 def test_a_private_word_is_seen():
