@@ -19,6 +19,10 @@ from frugal.nodes import FAMILIES
 
 PAGES = Path(__file__).resolve().parents[2] / "nodes" / "web" / "docs"
 SECTIONS = ("Inputs", "Outputs", "Cost", "When not to use it")
+# Words that a hurried reader meets before the details begin; a page of more than LONG words says
+# above them when to use the node, and which three settings matter.
+FOLD, LONG, SHORT = 300, 600, "In short"
+MOST_COLUMNS = 4
 LARGEST_PICTURE = 30_000
 LARGEST_SUM = 1_500_000
 
@@ -61,6 +65,18 @@ def faults(schema, page: str) -> list[str]:
         shown = (output.id, output.display_name or output.id)
         if not any(names(word, found.get("Outputs", "")) for word in shown):
             missing.append(f"output {shown[-1]} is not named under Outputs")
+    first = next(iter([title for title in found if title]), "")
+    above = found[""] + (found[first] if first == SHORT else "")
+    if len(above.split()) > FOLD:
+        missing.append(f"{len(above.split())} words before the details begin")
+    if len(page.split()) > LONG and first != SHORT:
+        missing.append(f"no section {SHORT!r} at the top of {len(page.split())} words")
+    if first == SHORT and len(re.findall(r"^- ", found[SHORT], flags=re.MULTILINE)) != 3:
+        missing.append(f"{SHORT!r} does not name three settings")
+    if any(
+        row.count("|") > MOST_COLUMNS + 1 for row in re.findall(r"^\|.*\|$", page, re.MULTILINE)
+    ):
+        missing.append("a table that is wider than the panel")
     if re.search(r"^\| (input|output) \|[^|]*\|.*\|", page, flags=re.MULTILINE):
         # The panel is 260 px wide: a third column is cut off.
         missing.append("a table of inputs or outputs with three columns")
@@ -87,6 +103,11 @@ def test_what_is_left_out_is_seen(schemas):
     assert len(faults(schema, page.replace("**inverted**", "the rest"))) == 1
     assert len(faults(schema, page.replace("| input |", "| input | unit |"))) == 1
     assert len(faults(schema, page.replace("# Grow Mask (px)\n", "# Grow\n"))) == 1
+    first = f"({schema.node_id}.png)\n"
+    assert len(faults(schema, page.replace(first, first + FOLD * "word "))) == 1
+    assert len(faults(schema, page + LONG * "word ")) == 1
+    assert len(faults(schema, page.replace("## Inputs", "## In short\n\n- one\n\n## Inputs"))) == 1
+    assert len(faults(schema, page + "\n| a | b | c | d | e |\n")) == 1
 
 
 def test_every_node_has_a_picture(schemas):
