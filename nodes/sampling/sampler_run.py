@@ -20,6 +20,7 @@ from . import (
     distilled_run,
     first_phase,
     guidance_range_run,
+    matching,
     preview,
     step_cache_run,
 )
@@ -48,6 +49,7 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job, first:
     is off. first: a MODEL without the distillation LoRA for the first `job.first_steps` steps, at
     the caller's guidance; the latent is then that of advanced KSamplers one after the other.
     """
+    matching.check(model, (positive, negative), latent)
     caches: list[StepCacheReport] = []
     original = model
     model, cfg, notes = _prepared(model, job, caches, first is not None)
