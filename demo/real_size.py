@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .comfy_server import ComfyServer, ServerError
 from .layout import WORKFLOWS
@@ -42,11 +42,16 @@ def missing(graph: dict, models: Path) -> list[str]:
     ]
 
 
+def upright(path: Path) -> Image.Image:
+    """The picture as a person sees it: turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(Image.open(path))
+
+
 def mask_of(person: Path, mask: Path | None) -> Image.Image:
     """White = repaint: the mask file, else the transparent part of the person's picture."""
     if mask is not None:
-        return Image.open(mask).convert("L")
-    picture = Image.open(person)
+        return upright(mask).convert("L")
+    picture = upright(person)
     if "A" in picture.getbands():
         alpha = np.asarray(picture.getchannel("A"))
         if (alpha < 128).any():
@@ -76,9 +81,9 @@ def run_real(
     inputs = out / "inputs"
     inputs.mkdir(parents=True, exist_ok=True)
     named = {
-        "person.png": Image.open(person).convert("RGB"),
+        "person.png": upright(person).convert("RGB"),
         "person_mask.png": hole.convert("RGB"),
-        "garment.png": Image.open(garment),
+        "garment.png": upright(garment),
     }
     for name, picture in named.items():
         picture.save(inputs / name)
