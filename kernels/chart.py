@@ -27,7 +27,7 @@ class Axis:
 
     def __init__(self, top: int, bottom: int, most: float, label: Callable[[float], str]):
         self.top, self.bottom, self.label = top, bottom, label
-        self.step = _round_up(most / 4) if most > 0 else 0.25
+        self.step = round_up(most / 4) if most > 0 else 0.25
         self.ticks = max(1, math.ceil(most / self.step - 1e-9)) if most > 0 else 4
 
     def at(self, value: float) -> float:
@@ -43,7 +43,7 @@ class Axis:
         draw.text((LEFT, self.top - 8), title, INK, fonts[14], anchor="lb")
 
 
-def _round_up(value: float) -> float:
+def round_up(value: float) -> float:
     """The smallest of 1, 2, 2.5 and 5 times a power of ten that is not below `value`."""
     unit = 10.0 ** math.floor(math.log10(value))
     return unit * next(one for one in (1, 2, 2.5, 5, 10) if one * unit >= value * (1 - 1e-9))

@@ -17,7 +17,7 @@ from ..report import megabytes
 
 TEXT, SAMPLE, DECODE = "text encoding", "sampling, each step", "decoding"
 WEIGHTS, STREAMED, WORK, LATENTS = "weights", "buffers of streamed weights", "forward", "latents"
-EXPANDED, CROSS_KV, CAUSAL_KV = "expanded layer", "cross-attention K and V", "causal K and V"
+EXPANDED, CROSS_KV, CAUSAL_KV = "dequantized layer", "cross-attention K and V", "causal K and V"
 # fp32 tensors of the latent's shape that ComfyUI and a sampler hold around a forward: noise, start,
 # x, denoised, and per condition output, count and weight; counted on a run (docs/memory.md).
 LATENT_COPIES = 12

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..chart import round_up
 from ..report import megabytes
 from .plan import CAUSAL_KV, CROSS_KV, EXPANDED, LATENTS, STREAMED, WEIGHTS, WORK, MemoryPlan, Phase
 
@@ -65,11 +66,12 @@ def height_of(size: int, most: int) -> int:
 
 
 def _axis(draw: Any, font: Any, most: int) -> None:
-    for quarter in range(5):
-        size = most * quarter // 4
+    step = round(round_up(max(most, 4) / 4))
+    for size in range(0, most + 1, step):
         y = height_of(size, most)
-        draw.line((LEFT, y, WIDTH - RIGHT, y), INK if not quarter else FAINT)
-        draw.text((LEFT - 8, y), megabytes(size), INK, font, "rm")
+        draw.line((LEFT, y, WIDTH - RIGHT, y), FAINT if size else INK)
+        unit, name = (1e9, "GB") if step >= 10**8 else (1e6, "MB")
+        draw.text((LEFT - 8, y), f"{size / unit:g} {name}", INK, font, "rm")
 
 
 def _stack(draw: Any, font: Any, phase: Phase, left: float, width: float, most: int) -> None:
