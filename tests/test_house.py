@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
     ".ci", ".comfyignore", ".github", ".gitignore", ".pre-commit-config.yaml", "AGENTS.md",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md", "__init__.py",
-    "bench", "demo", "dev.py", "docs", "kernels", "nodes", "pyproject.toml", "requirements.txt",
-    "servers", "tests", "workflows",
+    "bench", "demo", "dev.py", "docs", "kernels", "locales", "nodes", "pyproject.toml",
+    "requirements.txt", "servers", "tests", "workflows",
 }  # fmt: skip
 COMFYUI_MODULES = {
     "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",

@@ -15,8 +15,8 @@ from frugal.tests.helpers.tracked import tracked_or_skip
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {
-    ".comfyignore", "LICENSE", "README.md", "__init__.py", "kernels", "nodes", "pyproject.toml",
-    "requirements.txt", "servers", "workflows",
+    ".comfyignore", "LICENSE", "README.md", "__init__.py", "kernels", "locales", "nodes",
+    "pyproject.toml", "requirements.txt", "servers", "workflows",
 }  # fmt: skip
 MAY_BE_PUBLISHED = {"CHANGELOG.md", "docs"}
 # Formats are fp16 and bf16 by definition there; no device is chosen.
