@@ -212,6 +212,13 @@ def _declared(
         grid = _float8_grid(where, side["weight_scale"], shape)
         _check_grid(where, kind, options, side["weight_scale"], shape, grid)
         return LayerLayout(FLOAT8[weight.dtype], grid, stored=stored, options=options)
+    if form == W4A8 and weight.shape == (out, 3 * inside // 4):
+        raise FrugalError(
+            f"{where} is W6A8, 6 bits under the name {W4A8}",
+            "4 bits",
+            "use Load Diffusion Model in a ComfyUI whose comfy-kitchen runs it (0.2.36 or later), "
+            "or a W4A8, int8 or fp8 file of the same model",
+        )
     group = (
         options.get("convrot_groupsize", 256)
         if form in (W4A4, W4A8) or options.get("convrot")

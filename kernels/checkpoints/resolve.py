@@ -28,7 +28,7 @@ from .packed import (
 from .packed import SIDE as PACKED_SIDE
 from .relatives import refuse_relative
 from .resolve_notes import format_name, label_notes, plan_notes
-from .wan_keys import COMPANIONS, Naming, find_naming, is_label
+from .wan_keys import COMPANIONS, PREFERENCE, Naming, find_naming, is_label
 from .wan_shapes import RELATIVES, TEXT_DIM, Parameter, WanConfig, detect_config, parameters
 
 MARKER = "scaled_fp8"
@@ -54,8 +54,8 @@ class Plan:
     canonical name, `layers` each linear layer that is quantised to its layout, `transformer`
     holds what the file's own configuration adds to the shapes, `formats` counts bytes of weights
     per format, `notes` says in words what a user should know, `settings` holds what the file states
-    of a GPTQ or AWQ quantisation, and `own_formats` are the formats that the pack runs because
-    ComfyUI does not.
+    of a GPTQ or AWQ quantisation, `own_formats` are the formats that the pack runs because ComfyUI
+    does not, and `preferences` the tensors that choose an attention kernel.
     """
 
     file: str
@@ -69,6 +69,7 @@ class Plan:
     notes: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     own_formats: tuple[str, ...] = PACKED
+    preferences: tuple[str, ...] = ()
 
     @property
     def gridded(self) -> tuple[str, ...]:
@@ -101,6 +102,9 @@ def plan_wan(
     labels = [raw for raw, info in tensors.items() if is_label(naming.canonical(raw) or raw, info)]
     kept = {raw: info for raw, info in tensors.items() if raw not in set(labels)}
     names, left_out, markers = _canonical_names(file, naming, kept)
+    preferences = {name: names.pop(name) for name in list(names) if name.endswith(PREFERENCE)}
+    for name, raw in preferences.items():
+        _json(file, name, _bytes(file, name, value(raw)))
     stated = _transformer(file, metadata)
     transformer = {key: stated[key] for key in FORWARDED if key in stated}
     if transformer.get("model_type") in BY_SHAPE:
@@ -115,7 +119,7 @@ def plan_wan(
     packed_settings = settings(file, metadata)
 
     layers: dict[str, LayerLayout] = {}
-    rename: dict[str, str] = {}
+    rename = {raw: name for name, raw in preferences.items()}
     formats: Counter[str] = Counter()
     unit_scales_dropped = 0
     for name, parameter in table.items():
@@ -159,7 +163,7 @@ def plan_wan(
         notes += (f"configuration entries left out: {ascii(', '.join(ignored))[1:-1][:200]}",)
     return Plan(
         file, config, table, naming, rename, layers, transformer, dict(formats), notes,
-        packed_settings,
+        packed_settings, preferences=tuple(preferences),
     )  # fmt: skip
 
 
@@ -362,12 +366,8 @@ def _declared(
     for layer, suffixes in side.items():
         if "comfy_quant" not in suffixes:
             continue
-        tensor = value(names[f"{layer}.comfy_quant"])
-        if tensor.dtype != torch.uint8:
-            raise FrugalError(
-                f"{file}: {layer}.comfy_quant is {tensor.dtype}", "bytes", "convert the model again"
-            )
-        entry = _json(file, f"{layer}.comfy_quant", bytes(tensor.flatten().tolist()))
+        name = f"{layer}.comfy_quant"
+        entry = _json(file, name, _bytes(file, name, value(names[name])))
         if declared.setdefault(layer, entry).get("format") != entry.get("format"):
             raise FrugalError(
                 f"{file} declares {layer} as {declared[layer].get('format')} and as "
@@ -376,6 +376,12 @@ def _declared(
                 "convert the model again",
             )
     return declared
+
+
+def _bytes(file: str, name: str, tensor: torch.Tensor) -> bytes:
+    if tensor.dtype != torch.uint8:
+        raise FrugalError(f"{file}: {name} is {tensor.dtype}", "bytes", "convert the model again")
+    return bytes(tensor.flatten().tolist())
 
 
 def _json(file: str, name: str, raw: bytes) -> dict[str, Any]:

@@ -36,6 +36,8 @@ PARTS = re.compile(
     r"|proj_out|time_projection|\w*_encoder|\w*_adapter|audio\w*|face\w*|motion\w*)(?:\.|$)"
 )
 NUMBERS = re.compile(r"scale|alpha|gamma|beta|gain|shift|factor|gate|sigma|mean|std|bias|weight")
+# What an attention module of newer ComfyUI versions should compute with: JSON as bytes.
+PREFERENCE = ".comfy_attention.config"
 ORIGINAL_ANCHOR = "head.modulation"
 DIFFUSERS_ANCHORS = ("scale_shift_table", "condition_embedder.text_embedder.linear_1.bias")
 # Parts of an all-in-one checkpoint, or of a training state, that are not the video model.

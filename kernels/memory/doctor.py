@@ -17,7 +17,7 @@ from ..attention.backends import Backend as Kernel
 from ..checkpoints.layouts import WITH_FLOAT8
 from ..formats.hardware import FORMATS, INTEGER, Capability
 from ..report import megabytes
-from .fit import FRAMES, Fit, fit_lines, fits
+from .fit import FRAMES, Fit, fit_lines, fits, pair_lines
 from .verdict import best_fit, which_file
 
 NATIVE, PLAIN, EMULATED, UNKNOWN = "native", "plain PyTorch", "emulated", "not known"
@@ -117,6 +117,7 @@ class Diagnosis:
     attention: tuple[Finding, ...]
     packages: tuple[Finding, ...]
     models: tuple[Fit, ...]
+    pairs: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Every fact and finding, JSON-ready."""
@@ -148,6 +149,7 @@ class Diagnosis:
             ("Attention", [each.text() for each in self.attention]),
             ("Packages", [each.text() for each in self.packages]),
             (f"Models ({FRAMES} frames of video)", fit_lines(list(self.models))),
+            ("Main memory, if everything is copied there", list(self.pairs)),
         )
         lines = [*self.verdict(), "", *_machine_lines(self.facts)]
         for title, body in sections:
@@ -165,6 +167,7 @@ def diagnose(facts: Facts) -> Diagnosis:
         tuple(_attention(facts)),
         tuple(_packages(facts)),
         tuple(fits(own_memory, facts.ram_free, facts.formats)),
+        tuple(pair_lines(facts.ram_free, facts.formats)),
     )
 
 

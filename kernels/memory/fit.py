@@ -131,6 +131,22 @@ def fits(device: int, ram_free: int, known: tuple[str, ...]) -> list[Fit]:
     return found
 
 
+def pair_lines(ram_free: int, known: tuple[str, ...]) -> list[str]:
+    """One line per format on two 14B experts, as Wan 2.2 has, with the text encoder in fp8: what
+    main memory takes once both have been copied there.
+    """
+    lines = []
+    for form, (_, _, name) in FORMATS.items():
+        if name is None or name in known:
+            size = 2 * wan_bytes(WAN["Wan 14B I2V"], form) + ENCODER_BYTES["fp8"]
+            short = size - ram_free
+            says = f"{megabytes(short)} more than is free" if short > 0 else "fits"
+            lines.append(
+                f"two experts of 14B {form}, with text encoder ({megabytes(size)}): {says}"
+            )
+    return lines
+
+
 def fit_lines(found: list[Fit]) -> list[str]:
     """One line per model and format, its jobs side by side."""
     groups: dict[str, list[Fit]] = {}

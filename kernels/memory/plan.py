@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..report import megabytes
+from .main_memory import MainMemory
 
 TEXT, SAMPLE, DECODE = "text encoding", "sampling, each step", "decoding"
 WEIGHTS, STREAMED, WORK, LATENTS = "weights", "buffers of streamed weights", "forward", "latents"
@@ -149,7 +150,8 @@ class MemoryPlan:
     """budget: what may be used. before: the phases as ComfyUI would run them, everything on the
     device. phases: with the plan. streamed: weights streamed from main memory in every step. fits:
     no phase is larger than the budget. peaks: memory options tried -> bytes of the forward, in
-    order. advice: what else would help, cheapest first.
+    order. advice: what else would help, cheapest first. main_memory: what the weights take
+    there, where it is known.
     """
 
     title: str
@@ -165,6 +167,7 @@ class MemoryPlan:
     fits: bool = True
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    main_memory: MainMemory | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, JSON-ready."""
@@ -195,6 +198,8 @@ class MemoryPlan:
                 f"weights streamed from main memory in every step: {megabytes(self.streamed)}"
             )
         lines += [f"weights: {held}", *(phase.text() for phase in self.phases)]
+        if self.main_memory is not None:
+            lines += self.main_memory.lines()
         if self.before != self.phases:
             lines += ["without the plan:", *(phase.text() for phase in self.before)]
         lines += [f"advice: {line}" for line in self.advice]

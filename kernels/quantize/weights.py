@@ -61,7 +61,7 @@ class Weights:
             for name, entry in table.items()
             if entry.linear
         }
-        self._names = list(table)
+        self._names = [*table, *self.plan.preferences]
 
     def units(self) -> Iterator[str]:
         """What is written together, in the order of the model: a linear layer's name for its weight

@@ -32,6 +32,8 @@ DOWN = (
 )  # fmt: skip
 # Prefixes of diffusers for the two models of a Wan 2.2 pipeline.
 EXPERTS = ("transformer.", "transformer_2.")
+# ComfyUI's choice of an attention kernel for a layer, JSON as bytes, from version 0.36 on.
+PREFERENCE, PREFERS = ".config", "chooses an attention kernel and changes no weight, so left out"
 TEXT_ENCODERS = ("lora_te", "text_encoder", "te1_", "te2_", "cond_stage_model", "clip_l.")
 
 
@@ -111,6 +113,9 @@ def read_for(path: Path, places: dict[str, Any], wan: bool = True) -> LoraFile:
     groups: dict[str, _Group] = {}
     unplaced: dict[str, str] = {}
     for key, tensor in tensors.items():
+        if key.endswith(PREFERENCE) and tensor.dtype == torch.uint8:
+            unplaced[key] = PREFERS
+            continue
         whole = parameter_key(key)
         layer, place = _placed(whole, places, known)
         if layer is not None:

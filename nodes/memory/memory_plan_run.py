@@ -32,7 +32,7 @@ from ...kernels.memory.plan import (
 )
 from ...kernels.report import LoadReport, megabytes
 from .._comfy import CONTEXT_KEY, EXPERTS_KEY, PLAN_KEY, compute_dtype, experts_of, show_text
-from . import causal_trace, doctor_run, dynamic_vram, run_report_run
+from . import causal_trace, doctor_run, dynamic_vram, main_memory_run, run_report_run
 from .chunked_blocks import ActiveOptions, forwards
 from .meta_models import ForwardPeaks, check, decoded
 from .policy import Policy
@@ -99,6 +99,9 @@ def plan_of(
         [*notes, *said],
         latents,
     )
+    held = main_memory_run.of(model, clip)
+    if held is not None:
+        plan = replace(plan, main_memory=held, advice=(*plan.advice, *held.advice()))
     if isinstance(peaks, causal_trace.CausalPeaks):
         plan = replace(plan, advice=(*peaks.advice(plan), *plan.advice))
     return plan, peaks
@@ -211,7 +214,8 @@ def weights_of(model: Any, guided: bool = True) -> Weights:
     found = run_report_run.model_facts(model)
     shapes = {name: tuple(each.shape) for name, each in diffusion.named_parameters()}
     try:
-        w4a8 = fit.wan_bytes(detect_config("the MODEL", shapes), "W4A8")
+        config = detect_config("the MODEL", shapes)
+        w4a8 = None if config.relative else fit.wan_bytes(config, "W4A8")
     except FrugalError:
         w4a8 = None
     context, caches = _context_of(model), {}

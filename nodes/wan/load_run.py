@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comfy.ldm.modules.attention
 import comfy.model_detection
 import comfy.model_management
 import comfy.quant_ops
@@ -75,6 +76,7 @@ def load_wan(
     _check_detection(plan, metadata)
     state_dict = normalise(plan, _tensors(source), _quantiser(plan))
     packed = take_packed(plan, state_dict)
+    plan = _with_preferences(plan, state_dict)
     state_types = {name: tensor.dtype for name, tensor in state_dict.items()}
     options = {} if weight_dtype == DEFAULT else {"dtype": WEIGHT_DTYPES[weight_dtype]}
     if not plan.layers and mapped.useful():
@@ -150,6 +152,23 @@ def _with_choice(plan: Plan, source: Source, quantize: str) -> Plan:
         )
         return replace(plan, notes=(*plan.notes, note))
     return plan if quantize == AS_STORED else quantised_plan(plan, quantize, source.tensors)
+
+
+def _with_preferences(plan: Plan, state_dict: dict[str, torch.Tensor]) -> Plan:
+    """The plan with a note on the file's choices of attention kernels; where the running ComfyUI
+    does not read them, they are taken out of the state dict, which changes.
+    """
+    if not plan.preferences:
+        return plan
+    count, first = len(plan.preferences), plan.preferences[0]
+    said = ascii(bytes(state_dict[first].flatten().tolist()).decode(errors="replace"))[1:-1][:80]
+    what = f"{count} layers choose their attention kernel (first {said})"
+    if hasattr(comfy.ldm.modules.attention, "ComfyAttention"):
+        return replace(plan, notes=(*plan.notes, f"{what}: left to ComfyUI"))
+    for name in plan.preferences:
+        del state_dict[name]
+    note = f"{what}, which this ComfyUI does not read: attention runs as it is set here"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _quantiser(plan: Plan) -> Any:

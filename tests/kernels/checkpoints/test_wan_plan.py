@@ -225,6 +225,11 @@ REFUSED = {
         None,
         "a tensor of asymmetric W4A8 with correction",
     ),
+    "w4a8 of 6 bits": (
+        lambda: native("asym_w4a8_int8", weight=torch.ones(8, 12, dtype=torch.int8)),
+        None,
+        r"comfy-kitchen runs it.*ffn.2 is W6A8, 6 bits",
+    ),
     "rotation group that does not divide": (
         lambda: native("convrot_w4a4"),
         None,
@@ -260,7 +265,7 @@ REFUSED = {
     "S2V": (
         lambda: bf16() | {"casual_audio_encoder.x.weight": torch.ones(2)},
         None,
-        "is Wan 2.2 S2V",
+        "inside ComfyUI.* is Wan 2.2 S2V",
     ),
     "LoRA": (
         lambda: {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2)},

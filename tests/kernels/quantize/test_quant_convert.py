@@ -284,3 +284,11 @@ def test_progress_counts_every_byte(floats, tmp_path):
     )  # fmt: skip
     assert calls[-1] == (report.target_bytes, report.target_bytes)
     assert calls == sorted(calls) and len(calls) > 50
+
+
+def test_choices_of_attention_kernels_go_over(floats, tmp_path):
+    name = "blocks.0.self_attn.comfy_attention.config"
+    wish = torch.tensor(list(b'{"attention": "x"}'), dtype=torch.uint8)
+    out = tmp_path / "out.safetensors"
+    quantised(written(tmp_path, floats | {name: wish}), table.FP8, out)
+    assert torch.equal(load_file(out)[name], wish)

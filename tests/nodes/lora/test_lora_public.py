@@ -243,6 +243,22 @@ def test_what_is_missing_comes_first(tmp_path):
     assert LoraMerge(Weights(base), [(path, 1.0)]).notes[0].startswith(first)
 
 
+def test_choices_of_attention_kernels_are_named(tmp_path):
+    """A newer ComfyUI's LoRA may hold such a choice for a layer; no weight changes by it."""
+    base = bed.write(tmp_path / "base.safetensors", SOURCE)
+    key = "diffusion_model.blocks.0.self_attn.comfy_attention.config"
+    wish = torch.tensor(list(b'{"attention": "x"}'), dtype=torch.uint8)
+    path = bed.write(tmp_path / "lora.safetensors", named(diffusers) | {key: wish})
+    model = load_run.load_wan(base, "fp32")[0]
+    report = apply.apply(model, file.read(path, model.model), 1.0)[1]
+    assert dict(report.left) == {key: file.PREFERS}
+    assert report.beside + report.inside == report.keys - 1
+    assert (
+        file.PREFERS in report.text()
+        and file.PREFERS in LoraMerge(Weights(base), [(path, 1.0)]).notes[0]
+    )
+
+
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", "cut", "nan"])
 def test_files_that_are_no_lora(content, check, tmp_path):
     tensors = named(diffusers)

@@ -10,8 +10,8 @@ import torch
 
 from frugal.kernels.memory import chunks, cross_kv_report
 from frugal.kernels.memory.plan import CROSS_KV, SAMPLE, WEIGHTS, Job, MemoryOptions
-from frugal.nodes.memory import cross_kv_run, memory_plan_run, policy
-from frugal.nodes.wan import experts_run, load_run
+from frugal.nodes.memory import cross_kv_run, main_memory_run, memory_plan_run, policy
+from frugal.nodes.wan import experts_run, load_run, mapped
 from frugal.tests.helpers import cross_kv as contexts
 from frugal.tests.helpers import rounding
 from frugal.tests.helpers import sampling as runs
@@ -192,3 +192,42 @@ def test_kept_context_is_what_a_run_keeps(config, fp8, tmp_path, monkeypatch):
     clone = kept.clone()
     clone.remove_wrappers_with_key("sampler_sample", cross_kv_run.KEY)
     assert memory_plan_run.weights_of(clone).caches == {}
+
+
+@pytest.mark.skipif(not main_memory_run.MAPS.exists(), reason="Linux lists mapped files")
+@pytest.mark.skipif(mapped.dynamic(), reason="ComfyUI's own mapping")
+def test_main_memory_tells_mapped_weights_from_copied_ones(tmp_path, monkeypatch):
+    """fp32 weights stay in their files at fp32 and are copied to bf16."""
+    tensors = bed.base(bed.weights(), torch.float32)[0]
+    paths = [bed.write(tmp_path / f"{name}.safetensors", tensors) for name in ("high", "low")]
+    tensors = bed.base(bed.weights(seed=2), torch.float32)[0]
+    bed.write(paths[1], tensors)
+    plans = {}
+    for dtype in ("fp32", "bf16"):
+        with torch.inference_mode():
+            pair = [load_run.load_wan(path, dtype)[0] for path in paths]
+        plans[dtype] = memory_plan_run.plan_of(join(*pair), JOB, 0)[0].main_memory
+    size = paths[0].stat().st_size
+    for dtype, memory in plans.items():
+        assert [each.name for each in memory.stages] == [
+            "high noise expert", "low noise expert", "after the run",
+        ]  # fmt: skip
+        stage = memory.stages[0]
+        assert stage.copied + stage.mapped == pytest.approx(
+            2 * size * (1 if dtype == "fp32" else 0.5), rel=0.02
+        )
+        assert (stage.mapped > 0.9 * 2 * size) == (dtype == "fp32")
+    text = memory_plan_run.plan_of(join(*pair), JOB, 0)[0].text()
+    assert "main memory, " in text and "after the run" in text
+    # A device of its own, without dynamic VRAM: what ran there comes back as a copy.
+    for each in pair:
+        each.load_device = torch.device("meta")
+    held = main_memory_run.of(join(*pair))
+    assert held is not None
+    assert held.stages[-1].copied == pytest.approx(size, rel=0.02)
+
+
+def test_without_a_list_of_mapped_files_nothing_is_said(experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_memory_run, "MAPS", tmp_path / "absent")
+    plan = memory_plan_run.plan_of(join(*experts), JOB, 0)[0]
+    assert plan.main_memory is None and "main memory, " not in plan.text()

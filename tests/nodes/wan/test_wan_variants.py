@@ -235,3 +235,41 @@ def test_own_configuration_is_read_or_refused(tmp_path):
     else:
         with pytest.raises(FrugalError, match="causal_ar"):
             load(path)
+
+
+PREFERS = b'{"attention": "comfy_kitchen_int8"}'
+
+
+def with_preferences(tensors):
+    wish = torch.tensor(list(PREFERS), dtype=torch.uint8)
+    names = [f"blocks.{i}.self_attn.comfy_attention.config" for i in range(2)]
+    return tensors | {name: wish.clone() for name in names}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_choices_of_attention_kernels(known, tmp_path, monkeypatch):
+    """From ComfyUI 0.36 on: handed on where they are known, else named and left out."""
+    attention, given = load_run.comfy.ldm.modules.attention, []
+    if known:
+        monkeypatch.setattr(attention, "ComfyAttention", object, raising=False)
+    elif hasattr(attention, "ComfyAttention"):
+        pytest.skip("this ComfyUI knows them")
+    load_into = comfy.sd.load_diffusion_model_state_dict
+
+    def watched(state_dict, **more):
+        given.append(set(state_dict))
+        return load_into(state_dict, **more)
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", watched)
+    source = bed.weights()
+    tensors = {f"model.diffusion_model.{name}": t for name, t in with_preferences(source).items()}
+    patcher, report = load(bed.write(tmp_path / "wan.safetensors", tensors))
+    assert same(patcher, source)
+    assert ("blocks.1.self_attn.comfy_attention.config" in given[0]) == known
+    (note,) = (note for note in report.notes if "attention kernel" in note)
+    assert note.startswith("2 layers choose") and "comfy_kitchen_int8" in note
+    assert ("does not read" in note) != known
+    tensors = with_preferences(source)
+    tensors["blocks.0.self_attn.comfy_attention.config"] = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(FrugalError, match=r"damaged blocks.0.self_attn.comfy_attention.config"):
+        load(bed.write(tmp_path / "wan.safetensors", tensors))
