@@ -11,9 +11,10 @@ import torch
 
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.formats.gguf_blocks import TYPES
+from frugal.kernels.memory.plan import Job
 from frugal.nodes.memory import memory_plan_run
 from frugal.nodes.sampling import compile_run
-from frugal.nodes.wan import load_run, packed_int
+from frugal.nodes.wan import experts_run, load_run, packed_int
 from frugal.tests.helpers import gguf, sampling
 from frugal.tests.helpers import lora as lora_bed
 from frugal.tests.helpers import wan as bed
@@ -239,3 +240,33 @@ def test_memory_plan_counts_blocks_and_the_largest_unpacked_layer(tmp_path):
     assert found.total <= 1.01 * path.stat().st_size
     largest = max(SOURCE[f"{layer}.weight"].numel() for layer in LAYERS)
     assert found.expanded >= largest * model.model.get_dtype().itemsize
+
+
+def test_two_experts_of_blocks_as_planned(tmp_path):
+    """Of two types; the pair is that of the floats which the blocks stand for."""
+    pair, exact = [], []
+    for seed, kind in ((1, "Q4_K"), (2, "Q8_0")):
+        path = tmp_path / f"{seed}.gguf"
+        meant = gguf.write(path, bed.weights(seed=seed), kind)
+        pair.append(load(path)[0])
+        floats = bed.write(tmp_path / f"{seed}.safetensors", meant)
+        exact.append(load(floats, "fp32")[0])
+    prompts = sampling.two_prompts()
+
+    def run(high, low, planned):
+        model = experts_run.join(high, low, 0.9, 0.0)[0]
+        if planned:
+            plan, peaks = memory_plan_run.plan_of(model, Job(64, 64, 5), 0)
+            assert "two experts" in plan.text()
+            model = memory_plan_run.apply(model, plan, peaks, False, None)
+        return sampling.sample(model, prompts, 4)
+
+    wanted = run(*exact, False)
+    for planned in (False, True):
+        assert bed.relative(run(*pair, planned), wanted) <= 1e-3
+    assert bed.relative(run(*reversed(pair), False), wanted) > 1e-2
+    assert all(packed_int.is_packed(held) for held in (words_of(each) for each in pair))
+
+
+def words_of(patcher):
+    return patcher.model.diffusion_model.get_submodule(LAYERS[0]).weight
