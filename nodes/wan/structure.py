@@ -16,6 +16,8 @@ from ...kernels.checkpoints.packed import WORDS
 from ...kernels.checkpoints.wan_shapes import Parameter, WanConfig, parameters
 from ..memory.without_memory import META, MetaOps
 
+# What ComfyUI's classes raise for sizes that no model of theirs has.
+UNBUILT = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 # What ComfyUI reads the sizes of a model from; formats change the second length of these.
 SIZES = ("blocks.0.ffn.0.weight", "head.head.weight")
 
@@ -37,12 +39,15 @@ def structure(
     held |= {name: known[name].shape for name in SIZES}
     state = {name: torch.empty(shape, device=META) for name, shape in held.items()}
     metadata = {"config": json.dumps({"transformer": dict(transformer)})} if transformer else {}
-    detected = comfy.model_detection.detect_unet_config(state, "", metadata=metadata)
-    found = detected and comfy.model_detection.model_config_from_unet_config(detected, state)
-    if not found:
+    try:
+        detected = comfy.model_detection.detect_unet_config(state, "", metadata=metadata)
+        found = detected and comfy.model_detection.model_config_from_unet_config(detected, state)
+        if not found:
+            return None
+        found.custom_operations = MetaOps
+        model = found.get_model(state, "", device=META)
+    except UNBUILT:
         return None
-    found.custom_operations = MetaOps
-    model = found.get_model(state, "", device=META)
     if not isinstance(model, comfy.model_base.WAN21):
         return None
     network = model.diffusion_model

@@ -141,3 +141,13 @@ def test_a_class_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(load_run, "structure", lambda *_: None)
     with pytest.raises(FrugalError, match=r"update ComfyUI.*audio_proj.* is Wan HuMo"):
         load(path)
+
+
+def test_sizes_that_no_class_can_have(tmp_path):
+    """A width of less than one head stops ComfyUI's class; here it is one sentence."""
+    small = bed.weights(bed.variant(bed.T2V, dim=64, ffn_dim=128))
+    path = bed.write(
+        tmp_path / "wan.safetensors", small | {"face_adapter.x.weight": torch.zeros(4, 4)}
+    )
+    with pytest.raises(FrugalError, match="is Wan Animate"):
+        load(path)
