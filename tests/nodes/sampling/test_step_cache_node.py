@@ -14,6 +14,8 @@ from frugal.nodes.sampling import guidance_range_run, step_cache_run
 from frugal.nodes.sampling.step_cache import FrugalStepCache
 from frugal.tests.helpers import flows, sampling
 
+pytestmark = pytest.mark.card
+
 STEPS = 20
 OPEN = step_cache_run.Options(threshold=0.3, start=0.0, end=1.0, max_skips=3)
 OFF = step_cache_run.Options(threshold=0.0)

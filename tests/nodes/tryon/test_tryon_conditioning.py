@@ -11,6 +11,8 @@ from frugal.kernels.errors import FrugalError
 from frugal.nodes.tryon import nodes
 from frugal.tests.helpers.builders import tryon_vae
 
+pytestmark = pytest.mark.card
+
 PERSONS, GARMENTS = 3, 3
 
 
