@@ -17,6 +17,8 @@ from frugal.tests.helpers import rounding
 from frugal.tests.helpers import sampling as runs
 from frugal.tests.helpers import wan as bed
 
+pytestmark = pytest.mark.card
+
 JOB, STEPS = Job(64, 64, 5), 4
 SWITCHES = MemoryOptions(True, 2, 2)
 

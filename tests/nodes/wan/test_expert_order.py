@@ -21,6 +21,8 @@ from frugal.nodes.wan import experts_run, load_run
 from frugal.tests.helpers import wan as bed
 from frugal.tests.nodes.wan import test_wan_experts as runs
 
+pytestmark = pytest.mark.card
+
 experts, prompts = runs.experts, runs.prompts
 EAGER = "eager"
 
