@@ -64,7 +64,8 @@ def test_the_same_frames_with_a_plan(server):
         "block": 0,
     }
     assert data["streamed"] > 0 and not data["memory_options"]["sequential"]
-    assert "fit in 10.0 MB" in shown["6"]["text"][0]
+    verdict = shown["6"]["text"][0].split("\n")[0]
+    assert verdict.startswith("does NOT fit: ") and "of 10.0 MB (" in verdict
     _, plain = run(server, graph(files, False))
     assert plain.shape == (5, 64, 64, 3) and plain.std() > 10
     np.testing.assert_array_equal(planned, plain)
