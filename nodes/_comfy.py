@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ def for_each_expert(change: Callable[..., Any]) -> Callable[..., Any]:
         return switch.changed(model, lambda expert: change(expert, *args, **kwargs))
 
     return changed
+
+
+def runs_negative(model: Any, cfg: float) -> bool:
+    """Whether a run of a MODEL, one or two experts, at `cfg` computes the negative prompt too.
+
+    Some nodes ask for it at cfg 1, where ComfyUI would leave it out.
+    """
+    switch = experts_of(model)
+    both = [model] if switch is None else [model, switch.high, switch.low]
+    scales = [cfg] if switch is None or not switch.cfg_low else [cfg, switch.cfg_low]
+    keeps = any(each.model_options.get("disable_cfg1_optimization", False) for each in both)
+    return keeps or not all(math.isclose(scale, 1.0) for scale in scales)
 
 
 def compute_dtype(model: Any) -> torch.dtype:

@@ -140,10 +140,12 @@ def _bare(spec: ModuleSpec | None) -> bool:
 
 
 def dotted(capability: tuple[int, int]) -> str:
+    """A compute capability as it is written: 8.9."""
     return f"{capability[0]}.{capability[1]}"
 
 
 def names(dtypes: Iterable[torch.dtype]) -> str:
+    """Names of types for a sentence, without `torch.`."""
     return ", ".join(str(each).removeprefix("torch.") for each in dtypes)
 
 

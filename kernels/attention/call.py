@@ -127,6 +127,7 @@ def belong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def mask_kind(mask: torch.Tensor | None) -> str:
+    """NONE, BOOL or ADDITIVE."""
     if mask is None:
         return NONE
     return BOOL if mask.dtype == torch.bool else ADDITIVE

@@ -74,6 +74,8 @@ class KernelSelector:
         self.routes: dict[tuple[Call, bool], Route] = {}
         self.broken: dict[str, str] = {}
         self.handed_on = 0
+        # Names of kernels that gave results in this run.
+        self.used: set[str] = set()
 
     def attend(
         self,
@@ -120,7 +122,9 @@ class KernelSelector:
             if name in self.broken:
                 continue
             try:
-                return launch(self.backends[name], q, k, v, mask, scale)
+                out = launch(self.backends[name], q, k, v, mask, scale)
+                self.used.add(name)
+                return out
             except Exception as raised:
                 # Memory may suffice at the next call, so this is no verdict on the kernel.
                 if not is_out_of_memory(raised):
@@ -129,6 +133,23 @@ class KernelSelector:
         if last is not None:
             raise last
         return None
+
+    def distrust(self, reason: str) -> list[str]:
+        """Use none of the kernels that gave results so far; their names. The next calls go to what
+        is left, in the end to the caller's own attention.
+        """
+        names = sorted(self.used)
+        self.broken |= dict.fromkeys(names, reason)
+        self.used.clear()
+        return names
+
+    def lasting(self) -> dict[str, Decision]:
+        """What was measured and is worth keeping: no choice of a kernel that failed since."""
+        return {
+            key: each
+            for key, each in self.fresh.items()
+            if not each.ranking or each.ranking[0][0] not in self.broken
+        }
 
     def _route(self, call: Call, q, k, v, mask, scale, default, chained) -> Route:
         reasons = dict(self.absent)
@@ -263,6 +284,7 @@ def attention(
 
 
 def default_scale(call: Call) -> float:
+    """The scale of scaled dot products: 1 / sqrt(width of a head)."""
     return 1.0 / math.sqrt(call.width)
 
 

@@ -45,7 +45,8 @@ class VideoCache:
     Streams are numbered as ComfyUI numbers conditions (0 positive, 1 negative). Pages are dropped
     when the object goes. fmt: PageFormat for one stream. layers: of the model. device: where
     attention runs. pool: of an earlier cache to share, else a new one. blocks_made, prompt: what
-    the maker of the video wants to find again, blocks sampled and a mark of their prompt.
+    the maker of the video wants to find again, blocks sampled and a mark of their prompt. weights:
+    `name` and `mark` of the model's weights, empty where that is not known.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class VideoCache:
         self.blocks_made = 0
         self.error = 0.0
         self.prompt = ""
+        self.weights: dict[str, str] = {}
         self._block: list[CachedFrame] = []
         self._pending: dict[int, Stream] | None = None
         # Largest magnitude and rounding of the pages being written, on the device until all are.
@@ -116,6 +118,7 @@ class VideoCache:
         other.kept, other.clean = list(self.kept), dict(self.clean)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
         other.error, other.prompt, other.host = self.error, self.prompt, self.host
+        other.weights = self.weights
         other.paged = self.paged if options.way == PAGED else None
         return other
 
@@ -402,6 +405,7 @@ class VideoCache:
         other = VideoCache(self.fmt, self.layers, self.device, self.options, self.pool)
         other.next_frame, other.blocks_made = self.next_frame, self.blocks_made
         other.staging, other.paged, other.host = self.staging, self.paged, self.host
+        other.weights = self.weights
         return other
 
     def offload(self) -> None:

@@ -99,6 +99,7 @@ def _counted(slab: Slab, table: torch.Tensor, queries: int) -> tuple[torch.Tenso
 
 
 def flash_3() -> Callable[..., Any]:
+    """FlashAttention-3's function for caches in pages. Raises ImportError without the package."""
     from flash_attn_interface import (  # pyright: ignore[reportMissingImports]
         flash_attn_with_kvcache,
     )
@@ -129,6 +130,7 @@ def _attend_flash_3(q, slab, prepared):
 
 
 def varlen() -> Callable[..., Any]:
+    """PyTorch's attention over sequences of different lengths. Raises ImportError without it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn

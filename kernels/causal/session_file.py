@@ -48,6 +48,7 @@ def save(cache: VideoCache, path: Path) -> None:
         "blocks_made": cache.blocks_made,
         "error": cache.error,
         "prompt": cache.prompt,
+        "weights": cache.weights,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {"format": FORMAT, "session": json.dumps(facts)})
@@ -134,4 +135,5 @@ def _restored(facts: dict, file, device: torch.device) -> VideoCache:
     cache.next_frame = _count(facts, "next_frame", cache.kept[-1].frame + 1)
     cache.blocks_made = _count(facts, "blocks_made")
     cache.error, cache.prompt = facts["error"], facts["prompt"]
+    cache.weights = {name: str(facts["weights"][name]) for name in facts.get("weights", ())}
     return cache

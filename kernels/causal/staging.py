@@ -76,6 +76,7 @@ class CudaLane(Lane):
 
 
 def lane_for(device: torch.device) -> Lane:
+    """What copies pages to `device`: beside the computation on CUDA, at once elsewhere."""
     return CudaLane(device) if device.type == "cuda" else Lane()
 
 

@@ -404,6 +404,9 @@ def _rows(where: str, scale: TensorInfo, shape: tuple[int, int]) -> bool:
 def check_block_scales(
     where: str, scale: TensorInfo, rows: int, groups: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
+    """Raises FrugalError unless there is one scale per group, with the padding of the tiled order
+    or without.
+    """
     padded = (math.ceil(rows / 128) * 128) * (math.ceil(groups / 4) * 4)
     if scale.numel not in (rows * groups, padded) or scale.dtype not in dtypes:
         raise FrugalError(
@@ -414,6 +417,7 @@ def check_block_scales(
 
 
 def check_scalar(where: str, name: str, info: TensorInfo) -> None:
+    """Raises FrugalError unless the tensor holds one number."""
     if info.numel != 1:
         raise FrugalError(
             f"{where} has {name} of shape {list(info.shape)}", "one number", "choose another file"
@@ -423,6 +427,7 @@ def check_scalar(where: str, name: str, info: TensorInfo) -> None:
 def check_only(
     where: str, form: str, side: Mapping[str, Any], allowed: set[str], needed: set[str]
 ) -> None:
+    """Raises FrugalError for tensors of a layer that are missing, or foreign to its format."""
     absent, extra = sorted(needed - set(side)), sorted(set(side) - allowed - {"comfy_quant"})
     if absent:
         raise FrugalError(

@@ -258,6 +258,7 @@ def check_blocks(where: str, weight: PackedWeight, dtype: torch.dtype) -> None:
 
 
 def is_lightx2v(side: Mapping[str, Any]) -> bool:
+    """Whether a layer has a tensor that LightX2V's NVFP4 files alone have."""
     return any(suffix in side for suffix in LIGHTX2V)
 
 

@@ -89,6 +89,7 @@ def is_label(name: str, info: TensorInfo) -> bool:
 
 
 def strip_wrappers(name: str) -> str:
+    """The name without what FSDP and compiled modules put into it."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -73,6 +73,7 @@ def _run(module, *args, **kwargs):
 
 
 def cannot(error: BaseException) -> FrugalError:
+    """The refusal for an error of PyTorch's compiler, with what helps on this system."""
     lines = [each.strip() for each in str(error).splitlines() if each.strip()]
     text = " ".join(lines[:2]).encode("ascii", "replace").decode()[:300]
     do = "install it, or turn compiling off"

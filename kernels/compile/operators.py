@@ -36,6 +36,7 @@ def numbered(layer: Any) -> torch.Tensor:
 
 
 def layer_of(number: torch.Tensor) -> Any:
+    """The layer that a compiled block knows by a number. Raises FrugalError if it is gone."""
     layer = _layers.get(int(number))
     if layer is None:
         raise FrugalError(

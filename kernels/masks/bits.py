@@ -212,6 +212,7 @@ def extent(words, ends):
 
 @njit_no_refcount
 def copy_row(source, target):
+    """Copy a float32 row, NaN as 0."""
     zero = np.float32(0)
     for x in range(target.shape[0]):
         target[x] = source[x] if source[x] == source[x] else zero

@@ -71,12 +71,14 @@ def find_edges(word, edges, count):
 
 @njit_no_refcount
 def fill(value, out):
+    """Write one value everywhere."""
     for x in range(out.shape[0]):
         out[x] = value
 
 
 @njit_no_refcount
 def add_curve(curve, out):
+    """Add a row to `out`, in its own type."""
     small = out.dtype.type
     for x in range(out.shape[0]):
         out[x] = small(out[x] + curve[x])
@@ -84,6 +86,7 @@ def add_curve(curve, out):
 
 @njit_no_refcount
 def take_curve(curve, out):
+    """Subtract a row from `out`, in its own type."""
     small = out.dtype.type
     for x in range(out.shape[0]):
         out[x] = small(out[x] - curve[x])
@@ -192,6 +195,7 @@ def box_edges(edges, value, radii, curve, strip, total, out):
 
 @njit_no_refcount
 def add_row(total, entering):
+    """Add a row to the running sums `total`, in their type."""
     wide = total.dtype.type
     for x in range(total.shape[0]):
         total[x] = wide(total[x] + wide(entering[x]))
@@ -199,6 +203,7 @@ def add_row(total, entering):
 
 @njit_no_refcount
 def slide_row(before, entering, leaving, now):
+    """Running sums one row on: `before` plus the row that enters, minus the one that leaves."""
     wide = now.dtype.type
     for x in range(now.shape[0]):
         now[x] = wide(before[x] + wide(wide(entering[x]) - wide(leaving[x])))

@@ -121,6 +121,7 @@ def add_two(a, b, c, d, near, far, total):
 
 @njit_no_refcount
 def scale_into(values, tap, total):
+    """One weight times a row, as uint32, in place of what `total` held."""
     for x in range(total.shape[0]):
         total[x] = np.uint32(tap * np.uint32(values[x]))
 

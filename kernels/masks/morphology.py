@@ -112,6 +112,7 @@ def join_rows(source, first, last, out):
 
 @njit_no_refcount
 def add_bits(source, out):
+    """OR a word row into another."""
     for x in range(out.shape[0]):
         out[x] |= source[x]
 
@@ -230,6 +231,7 @@ def raise_to_two(a, b, out):
 
 @njit_no_refcount
 def largest_of_three(left, middle, right, out):
+    """The maximum of three rows into `out`."""
     for x in range(out.shape[0]):
         out[x] = max(max(left[x], right[x]), middle[x])
 

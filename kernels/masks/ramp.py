@@ -61,6 +61,7 @@ def column_distance(plane, g, radius, state):
 
 @njit_no_refcount
 def square(distance, q):
+    """Squares of `distance` into `q`, in its type."""
     small = q.dtype.type
     for x in range(distance.shape[0]):
         q[x] = small(distance[x] * distance[x])
@@ -105,6 +106,7 @@ def nearest_in_row(q, acc, x0, radius):
 
 @njit_no_refcount
 def any_bits(words, flip):
+    """OR of all words, each flipped by `flip` first."""
     found = np.uint64(0)
     for x in range(words.shape[0]):
         found |= words[x] ^ flip
@@ -113,6 +115,7 @@ def any_bits(words, flip):
 
 @njit_no_refcount
 def all_bits(words, flip):
+    """AND of all words, each flipped by `flip` first."""
     found = ALL
     for x in range(words.shape[0]):
         found &= words[x] ^ flip

@@ -111,6 +111,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
+    """What the Doctor found, in the parts that its report has."""
+
     facts: Facts
     backends: tuple[Finding, ...]
     formats: tuple[Finding, ...]

@@ -133,6 +133,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Phase:
+    """One phase of a run: its name, and bytes by what takes them."""
+
     name: str
     parts: dict[str, int]
 

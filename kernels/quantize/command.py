@@ -36,6 +36,7 @@ WIDTH = 30
 
 
 def parser() -> argparse.ArgumentParser:
+    """The arguments of `python -m frugal.quantize`."""
     found = argparse.ArgumentParser(
         prog="python -m frugal.quantize",
         description="Converts a Wan model to ComfyUI's own quantised formats, or in INT4 as a "

@@ -41,6 +41,10 @@ class VelocityForecast:
             return None
         return self._miss_per_gap * self._gap(sigma)
 
+    def doubt(self) -> None:
+        """What was checked so far says nothing of what comes."""
+        self._miss_per_gap = None
+
     def velocity(self, sigma: float) -> torch.Tensor:
         """The forecast, a new float32 tensor; only where `expected_miss` is not None."""
         (_, before), (_, last) = self._points

@@ -11,13 +11,15 @@ FEW_STEPS = 8
 class StepCacheReport:
     """computed: model calls made. expected: for each skipped call the relative L2 error predicted
     for its velocity, of the worst sample. checked: for each condition of a computed call with a
-    forecast, the error that it would have had. notes: sentences for the reader.
+    forecast, the error that it would have had. notes: sentences for the reader. path_error: the
+    expected errors weighted by the part of the path that each step covers.
     """
 
     computed: int
     expected: tuple[float, ...] = ()
     checked: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    path_error: float = 0.0
 
     @property
     def skipped(self) -> int:
@@ -32,6 +34,7 @@ class StepCacheReport:
             "expected_error_max": max(self.expected, default=None),
             "checked_error_mean": _mean(self.checked),
             "checked_error_max": max(self.checked, default=None),
+            "expected_path_error": self.path_error,
             "notes": list(self.notes),
         }
 
@@ -41,7 +44,7 @@ class StepCacheReport:
         if self.expected:
             lines.append(
                 f"expected velocity error of the skipped calls: {_mean(self.expected):.2%} on "
-                f"average, {max(self.expected):.2%} at most"
+                f"average, {max(self.expected):.2%} at most, {self.path_error:.2%} over the path"
             )
         if self.checked:
             lines.append(

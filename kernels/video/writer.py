@@ -294,6 +294,7 @@ class VideoWriter:
 
 
 def pyav() -> Any:
+    """The package av. Raises FrugalError where it is not installed."""
     try:
         import av
     except ImportError as error:

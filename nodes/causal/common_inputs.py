@@ -15,6 +15,7 @@ ALIASES = ["wan", "causal", "self forcing", "autoregressive", "kv cache", "long 
 
 
 def block_input():
+    """`frames_per_block`."""
     return io.Int.Input(
         "frames_per_block",
         default=3,
@@ -28,6 +29,7 @@ def block_input():
 
 
 def sampler_inputs() -> list:
+    """What every sampler of causal video takes first."""
     return [
         io.Model.Input("causal_model", tooltip="The MODEL output of Causal Model."),
         io.Conditioning.Input("positive", tooltip="Prompt for the beginning of the video."),
@@ -92,6 +94,7 @@ def sampler_inputs() -> list:
 
 
 def video_inputs() -> list:
+    """Session and prompts over time."""
     return [
         Session.Input(
             "session", optional=True, tooltip="A session to continue; it is not changed."
@@ -110,6 +113,7 @@ def video_inputs() -> list:
 
 
 def preset_input():
+    """`preset`, of the public causal models."""
     return io.Combo.Input(
         "preset",
         options=[AS_SET, *CAUSAL_PRESETS],
@@ -123,12 +127,14 @@ def preset_input():
 
 
 def latent_output():
+    """The frames of this run."""
     return io.Latent.Output(
         "video_latent", display_name="video_latent", tooltip="Latent frames of this run."
     )
 
 
 def session_output():
+    """What the next run continues from."""
     return Session.Output(
         "next_session",
         display_name="next_session",

@@ -7,7 +7,7 @@ clean block's keys and values, which stay in the cache; the noisy ones never do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,25 +23,38 @@ from ...kernels.report import megabytes
 from .active_run import CausalRun, load_again
 from .live_decode import LiveVideo
 from .model_run import OPTIONS, compute_dtype, page_format
+from .weights_mark import weights_of
+
+
+def as_comfyui(seed: int, block: int, step: int) -> int:
+    """The seed that ComfyUI's own sampler for causal models takes, for the same numbers."""
+    return (seed + 1000 * block + step) % 2**64
 
 
 @dataclass
 class Job:
-    """What a run starts from and leaves. cache: the video to extend, changed by the run; None for a
-    new one. prefix: clean frames [B, C, n, h, w], as the network sees them, that a new video starts
-    with. recache: compute the kept frames again first, for another prompt. recompute: do so before
-    every block. first: noise levels of the first block of a video, if others than the rest. keep:
-    the last block's keys and values too, to continue the video. live: takes each clean block as
-    a LATENT has it. calls, frames: of the model, and made, so far.
+    """What a run starts from and leaves.
+
+    cache: the video to extend, changed by the run; None for a new one. prefix: clean frames [B, C,
+    n, h, w], as the network sees them, that a new video starts with. recache: compute the kept
+    frames again first, for another prompt. may_recache: do so too where the model is another one.
+    recompute: do so before every block. first: noise levels of the first block of a video, if
+    others than the rest. keep: the last block's keys and values too, to continue the video. live:
+    takes each clean block as a LATENT has it. step_seed: of the fresh noise after a step, from
+    (seed, block, step). note: for the report. calls, frames: of the model,
+    and made, so far.
     """
 
     cache: VideoCache | None = None
     prefix: torch.Tensor | None = None
     recache: bool = False
+    may_recache: bool = False
     recompute: bool = False
     first: torch.Tensor | None = None
     keep: bool = False
     live: LiveVideo | None = None
+    step_seed: Callable[[int, int, int], int] = as_comfyui
+    note: str = ""
     calls: int = 0
     frames: int = 0
 
@@ -70,11 +83,32 @@ def sample_causal(
             "the same model, size, batch and compute type",
             "start a new video, or take the size of the session",
         )
+    _check_weights(job, weights_of(guider.model_patcher))
     try:
         return _make(model, x, sigmas, extra_args, callback, frames_per_block, job)
     finally:
         if own:
             job.cache.release()
+
+
+def _check_weights(job: Job, now: dict[str, str]) -> None:
+    """Frames made with one model do not go on with another unseen: what the cache keeps of them is
+    computed again, or it is refused.
+    """
+    cache = job.cache
+    assert cache is not None
+    if cache.kept and cache.weights and cache.weights["mark"] != now["mark"]:
+        was = f"{cache.weights['name']} ({cache.weights['mark']})"
+        other = f"a session made with {was}, and now {now['name']} ({now['mark']})"
+        if not (job.may_recache or job.recompute):
+            raise FrugalError(
+                other,
+                "the same weights and LoRAs",
+                "turn recache on, or connect the model that made the session",
+            )
+        job.recache = True
+        job.note = f"{other}: the cached frames were recomputed with it"
+    cache.weights = now
 
 
 def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
@@ -122,7 +156,7 @@ def _make(model, x, sigmas, extra_args, callback, frames_per_block, job):
                 callback({"x": block, "i": scaled, "sigma": levels[i],
                           "sigma_hat": levels[i], "denoised": denoised})  # fmt: skip
             done += 1
-            seed = (extra_args.get("seed") or 0) + cache.blocks_made * 1000 + i
+            seed = job.step_seed(extra_args.get("seed") or 0, cache.blocks_made, i)
             block = _noised(denoised, levels[i + 1], seed) if known[i + 1] else denoised
         out[:, :, start : start + count] = block
         if job.recompute and start + count < total:
@@ -166,10 +200,10 @@ def recached(cache: VideoCache, remember: Any, run: CausalRun, size: int = 0) ->
 
 
 def _noised(clean: torch.Tensor, sigma: torch.Tensor, seed: int) -> torch.Tensor:
-    """The flow at `sigma` from fresh noise. A generator of its own gives the numbers that the
-    global one would after the same seed, and leaves that alone.
+    """The flow at `sigma` from fresh noise, by a generator of its own: the global one is left
+    alone.
     """
-    make = torch.Generator(device=clean.device).manual_seed(seed % 2**64)
+    make = torch.Generator(device=clean.device).manual_seed(seed)
     noise = torch.randn(clean.shape, generator=make, device=clean.device, dtype=clean.dtype)
     return (1.0 - sigma) * clean + sigma * noise
 
@@ -250,6 +284,8 @@ def text(job: Job) -> str:
         )
     if cache.host.held_bytes:
         lines.append(f"main memory for pages: {megabytes(cache.host.held_bytes)} in whole blocks")
+    if job.note:
+        lines.append(job.note)
     if options.kind != MODEL:
         lines.append(f"rounding of the first block's keys and values: {cache.error:.2%}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ FOLDER, SUFFIX = "causal_sessions", ".safetensors"
 
 
 def names() -> list[str]:
+    """Sessions there, to choose from."""
     return names_in(FOLDER, SUFFIX)
 
 
@@ -29,6 +30,7 @@ def save(session: VideoCache, prefix: str) -> Path:
 
 
 def load(name: str) -> VideoCache:
+    """The session of that name. Raises FrugalError if it is gone or damaged."""
     return session_file.load(_path(name), comfy.model_management.get_torch_device())
 
 

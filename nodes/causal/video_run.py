@@ -15,15 +15,16 @@ import latent_preview
 import torch
 
 from ...kernels.causal.cache import VideoCache
+from ...kernels.causal.noise_seed import FRAME, STEP, noise_seed
 from ...kernels.causal.presets import AS_SET, CAUSAL_PRESETS, CausalPreset
 from ...kernels.errors import FrugalError
+from .._comfy import runs_negative
 from . import model_run as causal_model
 from . import sampler_run as causal_sampler
 from .live_decode import LiveVideo
 from .sampler_run import Job
 
 FRAMES_PER_SECOND = 4  # latent frames: Wan's 16 pictures a second, 4 in each
-FRAME_SEEDS = 1 << 40
 Schedule = tuple[tuple[float, Any], ...]  # (second of this run, conditioning)
 
 
@@ -90,13 +91,12 @@ def make_video(
         settings = replace(settings, frames_per_block=preset.block)
         options = replace(options, window=preset.window, sink=preset.sink, relative=True)
         model.model_options["transformer_options"][causal_model.OPTIONS] = options
-    guided = settings.cfg != 1.0 or model.model_options.get("disable_cfg1_optimization", False)
     model.model_options["transformer_options"][causal_model.NEEDS] = causal_model.Needs(
         settings.frames_per_block,
         len(session.kept) if session else _given(before),
-        2 if guided else 1,
+        2 if runs_negative(model, settings.cfg) else 1,
     )
-    job = Job(keep=True, live=live)
+    job = Job(keep=True, live=live, step_seed=lambda seed, *at: noise_seed(seed, STEP, *at))
     if preset is None:
         sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), settings.scheduler, settings.steps
@@ -128,6 +128,7 @@ def make_video(
             mark = _mark(prompt, negative)
             if job.cache is not None:
                 job.recache = settings.recache and job.cache.prompt != mark
+                job.may_recache = settings.recache
             part = samples[:, :, begin:end]
             made.append(
                 comfy.sample.sample_custom(
@@ -225,12 +226,10 @@ def _first(job: Job) -> int:
 def _noise(
     samples: torch.Tensor, seed: int, first: int, batch_index: list[int] | None
 ) -> torch.Tensor:
-    """Noise of a frame by its number, so that a video is the same in one run or several; from other
-    seeds than the fresh noise between steps, which would else repeat it.
-    """
+    """Noise of a frame by its number, so that a video is the same in one run or several."""
     frame = samples[:, :, :1]
     each = [
-        comfy.sample.prepare_noise(frame, (seed + FRAME_SEEDS + first + i) % 2**63, batch_index)
+        comfy.sample.prepare_noise(frame, noise_seed(seed, FRAME, first + i), batch_index)
         for i in range(samples.shape[2])
     ]
     return torch.cat(each, dim=2)

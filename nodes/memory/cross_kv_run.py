@@ -69,7 +69,8 @@ def projections(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
     for path, module in network.named_modules():
         # torch.compile puts a module of this name around those that it compiles.
         names = [name for name in path.split(".") if name != "_orig_mod"]
-        if names[-1] in TEXT + IMAGE and "cross_attn" in names[-2:-1]:
+        # The network itself has no name left where it is compiled as a whole.
+        if names and names[-1] in TEXT + IMAGE and "cross_attn" in names[-2:-1]:
             found[".".join(names)] = module
     return found
 
@@ -335,5 +336,6 @@ def release(patcher: Any, layers: list[torch.nn.Module]) -> int:
 
 
 def log(report: ContextReport) -> None:
+    """The report as lines of the log."""
     for line in report.text().splitlines():
         LOG.info("[Frugal] %s", line)

@@ -128,6 +128,7 @@ def eager_rotation(device: torch.device) -> Any:
 
 
 def active_attention() -> str:
+    """The name of the attention function that ComfyUI uses; empty if it has none."""
     attention = comfy.ldm.modules.attention
     active = attention.optimized_attention
     for name, function in getattr(attention, "REGISTERED_ATTENTION_FUNCTIONS", {}).items():

@@ -7,7 +7,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ...kernels.memory.plan_picture import picture
-from .._comfy import CATEGORY, found_by, show_text
+from .._comfy import CATEGORY, found_by, runs_negative, show_text
 from . import memory_plan_run
 
 
@@ -135,7 +135,8 @@ class FrugalMemoryPlan(io.ComfyNode):
         latent=None,
         frames_per_block=3,
     ) -> io.NodeOutput:
-        job = memory_plan_run.job_of(latent, width, height, frames, batch_size, guidance)
+        guided = guidance or runs_negative(model, 1.0)
+        job = memory_plan_run.job_of(latent, width, height, frames, batch_size, guided)
         plan, peaks = memory_plan_run.plan_of(model, job, budget_gb, vae, clip, frames_per_block)
         node = cls.hidden.unique_id
         planned = memory_plan_run.apply(model, plan, peaks, bool(budget_gb), node)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention
 import folder_paths
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...kernels.attention import AUTO, KernelSelector, attention, tuning_cache
 from ...kernels.attention.backends import BACKENDS
@@ -24,7 +25,13 @@ from ...kernels.attention.call_report import Table, table
 from ...kernels.attention.selector import absences, check_choice
 from ...kernels.errors import FrugalError
 from ...kernels.log import LOG
-from .._comfy import ATTENTION_KEY, ATTENTION_OVERRIDE, for_each_expert, show_text
+from .._comfy import (
+    ATTENTION_KEY,
+    ATTENTION_OVERRIDE,
+    CAUSAL_RUN_KEY,
+    for_each_expert,
+    show_text,
+)
 
 KEY = ATTENTION_KEY
 CHOICES = (AUTO, *(each.name for each in BACKENDS))
@@ -141,10 +148,16 @@ def run_wrapper(
 
         runs = guider.model_options["transformer_options"].setdefault(KEY, {})
         runs[token] = run
+        finite = partial(_finite, kernel_selector)
+        add_wrapper_with_key(
+            WrappersMP.CALC_COND_BATCH, token, finite, guider.model_options, is_model_options=True
+        )
         try:
             return executor(noise, latent, sampler, sigmas, mask, count, disable_pbar, seed, **more)
         finally:
             del runs[token]
+            wrappers = guider.model_options["transformer_options"]["wrappers"]
+            wrappers[WrappersMP.CALC_COND_BATCH].pop(token, None)
             last.table = table(kernel_selector)
             keep(kernel_selector)
             show_text(node_id, last.table.text())
@@ -153,12 +166,47 @@ def run_wrapper(
     return wrapper
 
 
+def _finite(kernel_selector: KernelSelector, executor, model, conds, x, timestep, model_options):
+    """A CALC_COND_BATCH wrapper: a step that a kernel spoilt is computed again without it.
+
+    Kernels are checked once, on the first call of a shape. Those that sum in few bits overflow only
+    where values are large, in later layers or with another model.
+    """
+    arguments = (model, conds, x, timestep, model_options)
+    outputs = executor(*arguments)
+    if not kernel_selector.used or torch.is_grad_enabled() or _all_finite(outputs):
+        return outputs
+    if not _all_finite([x]):
+        return outputs
+    names = kernel_selector.distrust("gave NaN or infinite values")
+    named = ", ".join(names)
+    if CAUSAL_RUN_KEY in model_options.get("transformer_options", {}):
+        raise FrugalError(
+            f"a step of a causal model has NaN or infinite values, by the attention kernel {named}",
+            "finite numbers",
+            "choose another kernel in the Attention node, or remove the node",
+        )
+    LOG.warning("[Frugal] attention: %s gave NaN or infinite values, step repeated without", named)
+    repeated = executor(*arguments)
+    if not _all_finite(repeated):
+        # Not the kernels' fault, then.
+        LOG.warning("[Frugal] attention: the model gives NaN or infinite values without them too")
+        for name in names:
+            del kernel_selector.broken[name]
+    return repeated
+
+
+def _all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    return bool(torch.stack([each.isfinite().all() for each in tensors]).all())
+
+
 def keep(kernel_selector: KernelSelector) -> None:
     """Write down what was measured; a folder that cannot be written costs only the next time."""
-    if not kernel_selector.fresh:
+    lasting = kernel_selector.lasting()
+    if not lasting:
         return
     try:
-        tuning_cache.save(choices_file(), kernel_selector.fresh)
+        tuning_cache.save(choices_file(), lasting)
     except OSError as error:
         LOG.warning("[Frugal] attention: the measured choices were not kept: %s", error)
 

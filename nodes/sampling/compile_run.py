@@ -77,10 +77,12 @@ def present(model: Any) -> bool:
 
 
 def log(report: CompileReport) -> None:
+    """The report as a line of the log."""
     LOG.info("[Frugal] %s", report.text())
 
 
 def blocks_of(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of a Wan network, in order."""
     return [each for each in network.modules() if isinstance(each, wan.WanAttentionBlock)]
 
 

@@ -26,12 +26,13 @@ def apply(model: Any, start: float, end: float) -> Any:
             "a start before the end",
             "lower the start or raise the end",
         )
-    sampling = model.get_model_object("model_sampling")
-    high, low = float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
 
     def wrapper(executor, x, timestep, *args, **kwargs):
         """A PREDICT_NOISE wrapper; timestep [B], sigmas."""
         guider = executor.class_obj
+        # Of the model as it runs: a node behind this one may have changed the schedule.
+        sampling = guider.inner_model.model_sampling
+        high, low = float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
         if low <= float(timestep.max()) <= high:
             return executor(x, timestep, *args, **kwargs)
         if type(guider).set_cfg is not comfy.samplers.CFGGuider.set_cfg:

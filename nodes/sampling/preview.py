@@ -31,18 +31,22 @@ def apply(model: Any) -> Any:
     def wrapper(executor, guider, sigmas, extra_args, callback, *args, **kwargs):
         """A SAMPLER_SAMPLE wrapper; the sampler's callback gets x0 [B, C, (T,) H, W]."""
         bar = comfy.utils.ProgressBar(len(sigmas) - 1)
+        # ComfyUI's own preview is of the first frame it is given: one picture a step, not two.
+        own = latent_preview.get_previewer(guider.model_patcher.load_device, form) is not None
 
-        def both(step, x0, x, total):
-            if callback is not None:
-                callback(step, x0, x, total)
+        def shown(step, x0, x, total):
+            middle = x0
             if x0.ndim == 5:
-                middle = x0.shape[2] // 2
-                x0 = x0[:, :, middle : middle + 1]
-            bar.update_absolute(
-                step + 1, total, previewer.decode_latent_to_preview_image("JPEG", x0)
-            )
+                frame = x0.shape[2] // 2
+                middle = x0[:, :, frame : frame + 1]
+            if callback is not None:
+                callback(step, middle if own else x0, x, total)
+            if not own or callback is None:
+                bar.update_absolute(
+                    step + 1, total, previewer.decode_latent_to_preview_image("JPEG", middle)
+                )
 
-        return executor(guider, sigmas, extra_args, both, *args, **kwargs)
+        return executor(guider, sigmas, extra_args, shown, *args, **kwargs)
 
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)

@@ -12,7 +12,7 @@ from ...kernels.log import LOG
 from ...kernels.sampling.presets import PRESETS
 from ...kernels.sampling.sampler_report import SamplerReport
 from ...kernels.sampling.step_report import FEW_STEPS, StepCacheReport
-from .._comfy import PLAN_KEY
+from .._comfy import PLAN_KEY, runs_negative
 from .._services import PLAN, offered
 from . import (
     attention_run,
@@ -73,6 +73,11 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job, first:
         model, job.seed, job.steps, cfg, job.sampler, job.scheduler, positive, negative, sampled,
         denoise=job.denoise, **steps,
     )  # fmt: skip
+    if not _finite(result["samples"]):
+        notes.append(
+            "the latent has NaN or infinite values: sample with preset off and no Attention node, "
+            "or load the model with another weight type"
+        )
     if not caches and by_hand is not None and by_hand.report is not earlier:
         caches.append(by_hand.report)
     report = SamplerReport(
@@ -90,6 +95,11 @@ def run(model: Any, positive: Any, negative: Any, latent: dict, job: Job, first:
     )
     LOG.info("[Frugal] %s", report.text())
     return result, report
+
+
+def _finite(samples: Any) -> bool:
+    parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def _first_phase(
@@ -163,7 +173,7 @@ def _planned(model: Any, latent: dict, job: Job, cfg: float, notes: list[str]) -
     if plan_run is None:
         notes.append("no memory plan: the plan nodes are not loaded")
         return None
-    found = plan_run(model, latent, cfg != 1)
+    found = plan_run(model, latent, runs_negative(model, cfg))
     if isinstance(found, str):
         notes.append(f"no memory plan: {found}")
         return None

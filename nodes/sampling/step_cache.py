@@ -31,8 +31,8 @@ class FrugalStepCache(io.ComfyNode):
                     max=1.0,
                     step=0.005,
                     tooltip=(
-                        "Largest accepted error of the velocity, relative to its size (0.05 = 5 "
-                        "%); higher skips more. 0 = off: the same result to the bit."
+                        "Largest accepted error of the guided velocity, averaged over the path "
+                        "(0.05 = 5 %); higher skips more. 0 = off: the same result to the bit."
                     ),
                 ),
                 percent_input(

@@ -1,9 +1,10 @@
 """Puts a step cache into a sampling run: what identifies a condition, and where it must not act.
 
-The cache sits around ComfyUI's batch of conditions (CALC_COND_BATCH): there the arguments are the
-latent and the denoised estimates in float32, whatever the network's precision, extra channels or
-parameterisation, and a skipped call costs no ControlNet either. It is made when the steps of a run
-start, in the sampler's own copy of the options, and is gone when they end, are cancelled or fail.
+The cache sits around the guider's prediction (PREDICT_NOISE): there the argument is the latent and
+the result the guided denoised estimate in float32, whatever the network's precision, extra channels
+or parameterisation, whatever guidance is at work and however many conditions it calls for. So an
+error is judged as it reaches the sampler, amplified by the guidance. It is made when the steps of a
+run start, in the options of that run, and is gone when they end, are cancelled or fail.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def present(model: Any) -> bool:
 
 
 def log(report: StepCacheReport) -> None:
+    """The report as a line of the log."""
     LOG.info("[Frugal] %s", report.text())
 
 
@@ -90,36 +92,83 @@ def _each_run(options: Options, show: Callable[[StepCacheReport], None]) -> Call
             float(sampling.percent_to_sigma(options.start)),
             float(sampling.percent_to_sigma(options.end)),
             options.max_skips,
+            tuple(sigmas.tolist()),
         )
         notes = [reason] if reason else advice(options.threshold, len(sigmas) - 1)
         cache = StepCache(settings)
+        # Innermost, so that it sees the guidance that the others leave. The guider has a copy of
+        # the options for this run, and another for the steps.
+        options_of_guider = guider.model_options
         add_wrapper_with_key(
-            WrappersMP.CALC_COND_BATCH, KEY, partial(_conditions, cache), of_run, True
+            WrappersMP.PREDICT_NOISE, KEY, partial(_guided, cache), options_of_guider, True
         )
         try:
             result = executor(guider, sigmas, extra_args, *args, **kwargs)
             show(cache.report(notes))
             return result
         finally:
-            of_run["transformer_options"]["wrappers"][WrappersMP.CALC_COND_BATCH].pop(KEY, None)
+            wrappers = options_of_guider["transformer_options"]["wrappers"]
+            wrappers[WrappersMP.PREDICT_NOISE].pop(KEY, None)
             cache.clear()
 
     return wrapper
 
 
-def _conditions(cache: StepCache, executor, model, conds, x, timestep, model_options):
-    """A CALC_COND_BATCH wrapper. x [B, C, ...]; timestep [B], sigmas."""
+def _guided(cache: StepCache, executor, x, timestep, model_options=None, seed=None):
+    """A PREDICT_NOISE wrapper. x [B, C, ...]; timestep [B], sigmas."""
+    model_options = model_options or {}
+    guider = executor.class_obj
     options = model_options.get("transformer_options", {})
     # What the last step left on the device is read with this step's noise levels: one wait.
     low, high = timestep.aminmax()
     left = [miss.to(low) for miss in cache.unread()]
-    low, high, *values = torch.stack([low, high, *left]).tolist()
+    drift = cache.drift(x, high)
+    moved = [] if drift is None else [drift.to(low)]
+    low, high, *values = torch.stack([low, high, *moved, *left]).tolist()
+    if moved:
+        cache.moved(values.pop(0), high)
     cache.settle(values)
     # A pass that writes keys and values into a cache of the model is no mere estimate; gradients
     # need the graph of every step; and one line cannot serve several noise levels.
     whole = "ar_state" in options or torch.is_grad_enabled() or low != high
-    keys = [] if whole else [_identity(model, each, high, options) for each in conds]
-    return cache.evaluate(keys, x, high, lambda: executor(model, conds, x, timestep, model_options))
+    keys = [] if whole else [_regime(guider, high, model_options)]
+
+    def compute():
+        return [executor(x, timestep, model_options, seed)]
+
+    return cache.evaluate(keys, x, high, compute)[0]
+
+
+def _regime(guider: Any, sigma: float, model_options: dict) -> Hashable:
+    """What decides the guided velocity at this noise level, apart from x: the conditions that act,
+    the scales of the guider, and which side of its borders each patch of the guidance is on.
+    """
+    scales = tuple(
+        (name, value) for name, value in sorted(vars(guider).items()) if type(value) in (int, float)
+    )
+    conds = tuple(
+        (side, _identity(guider.inner_model, each, sigma, {}))
+        for side, each in sorted(guider.conds.items())
+    )
+    return scales, conds, tuple(sigma >= border for border in _borders(model_options))
+
+
+def _borders(model_options: dict) -> list[float]:
+    """Noise levels at which patches of this run begin or cease to act. ComfyUI's nodes keep them
+    in the closures of their patches, and nowhere else.
+    """
+    found, waiting = set(), [model_options]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, (list, tuple)):
+            waiting += each
+        elif getattr(each, "__closure__", None):
+            for name, cell in zip(each.__code__.co_freevars, each.__closure__, strict=True):
+                if name in ("sigma_start", "sigma_end"):
+                    found.add(float(cell.cell_contents))
+    return sorted(found)
 
 
 def _identity(model: Any, cond: list[dict] | None, sigma: float, options: dict) -> Hashable | None:

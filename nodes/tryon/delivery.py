@@ -34,6 +34,7 @@ def to_image(picture: torch.Tensor) -> Image.Image:
 
 
 def write_png(picture: torch.Tensor, path: Path, info: PngInfo | None = None) -> None:
+    """Write one picture as a PNG file that is whole or not there."""
     with atomic_write(path) as unfinished:
         to_image(picture).save(unfinished, "png", pnginfo=info, compress_level=4)
 

@@ -52,6 +52,7 @@ def can_batch(sampler) -> bool:
 
 
 def takes_noise_sampler(function) -> bool:
+    """Whether a sampler function draws noise between its steps."""
     return "noise_sampler" in inspect.signature(function).parameters
 
 

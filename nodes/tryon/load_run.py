@@ -99,6 +99,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

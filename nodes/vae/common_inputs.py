@@ -8,14 +8,17 @@ from .._comfy import ADVANCED
 
 
 def vae_input():
+    """`vae`."""
     return io.Vae.Input("vae", tooltip="The VAE of Wan 2.1 or Wan 2.2, matching the model.")
 
 
 def latent_input():
+    """`samples`."""
     return io.Latent.Input("samples", tooltip="The LATENT of a Wan sampler, of any length.")
 
 
 def tile_inputs() -> list:
+    """Size and overlap of tiles."""
     return [
         io.Int.Input(
             "tile_size",
@@ -44,6 +47,7 @@ def tile_inputs() -> list:
 
 
 def report_output():
+    """What was done, in words."""
     return io.String.Output(
         "report",
         display_name="report",

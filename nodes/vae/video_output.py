@@ -15,6 +15,7 @@ from .._output import prefix_problem
 
 
 def file_inputs() -> list:
+    """Name, format and quality of a video file."""
     return [
         io.String.Input(
             "filename_prefix",
@@ -57,6 +58,7 @@ def prefix_checked(cls, filename_prefix=None):
 
 
 def video_output():
+    """The files as VIDEO."""
     return io.Video.Output(
         "video",
         display_name="video",

@@ -25,6 +25,7 @@ DAY = 86400.0
 
 
 def parser() -> argparse.ArgumentParser:
+    """The arguments of `python -m frugal.fleet`."""
     found = argparse.ArgumentParser(
         prog="python -m frugal.fleet",
         description="Many ComfyUI processes behind one address, on Ray Serve.",
@@ -117,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(given: argparse.Namespace) -> int:
+    """Run a fleet until it is stopped; 0."""
     from .launch import Place, require, running, until_stopped
 
     require()
@@ -146,6 +148,7 @@ def serve(given: argparse.Namespace) -> int:
 
 
 def check(folder: Path, repair: bool) -> int:
+    """Say whether a store is whole; 0 if it is, or was repaired."""
     from . import store_check
 
     found = store_check.check(folder, repair)

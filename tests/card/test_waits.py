@@ -93,7 +93,7 @@ SCENARIOS = {
     "GGUF Q4_K": (gguf("Q4_K"), 0, 0),
     "GGUF IQ4_XS": (gguf("IQ4_XS"), 0, 0),
     "unmerged LoRA": (layout(ROWS, apply=lora_beside), 0, 0),
-    "attention chosen": (layout("bf16", apply=lambda bench, m: attention_run.apply(m)), 0, 0),
+    "attention chosen": (layout("bf16", apply=lambda bench, m: attention_run.apply(m)), 1, 0),
     "cross-attention cache": (layout("bf16", apply=constant_context), 1, 0),
     "step cache": (layout("bf16", apply=step_cache), 2, 0),
     "guided for a part": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,3 +172,43 @@ def test_what_cannot_be_made_is_refused_and_leaves_the_session(model):
     with pytest.raises(FrugalError, match="kind fp8 for a video"):
         other = videos.causal(model, window=4, relative=True, kind="fp8")
         made(other, 2, session=session)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_noise_of_neighbouring_seeds_and_frames_is_independent(model, block):
+    """Of every frame, and of every step between: none repeats another, whatever the distance."""
+    from frugal.kernels.causal.noise_seed import FRAME, STEP, noise_seed
+
+    seen = {noise_seed(seed, FRAME, frame) for seed in range(60) for frame in range(60)}
+    steps = {
+        noise_seed(seed, STEP, block, step)
+        for seed in range(30) for block in range(15) for step in range(8)
+    }  # fmt: skip
+    assert (len(seen), len(steps), len(seen & steps)) == (3600, 3600, 0)
+    first, later = (
+        made(model, 6, replace(DROP, seed=s, frames_per_block=block))[0] for s in (5, 6)
+    )
+    moved = torch.stack([later[:, :, :-1].flatten(), first[:, :, 1:].flatten()])
+    still = torch.stack([later.flatten(), first.flatten()])
+    assert abs(float(torch.corrcoef(moved)[0, 1]) - float(torch.corrcoef(still)[0, 1])) < 0.15
+
+
+def test_a_session_of_other_weights_is_named(model, tmp_path):
+    other = model.clone()
+    key = "diffusion_model.blocks.0.ffn.0.weight"
+    weight = dict(model.model.named_parameters())[key]
+    other.add_patches({key: (torch.full_like(weight, 0.05),)})
+    _, session, _ = made(model, 4, KEEP)
+    mark = session.weights["mark"]
+    session_files_saved = tmp_path / "s.safetensors"
+    session_file.save(session, session_files_saved)
+    session = session_file.load(session_files_saved, torch.device("cpu"))
+    assert session.weights["mark"] == mark
+    assert "recomputed" not in made(model, 2, KEEP, session=session)[2]
+    with pytest.raises(FrugalError, match=r"^turn recache on, or connect .* a session made with"):
+        made(other, 2, replace(KEEP, recache=False), session=session)
+    _, later, report = made(other, 2, KEEP, session=session)
+    assert mark in report and "with LoRAs on 1 layers" in report and "recomputed" in report
+    # Made with the other model from here on.
+    assert "recomputed" not in made(other, 2, KEEP, session=later)[2]
+    assert "recomputed" not in made(model, 2, KEEP, session=session)[2]

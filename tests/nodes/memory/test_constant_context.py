@@ -95,3 +95,26 @@ def test_quantised_layers(label, tmp_path):
     assert ours[0] == stock[0] and ours[1:] == [ours[1]] * (runs.STEPS - 1)
     # The plan counts scales too; the memory that the counter knows is that of the weights.
     assert 0.9 * plan.weight_bytes < stock[1] - ours[1] <= plan.weight_bytes
+
+
+@pytest.mark.parametrize("first", ["compile", "cache"])
+def test_beside_a_network_compiled_as_a_whole(t2v, first):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    reports, prompts = [], given(bed.T2V)
+
+    def compiled(model):
+        clone = model.clone()
+        set_torch_compile_wrapper(clone, backend="eager")
+        return clone
+
+    def cached(model):
+        changed, found, _ = runs.constant(model)
+        reports.append(found)
+        return changed
+
+    model = cached(compiled(t2v)) if first == "compile" else compiled(cached(t2v))
+    wanted = runs.sample(compiled(t2v), prompts)
+    made = runs.sample(model, prompts)
+    assert float((made - wanted).norm() / wanted.norm()) < 1e-5
+    assert reports[0][0].reused > 0

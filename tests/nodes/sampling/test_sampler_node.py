@@ -356,3 +356,19 @@ def test_first_phase_that_cannot_be(wan, prompts):
             )
     notes = ours(model, prompts, "distilled", steps=4, cfg=1.0, first_model=wan)[2]["notes"]
     assert any("cfg 1: guidance comes from a cfg above 1" in note for note in notes)
+
+
+def test_a_schedule_that_comes_later_moves_the_guidance_range(smooth_wan, prompts):
+    """The range is a part of the schedule in use, not of the one that the node saw."""
+    made = []
+    for order in (True, False):
+        model = smooth_wan
+        if order:
+            model = ModelSamplingSD3().patch(model, 1.0)[0]
+        model = guidance_range_run.apply(model, 0.0, 0.5)
+        if not order:
+            model = ModelSamplingSD3().patch(model, 1.0)[0]
+        counting, calls = sampling_bed.counted(model)
+        ours(counting, prompts, steps=10)
+        made.append(calls)
+    assert made[0] == made[1] and made[0].count(2) in (5, 6)
