@@ -81,8 +81,6 @@ def write_files(server) -> dict[str, str]:
         write_fp8(models / "diffusion_models" / file, EXPERT, seed)
         write_lora(models / "loras" / lora, EXPERT, seed)
     write_lora(models / "loras" / LORA_21, bed.I2V, 33)
-    write_upscaler(models / "upscale_models" / UPSCALER)
-    write_interpolation(models / "frame_interpolation" / INTERPOLATION)
     draw_pictures(server.base / "input")
     return {kind: tiny[kind].name for kind in KINDS}
 
@@ -106,6 +104,14 @@ def write_lora(path: Path, config: WanConfig, seed: int, rank: int = 4) -> None:
             state[f"diffusion_model.{layer}.lora_{part}.weight"] = factor
         state[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(rank))
     save(state, path)
+
+
+def write_enhancers(models: Path) -> None:
+    """What ComfyUI's own nodes enlarge and smooth a clip with, for the graph that ends with them.
+    Apart from the rest: it needs spandrel, and that needs a torchvision made for this torch.
+    """
+    write_upscaler(models / "upscale_models" / UPSCALER)
+    write_interpolation(models / "frame_interpolation" / INTERPOLATION)
 
 
 def write_upscaler(path: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_long_video_from_a_picture(server, texts):
 
 def test_a_dressed_photo_moves_larger_and_smoother(server, texts):
     skip_if_too_old(server, WORKFLOWS / "tryon_to_video_4steps.json")
+    shipped.write_enhancers(server.models)
     [made] = videos(server, shipped.small(server, "tryon_to_video_4steps", texts))
     assert made.shape == (2 * shipped.FRAMES - 1, 2 * SHAPE[0], 2 * SHAPE[1], 3)
 
