@@ -9,6 +9,8 @@ run start, in the options of that run, and is gone when they end, are cancelled 
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,8 @@ from .._comfy import CAUSAL_KEY, for_each_expert
 
 KEY = "frugal.step_cache"
 OTHER_CACHES = ("easycache", "lazycache")
+# What ComfyUI's guidance patches call the noise levels between which they act.
+BORDERS = ("sigma_start", "sigma_end")
 
 
 @dataclass(frozen=True)
@@ -157,17 +161,22 @@ def _borders(model_options: dict) -> list[float]:
     """Noise levels at which patches of this run begin or cease to act. ComfyUI's nodes keep them
     in the closures of their patches, and nowhere else.
     """
-    found, waiting = set(), [model_options]
+    found, seen, waiting = set(), set(), [model_options]
     while waiting:
         each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
         if isinstance(each, dict):
             waiting += each.values()
         elif isinstance(each, (list, tuple)):
             waiting += each
-        elif getattr(each, "__closure__", None):
-            for name, cell in zip(each.__code__.co_freevars, each.__closure__, strict=True):
-                if name in ("sigma_start", "sigma_end"):
-                    found.add(float(cell.cell_contents))
+        elif inspect.isfunction(each):
+            names = each.__code__.co_freevars
+            for name, cell in zip(names, each.__closure__ or (), strict=True):
+                with contextlib.suppress(ValueError):  # a cell may be empty yet
+                    if name in BORDERS and isinstance(cell.cell_contents, (int, float)):
+                        found.add(float(cell.cell_contents))
     return sorted(found)
 
 
