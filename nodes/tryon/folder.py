@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 
+import comfy.model_management
+import comfy.utils
 import torch
 from comfy_api.v0_0_2 import io
 
@@ -89,7 +91,10 @@ class FrugalLoadPictures(io.ComfyNode):
     @classmethod
     def execute(cls, folder, white, subfolders):
         images, masks, names, failed = [], [], [], []
-        for name, path in picture_files.named_pictures(folder, subfolders).items():
+        found = picture_files.named_pictures(folder, subfolders)
+        bar = comfy.utils.ProgressBar(len(found))
+        for name, path in found.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
             try:
                 colour, alpha = picture_files.read_picture(path)
             except FrugalError as error:
@@ -99,6 +104,7 @@ class FrugalLoadPictures(io.ComfyNode):
             images.append(picture_files.on_white(colour, alpha) if white else colour)
             masks.append(torch.zeros(colour.shape[:3]) if alpha is None else 1 - alpha)
             names.append(name)
+            bar.update(1)
         if not images:
             raise FrugalError(
                 f"none of the {len(failed)} pictures in input/{folder} can be read: {failed[0]}",

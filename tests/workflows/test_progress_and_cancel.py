@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from PIL import Image
 
 from frugal.demo.comfy_server import pack_node_ids
 from frugal.demo.graph_builder import Node, build
@@ -25,7 +26,7 @@ ELSEWHERE = {
     "FrugalMaskBBoxUncrop", "FrugalMaskClean", "FrugalMaskComposite", "FrugalMaskFeather",
     "FrugalMaskFromLabels", "FrugalMaskGrow", "FrugalMaskHull", "FrugalMaskRefine",
     "FrugalMaskTemporal", "FrugalPromptExtend", "FrugalQualityCheck", "FrugalRemoteVideo",
-    "FrugalTryOnBatch",
+    "FrugalTryOnBatch", "FrugalTryOnFolder",
 }  # fmt: skip
 # Work with the very progress of a node that is cancelled below.
 LIKE = {"FrugalServerExport": "FrugalQuantize"}
@@ -35,9 +36,9 @@ AT_ONCE = {
     "FrugalCausalSamplerSelect", "FrugalCompile", "FrugalDoctor", "FrugalGuidanceRange",
     "FrugalLoadCausalSession", "FrugalLoadTextEmbeds", "FrugalLoraSide", "FrugalMemoryPlan",
     "FrugalReport", "FrugalSaveCatVTON", "FrugalSaveCausalSession", "FrugalSaveTextEmbeds",
-    "FrugalStepCache", "FrugalTryOn", "FrugalTryOnConditioning", "FrugalTryOnMaskFree",
-    "FrugalTryOnPrepare", "FrugalTryOnSigmas", "FrugalTryOnStitch", "FrugalWanConstantContext",
-    "FrugalWanTwoExperts",
+    "FrugalStepCache", "FrugalTryOn", "FrugalTryOnConditioning", "FrugalTryOnGather",
+    "FrugalTryOnMaskFree", "FrugalTryOnPrepare", "FrugalTryOnSigmas", "FrugalTryOnStitch",
+    "FrugalWanConstantContext", "FrugalWanTwoExperts",
 }  # fmt: skip
 
 
@@ -48,6 +49,10 @@ def files(server):
     save(fill(wan_shapes(WanSize(dim=256, ffn=512, layers=24)), 9), deep)
     shutil.copytree(MODELS, server.models, dirs_exist_ok=True)
     save_parser(server.models / "human_parsing" / "cancel_tiny", ATR)
+    pictures = server.base / "input" / "cancel_pictures"
+    pictures.mkdir()
+    for number in range(4):
+        Image.new("RGB", (16, 16)).save(pictures / f"{number}.png")
     return found
 
 
@@ -95,14 +100,16 @@ def described(files: dict[str, str], kind: str) -> dict[str, Node]:
             picture = {"width": 64, "height": 64, "batch_size": FRAMES}
             nodes = {"pictures": Node("EmptyImage", 0, picture)}
             links, values = {"image": ("pictures", 0)}, {"parser": "cancel_tiny"}
+        case "FrugalLoadPictures":
+            nodes, links, values = {}, {}, {"folder": "cancel_pictures"}
     nodes["it"] = Node(kind, 1, values, links)
     nodes["seen"] = Node("PreviewAny", 2, {}, {"source": ("it", 0)})
     return nodes
 
 
 HERE = (
-    "FrugalCausalSampler", "FrugalHumanParse", "FrugalLoadCatVTON", "FrugalLoadWan",
-    "FrugalQuantize", "FrugalSampler", "FrugalWanDecode", "FrugalWanDecodeToFile",
+    "FrugalCausalSampler", "FrugalHumanParse", "FrugalLoadCatVTON", "FrugalLoadPictures",
+    "FrugalLoadWan", "FrugalQuantize", "FrugalSampler", "FrugalWanDecode", "FrugalWanDecodeToFile",
     "FrugalWanEncode",
 )  # fmt: skip
 

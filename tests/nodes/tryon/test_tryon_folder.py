@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -175,6 +176,26 @@ def test_a_run_that_was_killed_goes_on_where_it_was(bed, places, monkeypatch):
 def _written(output: Path, name: str) -> Path:
     [path] = (output / "whole").rglob(name)
     return path
+
+
+def test_a_cancel_stops_at_the_next_picture_and_keeps_what_is_made(bed, places, monkeypatch):
+    root, output = places
+    shop(root, 3, 2)
+    management, plain = comfy.model_management, delivery.InFolder.add
+    made = []
+
+    def cancelled(self, *args):
+        plain(self, *args)
+        made.append(args)
+        management.interrupt_current_processing()
+
+    monkeypatch.setattr(delivery.InFolder, "add", cancelled)
+    with pytest.raises(management.InterruptProcessingException):
+        execute(bed)
+    assert made and len(names(output)) == len(made) < 6
+    monkeypatch.setattr(delivery.InFolder, "add", plain)
+    execute(bed)
+    assert len(names(output)) == 6
 
 
 def test_bad_files_are_named_and_the_others_are_made(bed, places):
