@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from frugal.demo.comfy_server import ServerError, pack_node_ids
-from frugal.tests.helpers.graphs import faults
+from frugal.tests.helpers.graphs import faults, skip_if_too_old
 
 pytestmark = pytest.mark.comfy
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
@@ -29,6 +29,7 @@ def test_no_family_is_off(server):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_shipped_graph_fits_this_comfyui(server, path):
+    skip_if_too_old(server, path)
     prompt = server.convert(json.loads(path.read_text(encoding="utf-8")))
     assert any(node["class_type"].startswith("Frugal") for node in prompt.values())
     assert faults(prompt, server.object_info()) == []
