@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from frugal.demo.layout import WORKFLOWS
+from frugal.tests.helpers.graphs import skip_if_too_old
 
 pytestmark = [pytest.mark.comfy, pytest.mark.browser]
 GRAPHS = sorted(WORKFLOWS.glob("*.json"))
@@ -17,7 +18,8 @@ SLACK = 2  # px; a frame's own line
 
 @pytest.mark.parametrize("tab", ["classic", "nodes2"], indirect=True)
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
-def test_it_opens_as_it_was_saved(tab, path, request):
+def test_it_opens_as_it_was_saved(tab, site, path, request):
+    skip_if_too_old(site, path)
     graph = json.loads(path.read_text(encoding="utf-8"))
     tab.drop(path)
     found = tab.nodes()
