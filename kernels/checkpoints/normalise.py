@@ -100,11 +100,11 @@ def _without_float8(tensor: torch.Tensor) -> torch.Tensor:
 
 def _side_tensor(file: str, name: str, layout: LayerLayout, tensor: torch.Tensor) -> torch.Tensor:
     suffix = name.rpartition(".")[2]
-    if layout.packed:
-        return tensor  # check_packed looks at them
     if layout.format == W4A16:
         _scale(file, name, tensor, negative=True)
         return tensor
+    if layout.packed:
+        return tensor  # check_packed looks at them
     if suffix not in ("weight_scale", "weight_scale_2"):
         return tensor
     if layout.format in (NVFP4, MXFP8) and suffix == "weight_scale":

@@ -1,6 +1,7 @@
 """Saved workflows keep working: no node id, input, choice or output goes away or changes its type.
 
-`node_schemas.json` holds what was shipped. After adding a node or an input, rewrite it:
+`node_schemas.json` holds what was shipped. After adding a node or an input, rewrite it with the
+oldest ComfyUI, whose choices all others have:
 
     FRUGAL_WRITE_SCHEMAS=1 FRUGAL_COMFYUI_TREE=<ComfyUI> python -P -m pytest \
         tests/nodes/test_node_schemas.py

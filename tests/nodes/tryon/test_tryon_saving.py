@@ -8,10 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from frugal.kernels.atomic_write import WriteError
 from frugal.kernels.errors import FrugalError
 from frugal.nodes._comfy import REPORT_KEY
 from frugal.nodes.tryon import load_run, nodes, saving
 from frugal.tests.helpers import tryon as bed
+from frugal.tests.helpers.disk import small_disk
 
 ATTN = "diffusion_model.input_blocks.5.1.transformer_blocks.0.attn1.to_q.weight"
 CONV = "diffusion_model.input_blocks.3.0.in_layers.2.weight"
@@ -155,18 +157,11 @@ def test_other_models_and_changes_that_are_no_weights_are_refused(files, tmp_pat
     assert "1 wrappers ('side' ...)" in saving.save_catvton(wrapped, path)
 
 
-def test_nothing_is_left_when_writing_fails(files, tmp_path, monkeypatch):
+def test_nothing_is_left_when_writing_fails(files, tmp_path):
     patcher = load_run.load_catvton(*files, "fp32")
     path = tmp_path / "saved.safetensors"
     path.write_bytes(b"before")
-
-    def broken(tensors, name, metadata):
-        with open(name, "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(saving, "save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with small_disk(100_000), pytest.raises(WriteError, match="saved.safetensors"):
         saving.save_catvton(patcher, str(path))
     assert [p.name for p in tmp_path.iterdir()] == ["saved.safetensors"]
     assert path.read_bytes() == b"before"
