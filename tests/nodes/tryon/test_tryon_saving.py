@@ -161,7 +161,7 @@ def test_nothing_is_left_when_writing_fails(files, tmp_path):
     patcher = load_run.load_catvton(*files, "fp32")
     path = tmp_path / "saved.safetensors"
     path.write_bytes(b"before")
-    with small_disk(100_000), pytest.raises(WriteError, match="saved.safetensors"):
+    with small_disk(100_000), pytest.raises(WriteError, match=r"saved\.safetensors"):
         saving.save_catvton(patcher, str(path))
     assert [p.name for p in tmp_path.iterdir()] == ["saved.safetensors"]
     assert path.read_bytes() == b"before"
