@@ -18,7 +18,7 @@ from frugal.kernels.checkpoints.text_embeds import write_text_embeds
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.tensor_file import write_tensors
 from frugal.kernels.video.latent_file import write_latent
-from tests.helpers.disk import small_disk
+from tests.helpers.full_disk import room_for
 
 BIG = torch.zeros(1, 16, 4096)
 WRITERS = {
@@ -38,7 +38,7 @@ def _bytes(path):
 def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_what_was_there(tmp_path, writer):
     path = tmp_path / "held"
     path.write_bytes(b"before")
-    with small_disk(20_000), pytest.raises(WriteError) as caught:
+    with room_for(20_000), pytest.raises(WriteError) as caught:
         WRITERS[writer](path)
     said = str(caught.value)
     assert isinstance(caught.value, FrugalError) and isinstance(caught.value, OSError)

@@ -19,7 +19,7 @@ from frugal.kernels.quantize.calibration import read_calibration, write_calibrat
 from frugal.kernels.quantize.moments import Gatherer, Moment, columns_within, merged
 from frugal.kernels.quantize.reference_calls import ReferenceCall, unstorable
 from frugal.tests.helpers.quantize import layer, output_error
-from tests.helpers.disk import small_disk
+from tests.helpers.full_disk import room_for
 
 
 def rows_of(count, width, seed=0):
@@ -210,7 +210,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path, moments = tmp_path / "wan.safetensors", {0: gathered(rows_of(90, 40), 40)}
     write_calibration(path, {"a": 0}, moments, {})
     before = path.read_bytes()
-    with small_disk(1000), pytest.raises(WriteError):
+    with room_for(1000), pytest.raises(WriteError):
         write_calibration(path, {"a": 0}, moments, {})
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

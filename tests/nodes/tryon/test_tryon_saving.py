@@ -13,7 +13,7 @@ from frugal.kernels.errors import FrugalError
 from frugal.nodes._comfy import REPORT_KEY
 from frugal.nodes.tryon import load_run, nodes, saving
 from frugal.tests.helpers import tryon as bed
-from frugal.tests.helpers.disk import small_disk
+from frugal.tests.helpers.full_disk import room_for
 
 ATTN = "diffusion_model.input_blocks.5.1.transformer_blocks.0.attn1.to_q.weight"
 CONV = "diffusion_model.input_blocks.3.0.in_layers.2.weight"
@@ -161,7 +161,7 @@ def test_nothing_is_left_when_writing_fails(files, tmp_path):
     patcher = load_run.load_catvton(*files, "fp32")
     path = tmp_path / "saved.safetensors"
     path.write_bytes(b"before")
-    with small_disk(100_000), pytest.raises(WriteError, match=r"saved\.safetensors"):
+    with room_for(100_000), pytest.raises(WriteError, match=r"saved\.safetensors"):
         saving.save_catvton(patcher, str(path))
     assert [p.name for p in tmp_path.iterdir()] == ["saved.safetensors"]
     assert path.read_bytes() == b"before"
