@@ -84,7 +84,7 @@ def test_a_fault_of_style_or_type_is_shown(tmp_path, capfd):
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
     source = tmp_path / "kernels" / "some.py"
     for text, codes in (("a: int = 1\n", [0, 0]), ("import os\na: int = ''\n", [1, 1])):
-        source.write_text(text)
+        source.write_text(f'"""Some."""\n\n{text}')
         assert suite.check_source(tmp_path) == codes
     said = capfd.readouterr().out
     assert "F401" in said and "reportAssignmentType" in said

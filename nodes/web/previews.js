@@ -38,7 +38,7 @@ function endVideo(node) {
 }
 
 app.registerExtension({
-    name: "Frugal.Previews",
+    name: "comfyuifrugal.previews",
     beforeRegisterNodeDef(type, data) {
         if (!data.name.startsWith("Frugal")) return;
         const { onExecuted, onDrawBackground } = type.prototype;

@@ -52,7 +52,7 @@ function show(id, text) {
 }
 
 app.registerExtension({
-    name: "Frugal.Reports",
+    name: "comfyuifrugal.reports",
     setup() {
         api.addEventListener(EVENT, ({ detail }) => {
             if (detail.workflow === root()?.id) show(detail.node, detail.text);

