@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import resource
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -62,4 +62,10 @@ class Watch:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
