@@ -61,7 +61,7 @@ def compare(flow, calls, max_skips):
 @pytest.mark.parametrize(("calls", "max_skips", "share"), [(26, 3, 0.25), (19, 5, 0.5)])
 def test_error_at_equal_calls(calls, max_skips, share):
     """Median of eight flows: where two modes are equally near, any error can flip a sample. share:
-    of the error of EasyCache's rule; the fewer calls, the less can be foretold.
+    of the error of EasyCache's rule; the fewer calls, the less a forecast is worth.
     """
     found = torch.tensor([compare(MixtureFlow(seed), calls, max_skips) for seed in range(8)])
     mine, rule, uniform = found.median(0).values.tolist()
