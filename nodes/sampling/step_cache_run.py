@@ -151,7 +151,7 @@ def _regime(guider: Any, sigma: float, model_options: dict) -> Hashable:
         (name, value) for name, value in sorted(vars(guider).items()) if type(value) in (int, float)
     )
     conds = tuple(
-        (side, _identity(guider.inner_model, each, sigma, {}))
+        (side, _identity(guider.inner_model, each, sigma))
         for side, each in sorted(guider.conds.items())
     )
     return scales, conds, tuple(sigma >= border for border in _borders(model_options))
@@ -180,7 +180,7 @@ def _borders(model_options: dict) -> list[float]:
     return sorted(found)
 
 
-def _identity(model: Any, cond: list[dict] | None, sigma: float, options: dict) -> Hashable | None:
+def _identity(model: Any, cond: list[dict] | None, sigma: float) -> Hashable | None:
     """What tells a condition, as it acts on this model at this noise level, from any other; None
     if nothing of it acts.
     """
@@ -189,10 +189,7 @@ def _identity(model: Any, cond: list[dict] | None, sigma: float, options: dict) 
         for each in cond or ()
         if not _outside(sigma, each.get("timestep_start"), each.get("timestep_end"))
     )
-    if not parts:
-        return None
-    window = options.get("context_window")
-    return id(model), parts, tuple(getattr(window, "index_list", ()))
+    return (id(model), parts) if parts else None
 
 
 def _controls(control: Any, sigma: float) -> tuple[bool, ...]:

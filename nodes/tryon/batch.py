@@ -64,12 +64,7 @@ class FrugalTryOnBatch(io.ComfyNode):
                 common_inputs.memory_budget(),
                 common_inputs.largest_group(),
                 common_inputs.color_match(common_inputs.SHORT_MATCH),
-                io.Sampler.Input(
-                    "sampler",
-                    optional=True,
-                    tooltip="Sampler to use instead of CatVTON's; needs sigmas.",
-                ),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels for that sampler."),
+                *common_inputs.other_sampler(),
                 common_inputs.blend(),
                 common_inputs.garment_mask("garment_masks", "masks"),
             ],

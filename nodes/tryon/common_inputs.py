@@ -165,3 +165,15 @@ def pictures(as_lists: bool = False) -> list[io.Output]:
             tooltip="What the model painted, at canvas size, not composited.",
         ),
     ]
+
+
+def other_sampler() -> list[io.Input]:
+    """A SAMPLER and its noise levels in place of CatVTON's."""
+    return [
+        io.Sampler.Input(
+            "sampler",
+            optional=True,
+            tooltip="Sampler to use instead of CatVTON's; needs sigmas.",
+        ),
+        io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels for that sampler."),
+    ]

@@ -199,12 +199,7 @@ class FrugalTryOnFolder(io.ComfyNode):
                 ),
                 common_inputs.color_match(common_inputs.SHORT_MATCH),
                 common_inputs.blend(),
-                io.Sampler.Input(
-                    "sampler",
-                    optional=True,
-                    tooltip="Sampler to use instead of CatVTON's; needs sigmas.",
-                ),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels for that sampler."),
+                *common_inputs.other_sampler(),
             ],
             outputs=[
                 io.String.Output(

@@ -16,24 +16,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from frugal.demo.tiny_wan import save
 from frugal.kernels.errors import FrugalError
 from frugal.kernels.tryon import batching
-from frugal.nodes.tryon import delivery, folder, folder_run, load_run, picture_files
-from frugal.tests.helpers.builders import tryon_unet, tryon_vae
+from frugal.nodes.tryon import delivery, folder, folder_run, picture_files
 
 SIZE = (72, 60)  # of a photo: width, height
-
-
-@pytest.fixture(scope="module")
-def bed(tmp_path_factory):
-    """(MODEL in fp32, VAE): tiny and random."""
-    root = tmp_path_factory.mktemp("tryon")
-    torch.manual_seed(0)
-    unet = {name: value.contiguous() for name, value in tryon_unet((32, 64)).state_dict().items()}
-    file = save(unet, root / "unet.safetensors", {"num_heads": "4"})
-    vae = comfy.utils.load_torch_file(str(tryon_vae(root / "vae.safetensors")))
-    return load_run.load_catvton(str(file), None, "fp32"), comfy.sd.VAE(sd=vae)
 
 
 @pytest.fixture
